@@ -1,0 +1,1 @@
+"""What is installed and what exists, as facts. Importable without torch."""

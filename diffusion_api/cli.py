@@ -1,0 +1,116 @@
+"""The command ``diffusion-api``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffusion_api import __version__, settings as configuration
+from diffusion_api.errors import DiffusionApiError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A job-queue REST service for image generation.")
+
+Home = Annotated[Path | None, typer.Option(help="Folder with stable_diffusion/, queue/ and outputs/.")]
+Engine_ = Annotated[str | None, typer.Option("--engine", help="diffusers, or stub: no model, for tests.")]
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line on stderr and exit code 1."""
+    try:
+        app()
+    except DiffusionApiError as error:
+        print(f"diffusion-api: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    home: Home = None,
+    engine: Engine_ = None,
+    worker: Annotated[bool, typer.Option(help="Also run jobs in this process.")] = True,
+) -> None:
+    """Serve the API and run its jobs."""
+    from diffusion_api.server import run
+
+    run(_settings(host=host, port=port, home=home, engine=engine), worker=worker)
+
+
+@app.command()
+def worker(home: Home = None, engine: Engine_ = None) -> None:
+    """Run jobs of a queue folder, without an API."""
+    from diffusion_api.server import work
+
+    work(_settings(home=home, engine=engine))
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Option(help="What to draw.")] = "a large red circle on a blue background",
+    home: Home = None,
+) -> None:
+    """Start the service, post one job, show its picture's path and infotext, stop the service."""
+    from rich.console import Console
+
+    from diffusion_api.demo import run_demo
+
+    raise typer.Exit(run_demo(prompt, home or Path.cwd(), Console()))
+
+
+@app.command()
+def models(home: Home = None) -> None:
+    """List the installed models."""
+    from diffusion_api.server import build_library
+
+    for model in build_library(_settings(home=home)).models():
+        size = f"{model.native_size} px"
+        print(f"{model.label:24} -> {model.name:32} {model.family:8} {size:8} {model.shown_path}")
+
+
+@app.command()
+def doctor(home: Home = None) -> None:
+    """Say what was found (device, memory, folders, models, versions) and what to do about it."""
+    from diffusion_api.doctor import examine
+
+    raise typer.Exit(examine(_settings(home=home)))
+
+
+@app.command()
+def config(
+    host: Annotated[str | None, typer.Option()] = None,
+    port: Annotated[int | None, typer.Option()] = None,
+    home: Home = None,
+    engine: Engine_ = None,
+) -> None:
+    """Print every setting, its value and where it came from."""
+    flags = {"host": host, "port": port, "home": home, "engine": engine}
+    found = _settings(**flags)
+    where = configuration.sources(found, flags)
+    for name in type(found).model_fields:
+        print(f"{name:16} {getattr(found, name)!s:24} {where[name]}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def _settings(**flags: Any) -> configuration.Settings:
+    """The settings in force; a wrong value is told in one line."""
+    from pydantic import ValidationError
+
+    from diffusion_api.errors import Misconfigured
+
+    try:
+        return configuration.load(**flags)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise Misconfigured(
+            f"setting {name} ({configuration.PREFIX}{name.upper()}) is {first['input']!r}: {first['msg']}"
+        ) from error

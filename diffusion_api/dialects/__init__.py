@@ -1,0 +1,1 @@
+"""One module per API, named after whose API it is. Foreign words end here."""

@@ -1,0 +1,102 @@
+"""What every dialect needs: a route class that speaks its errors, holes filled, seeds drawn, sizes rounded."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+
+from diffusion_api import errors
+from diffusion_api.schema.request import MAX_SEED
+
+log = logging.getLogger(__name__)
+
+Built = TypeVar("Built", bound=BaseModel)
+
+STATUS: tuple[tuple[type[errors.DiffusionApiError], int], ...] = (
+    (errors.NotFound, 404),
+    (errors.Conflict, 409),
+    (errors.TooLarge, 413),
+    (errors.CallerError, 400),
+    (errors.DiskFull, 507),
+    (errors.Unavailable, 503),
+    (errors.QueueUnusable, 503),
+    (errors.DiffusionApiError, 500),
+)
+"""HTTP status of each error; the first row that fits."""
+
+
+def status_of(error: errors.DiffusionApiError) -> int:
+    """The HTTP status of an error."""
+    return next(status for kind, status in STATUS if isinstance(error, kind))
+
+
+def error_body(message: str) -> dict[str, str]:
+    """The body of every refusal: ``detail`` and ``error`` say the same, as the two READMEs name it differently."""
+    return {"status": "error", "detail": message, "error": message}
+
+
+def explain(error: dict[str, Any]) -> str:
+    """One pydantic error in a sentence with the field, the value and what was expected."""
+    where = ".".join(str(part) for part in error["loc"] if part not in ("body", "path", "query"))
+    if error["type"] == "json_invalid":
+        return f"the body is no JSON: {error.get('ctx', {}).get('error', error['msg'])}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{where or 'the body'} is missing"
+    value = repr(error.get("input"))
+    shown = value if len(value) <= 80 else value[:77] + "..."
+    return f"{where or 'the body'} is {shown}: {message}"
+
+
+class ErrorRoute(APIRoute):
+    """A route whose refusals have the body of :func:`error_body`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler, with the project's errors turned into answers."""
+        handler = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except RequestValidationError as error:
+                return JSONResponse(error_body("; ".join(explain(e) for e in error.errors()[:5])), 400)
+            except errors.DiffusionApiError as error:
+                status = status_of(error)
+                headers = {"Retry-After": "10"} if status in (503, 507) else None
+                return JSONResponse(error_body(str(error)), status, headers)
+
+        return answer
+
+
+def build(kind: type[Built], **fields: Any) -> Built:
+    """A frozen request from a dialect's values. Raises InvalidRequest in place of pydantic's error."""
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise errors.InvalidRequest(explain(dict(first)), field=str(first["loc"][0]) if first["loc"] else None) from error
+
+
+def resolve_seed(seed: int | None) -> int:
+    """The seed of a job: drawn when none or a negative one was given. Raises InvalidRequest above 2**32 - 1."""
+    if seed is None or seed < 0:
+        return random.randint(0, MAX_SEED)  # noqa: S311  a picture's seed is no secret
+    if seed > MAX_SEED:
+        raise errors.InvalidRequest(f"seed is {seed}; it may be 0 to {MAX_SEED}, or -1 for a random one", field="seed")
+    return seed
+
+
+def round_size(value: int, name: str) -> tuple[int, str | None]:
+    """A side rounded half up to a multiple of 8, and what to tell the caller. Raises InvalidRequest below 8."""
+    if value < 8:
+        raise errors.InvalidRequest(f"{name} is {value}; it must be at least 8", field=name)
+    rounded = (value + 4) // 8 * 8
+    return rounded, None if rounded == value else f"{name} {value} was rounded to {rounded}, a multiple of 8"

@@ -1,0 +1,304 @@
+"""The project's own API: ``/txt2img``, ``/queue/{job_id}``, ``/models``, ``/health``, ``/hello``."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, FastAPI
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from diffusion_api import __version__
+from diffusion_api.catalog import samplers
+from diffusion_api.dialects._base import ErrorRoute, build, resolve_seed, round_size
+from diffusion_api.errors import InvalidRequest
+from diffusion_api.images import sanitized
+from diffusion_api.queues.base import Snapshot
+from diffusion_api.schema.job import State
+from diffusion_api.schema.request import Output, Txt2Img
+from diffusion_api.service import Service
+
+FILE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png"}
+DEFAULT_SAMPLER = "DPM++ 2M Karras"
+
+
+class LoraBody(BaseModel):
+    """A LoRA by name, with its strength."""
+
+    name: str
+    scale: float = 1.0
+
+
+class HiresBody(BaseModel):
+    """A second pass at a larger size."""
+
+    enabled: bool = False
+    scale: float = 2.0
+    upscaler: str = "Latent"
+    steps: int = 20
+    denoising_strength: float = 0.4
+
+
+class Txt2ImgBody(BaseModel):
+    """The body of ``POST /txt2img``. Every field may be left out; numbers may come as strings."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [
+                {"prompt": "a large red circle on a blue background"},
+                {
+                    "prompt": "a small green star on a black background on the left",
+                    "negative_prompt": "blurry",
+                    "steps": 20,
+                    "cfg_scale": 5,
+                    "width": 256,
+                    "height": 256,
+                    "model": "shapes",
+                    "sampler_name": "DPM++ 2M Karras",
+                    "fileType": "png",
+                    "seed": 42,
+                },
+            ]
+        },
+    )
+
+    prompt: str = ""
+    negative_prompt: str | None = None
+    steps: int | None = Field(default=None, description="1 to the operator's limit; 30 when left out")
+    cfg_scale: float | None = Field(default=None, description="guidance; 7 when left out, 1 is none")
+    width: int | None = Field(default=None, description="pixels; rounded to a multiple of 8; the model's own when left out")
+    height: int | None = Field(default=None, description="pixels, like width")
+    model: str | None = Field(default=None, description="a name or label of /models")
+    sampler_name: str | None = None
+    scheduler_type: str | None = None
+    fileType: str | None = Field(default=None, description="jpg or png")  # noqa: N815  the API's own spelling
+    jpeg_quality: int | None = Field(default=None, description="1 to 100; 85 when left out")
+    seed: int | None = Field(default=None, description="0 to 4294967295; null or -1 draws one")
+    n: int | None = Field(default=None, description="pictures, with seeds seed, seed + 1, ...; 1 when left out")
+    loras: list[LoraBody | str] | None = None
+    hires: HiresBody | None = None
+    refiner_checkpoint: str | None = None
+    refiner_switch_at: float | None = None
+
+    @field_validator("cfg_scale")
+    @classmethod
+    def _guidance(cls, value: float | None) -> float | None:
+        if value is not None and not 0 <= value <= 100:
+            raise ValueError("cfg_scale may be 0 to 100")
+        return value
+
+
+class SubmittedBody(BaseModel):
+    """The answer to a job that was stored."""
+
+    job_id: str
+    status: Literal["queued"] = "queued"
+    seed: int
+    warnings: list[str] = []
+
+
+class ErrorBody(BaseModel):
+    """Every refusal; ``detail`` and ``error`` say the same."""
+
+    status: Literal["error"] = "error"
+    detail: str
+    error: str
+
+
+class StatusBody(BaseModel):
+    """A job as it stands; the fields after ``error`` are there once it is done."""
+
+    model_config = ConfigDict(extra="allow")
+
+    status: Literal["success"] = "success"
+    job_id: str
+    progress: float = Field(description="0 to 100")
+    current_phase: str
+    state: Literal["queued", "loading", "processing", "done", "error"]
+    error: str | None = None
+
+
+class ModelBody(BaseModel):
+    """An installed model."""
+
+    name: str
+    label: str
+    type: Literal["standard", "sdxl"]
+    path: str
+
+
+class ModelsBody(BaseModel):
+    """The installed models, by name."""
+
+    status: Literal["success"] = "success"
+    models: list[ModelBody]
+
+
+class HelloBody(BaseModel):
+    """The service answers."""
+
+    ok: bool = True
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {400: {"model": ErrorBody}, 413: {"model": ErrorBody}, 503: {"model": ErrorBody}}
+
+
+def mount(app: FastAPI, service: Service) -> None:
+    """Add the routes of this dialect."""
+    router = APIRouter(route_class=ErrorRoute)
+
+    @router.get("/hello", tags=["service"], summary="Is it up?")
+    def hello() -> HelloBody:
+        return HelloBody()
+
+    @router.get("/health", tags=["service"], summary="How the box is")
+    def health() -> dict[str, Any]:
+        return _health(service)
+
+    @router.get("/models", tags=["catalog"], summary="Installed models")
+    def models() -> ModelsBody:
+        rows = [ModelBody(name=m.name, label=m.label, type=m.type, path=m.shown_path) for m in service.models()]
+        return ModelsBody(models=rows)
+
+    @router.post("/txt2img", tags=["jobs"], summary="A picture from words", responses=REFUSALS)
+    def txt2img(body: Annotated[Txt2ImgBody, Body()]) -> SubmittedBody:
+        request, warnings = to_request(body, service)
+        payload = sanitized(body.model_dump(exclude_unset=True))
+        job = service.submit(request, payload=payload, warnings=tuple(warnings))
+        return SubmittedBody(job_id=job.id, seed=request.seed, warnings=warnings)
+
+    @router.get(
+        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses={404: {"model": ErrorBody}},
+        response_model=StatusBody,
+    )  # fmt: skip
+    def queue(job_id: str) -> dict[str, Any]:
+        return _status(service.get(job_id), service)
+
+    app.include_router(router)
+
+
+def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]:
+    """The frozen request that a body means, and what the caller should know. Raises InvalidRequest."""
+    warnings = [_unknown(name) for name in body.model_extra or {}]
+    model = service.model(body.model)
+    sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
+    width, width_note = round_size(_given(body.width, model.native_size), "width")
+    height, height_note = round_size(_given(body.height, model.native_size), "height")
+    warnings += [note for note in (width_note, height_note) if note]
+    if body.hires and body.hires.enabled:
+        raise InvalidRequest("hires is not supported by this release; leave it out", field="hires")
+    for lora in body.loras or []:
+        name = lora if isinstance(lora, str) else lora.name
+        warnings.append(f"LoRA {name!r} was skipped: this release does not apply LoRAs")
+    if body.refiner_checkpoint:
+        warnings.append(f"refiner_checkpoint is ignored: model {model.name!r} is no SDXL model")
+    file_type = (body.fileType or "jpg").lower()
+    if file_type not in FILE_TYPES:
+        raise InvalidRequest(f"fileType is {body.fileType!r}; one of jpg, png", field="fileType")
+    request = build(
+        Txt2Img,
+        model=model.name,
+        prompt=body.prompt,
+        negative_prompt=body.negative_prompt or "",
+        steps=_given(body.steps, 30),
+        guidance_scale=_given(body.cfg_scale, 7.0),
+        width=width,
+        height=height,
+        sampler=sampler.name,
+        schedule=schedule.name,
+        seed=resolve_seed(body.seed),
+        count=_given(body.n, 1),
+        output=build(Output, format=FILE_TYPES[file_type], quality=_given(body.jpeg_quality, 85)),
+    )
+    return request, warnings
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, Txt2ImgBody.model_fields, n=1)
+    return f"unknown field {name!r} was ignored" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _status(snapshot: Snapshot, service: Service) -> dict[str, Any]:
+    job, progress = snapshot.job, snapshot.progress
+    state = State.ERROR if snapshot.state is State.CANCELLED else snapshot.state
+    done = job.state is State.DONE
+    answer: dict[str, Any] = {
+        "status": "success",
+        "job_id": job.id,
+        "progress": 100 if done else round(100 * progress.fraction, 2) if progress else 0,
+        "current_phase": progress.phase if progress else state.value,
+        "state": state.value,
+        "error": job.error.message if job.error else None,
+    }
+    if snapshot.position is not None:
+        answer["position"] = snapshot.position
+    if job.warnings:
+        answer["warnings"] = list(job.warnings)
+    if done and job.result:
+        answer |= _finished(snapshot, service)
+    return answer
+
+
+def _finished(snapshot: Snapshot, service: Service) -> dict[str, Any]:
+    job, result = snapshot.job, snapshot.job.result
+    assert result is not None
+    image, output = result.images[0], job.request.output
+    encoded = [_base64(service.image(i)) for i in result.images]
+    several = {"images": encoded, "output_paths": [i.path for i in result.images]} if len(encoded) > 1 else {}
+    return several | {
+        "payload": job.payload,
+        "image": encoded[0],
+        "output_path": image.path,
+        "width": image.width,
+        "height": image.height,
+        "file_type": "jpg" if output.format == "jpeg" else output.format,
+        "jpeg_quality": output.quality if output.format == "jpeg" else None,
+        "generation_time_sec": round(result.seconds, 3),
+        "memory_before_mb": round(result.memory_before_mb, 2),
+        "memory_after_mb": round(result.memory_after_mb, 2),
+        "seed": image.seed,
+    }
+
+
+def _base64(data: bytes | None) -> str | None:
+    return None if data is None else base64.b64encode(data).decode()
+
+
+def _health(service: Service) -> dict[str, Any]:
+    health, settings = service.health(), service.settings
+    answer: dict[str, Any] = {
+        "status": "warning" if health.warnings else "healthy",
+        "timestamp": time.time(),
+        "version": __version__,
+        "system": {
+            "cpu_count": health.cpu_count,
+            "memory_total_gb": health.memory_total_gb,
+            "memory_available_gb": health.memory_available_gb,
+            "memory_percent": health.memory_percent,
+            "disk_usage_percent": health.disk_usage_percent,
+        },
+        "gpu": health.device.facts if health.device else {"device_name": "not known yet: the engine is loading"},
+        "models": {"count": health.models, "directory": _shown(settings.models_dir, settings.home)},
+        "loras": {"count": health.loras, "directory": _shown(settings.loras_dir, settings.home)},
+        "queue": {"active_jobs": health.active_jobs, "directory": _shown(settings.queue_dir, settings.home)},
+        "outputs": {
+            "available": health.outputs_available,
+            "free_space_gb": health.outputs_free_gb,
+            "directory": _shown(settings.outputs_dir, settings.home),
+        },
+    }
+    if health.warnings:
+        answer["warnings"] = list(health.warnings)
+    return answer
+
+
+def _shown(folder: Any, home: Any) -> str:
+    """A folder as callers see it: relative to the installation's home, never a path of the host."""
+    return str(folder.relative_to(home).as_posix())

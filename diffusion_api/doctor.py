@@ -1,0 +1,113 @@
+"""``diffusion-api doctor``: what was found, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+
+from diffusion_api import __version__
+from diffusion_api.errors import DiffusionApiError, InvalidRequest
+from diffusion_api.server import build_library
+from diffusion_api.settings import Settings
+
+GIB = 2**30
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "fastapi", "starlette", "uvicorn", "pydantic", "pillow")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; ``fix`` says what to do when it is not well."""
+
+    subject: str
+    text: str
+    fix: str | None = None
+
+
+def examine(settings: Settings) -> int:
+    """Print the report; 0 when nothing needs doing, else 1."""
+    console = Console(highlight=False, soft_wrap=True)
+    findings = [*_versions(), _memory(), *_folders(settings), *_models(settings), _device(settings)]
+    for finding in findings:
+        mark = "[green]ok  [/]" if finding.fix is None else "[red]fix [/]"
+        console.print(f"{mark} [bold]{finding.subject:9}[/] {finding.text}")
+        if finding.fix:
+            console.print(f"     [yellow]->[/] {finding.fix}")
+    wrong = sum(f.fix is not None for f in findings)
+    console.print(f"{wrong} thing{'s' * (wrong != 1)} to fix" if wrong else "everything is well")
+    return 1 if wrong else 0
+
+
+def _versions() -> list[Finding]:
+    found = [Finding("version", f"Diffusion API {__version__}, Python {platform.python_version()}, {platform.platform()}")]
+    have, missing = [], []
+    for package in PACKAGES:
+        try:
+            have.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    found.append(Finding("packages", ", ".join(have), f"missing: {', '.join(missing)}; run `make setup`" if missing else None))
+    return found
+
+
+def _memory() -> Finding:
+    memory = psutil.virtual_memory()
+    low = memory.available < 2 * GIB
+    return Finding(
+        "memory",
+        f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free, {psutil.cpu_count()} CPU cores",
+        "under 2 GiB free: an SD 1.5 model needs about 4 on a CPU; close other programs" if low else None,
+    )
+
+
+def _folders(settings: Settings) -> list[Finding]:
+    home = settings.home.resolve()
+    if not home.is_dir():
+        return [Finding("home", str(home), "the folder does not exist: make it, or name another with --home")]
+    free = shutil.disk_usage(home).free
+    found = [Finding("home", f"{home}, {free / GIB:.1f} GiB free", "under 1 GiB free: make room" if free < GIB else None)]
+    for folder in (settings.models_dir, settings.queue_dir, settings.outputs_dir):
+        found.append(_folder(folder, home))
+    return found
+
+
+def _folder(folder: Path, home: Path) -> Finding:
+    shown = str(folder)
+    if not folder.exists():
+        writable = os.access(home, os.W_OK)
+        return Finding("folder", f"{shown} will be made", None if writable else f"this user may not write to {home}")
+    usable = folder.is_dir() and os.access(folder, os.R_OK | os.W_OK | os.X_OK)
+    return Finding("folder", shown, None if usable else f"this user may not write to it: `ls -ld {shown}`")
+
+
+def _models(settings: Settings) -> list[Finding]:
+    library = build_library(settings)
+    names = [f"{m.name} ({m.family}, {m.native_size} px)" for m in library.models()]
+    found = [Finding("models", ", ".join(names) or "none", None if names else f"put a model into {settings.models_dir}")]
+    try:
+        found.append(Finding("default", library.default().name))
+    except InvalidRequest as error:
+        found.append(Finding("default", str(error), "name one: DIFFUSION_API_MODEL=<name>, or in every request"))
+    except DiffusionApiError as error:
+        found.append(Finding("default", str(error), "correct DIFFUSION_API_MODEL"))
+    return found
+
+
+def _device(settings: Settings) -> Finding:
+    if settings.engine == "stub":
+        return Finding("device", "none: the stub engine needs none")
+    try:
+        from diffusion_api.engine import devices
+
+        device = devices.choose(settings.device)
+    except DiffusionApiError as error:
+        return Finding("device", "unusable", str(error))
+    except (ImportError, OSError) as error:
+        return Finding("device", f"torch cannot be imported: {error}", "run `make clean setup`")
+    return Finding("device", f"{device.report().name}, models in {str(device.dtype).removeprefix('torch.')}")

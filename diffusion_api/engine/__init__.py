@@ -1,0 +1,1 @@
+"""The engine: requests become pictures. The only home of torch, diffusers and transformers."""

@@ -1,0 +1,63 @@
+"""What an engine is, and the events a running job sends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffusion_api.schema.job import Progress
+from diffusion_api.schema.request import Request
+
+Pixels = NDArray[np.uint8]
+"""A picture: (height, width, 3), uint8, RGB."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The pictures, in order, with the seed of each, and what the infotext should say beyond the request."""
+
+    images: tuple[Pixels, ...]
+    seeds: tuple[int, ...]
+    model_hash: str | None = None
+    memory_before_mb: float = 0.0
+    memory_after_mb: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+
+Event = Progress | Finished
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """What the engine runs on. ``facts`` are the keys of ``gpu`` in ``GET /health``."""
+
+    name: str
+    kind: str
+    facts: dict[str, bool | int | float | str] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Runs requests. Torch may load in the background; :meth:`run` waits for it."""
+
+    def start(self) -> None:
+        """Begin loading; returns at once."""
+
+    def wait(self) -> None:
+        """Block until the engine can run jobs. Raises DeviceUnusable when it never will."""
+
+    def run(self, request: Request, *, interrupted: Callable[[], bool]) -> Iterator[Event]:
+        """Events of one job, ending with Finished. Raises Interrupted, ModelUnreadable and other errors of the tree.
+
+        The first event says that the device is this job's; no device work happens before the second is asked for, so that
+        the caller can charge the attempt in between. ``interrupted`` is asked before every step.
+        """
+
+    def report(self) -> DeviceReport | None:
+        """What the engine runs on, or None while that is not known yet."""
+
+    def close(self) -> None:
+        """Free the device."""

@@ -1,0 +1,88 @@
+"""Which device the engine runs on, what it is called, and how much memory is in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from diffusion_api.engine.base import DeviceReport
+from diffusion_api.errors import DeviceUnusable
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Device:
+    """A torch device and the dtype that models are loaded in."""
+
+    torch: torch.device
+    dtype: torch.dtype
+
+    @property
+    def memory_mb(self) -> float:
+        """Memory in use, MiB: allocated on a GPU, resident in the process on a CPU."""
+        if self.torch.type == "cuda":
+            return torch.cuda.memory_allocated(self.torch) / MIB
+        return float(psutil.Process().memory_info().rss) / MIB
+
+    def report(self) -> DeviceReport:
+        """The ``gpu`` part of ``GET /health``."""
+        if self.torch.type == "cuda":
+            name = torch.cuda.get_device_name(self.torch)
+            facts: dict[str, bool | int | float | str] = {
+                "cuda_available": True,
+                "cuda_version": torch.version.cuda or torch.version.hip or "",
+                "gpu_count": torch.cuda.device_count(),
+                "current_device": torch.cuda.current_device(),
+                "device_name": name,
+                "memory_allocated_gb": round(torch.cuda.memory_allocated(self.torch) / 2**30, 2),
+                "memory_reserved_gb": round(torch.cuda.memory_reserved(self.torch) / 2**30, 2),
+            }
+            return DeviceReport(name, "cuda", facts)
+        if self.torch.type == "mps":
+            return DeviceReport("Apple Silicon GPU", "mps", {"mps_available": True, "device_name": "Apple Silicon GPU"})
+        return DeviceReport("CPU", "cpu", {"cuda_available": False, "mps_available": False, "device_name": "CPU"})
+
+
+def choose(wanted: str) -> Device:
+    """The device for ``auto``, ``cpu``, ``cuda`` or ``mps``.
+
+    Raises DeviceUnusable for a GPU that was asked for or is in the box and cannot be used: a silent run on the CPU would be
+    a hundred times slower and nobody would know why.
+    """
+    cuda = torch.cuda.is_available()
+    if wanted == "cuda" or (wanted == "auto" and (cuda or gpu_nodes())):
+        if not cuda:
+            raise DeviceUnusable(diagnosis(torch.version.cuda or torch.version.hip, gpu_nodes()))
+        return Device(torch.device("cuda"), torch.float16)
+    mps = torch.backends.mps.is_available()
+    if wanted == "mps" or (wanted == "auto" and mps):
+        if not mps:
+            raise DeviceUnusable("device mps was asked for, and this torch finds no Apple GPU; set DIFFUSION_API_DEVICE=cpu")
+        return Device(torch.device("mps"), torch.float32)
+    return Device(torch.device("cpu"), torch.float32)
+
+
+def gpu_nodes(root: Path = Path("/dev")) -> list[str]:
+    """Names of the device nodes that NVIDIA's and AMD's compute drivers make."""
+    nodes: Iterable[Path] = (*root.glob("nvidia[0-9]*"), *root.glob("kfd"))
+    return sorted(node.name for node in nodes)
+
+
+def diagnosis(torch_build: str | None, nodes: list[str]) -> str:
+    """What is wrong with the GPU, and what to type."""
+    found = f"a GPU is present ({', '.join(nodes)})" if nodes else "no GPU device node is present under /dev"
+    if not torch_build:
+        fix = "torch is a CPU build: run `make clean setup TORCH=cu126` (or the backend of your card)"
+    elif nodes:
+        fix = (
+            f"torch was built for {torch_build} and cannot open it: update the driver (`nvidia-smi` must work), check that "
+            "this user may open the device, or install another build with `make clean setup TORCH=cu126`"
+        )
+    else:
+        fix = "load the driver (`nvidia-smi` must work); in a container, pass the GPU through"
+    return f"{found}, but torch cannot use it; {fix}. To run on the CPU on purpose: DIFFUSION_API_DEVICE=cpu"

@@ -1,0 +1,146 @@
+"""The device thread: it owns the device, answers what running jobs ask for, and sends their events."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusion_api.catalog.library import Library
+from diffusion_api.engine.base import DeviceReport, Event, Finished
+from diffusion_api.errors import DeviceUnusable, Interrupted
+from diffusion_api.schema.job import Progress, State
+from diffusion_api.schema.request import Request
+
+if TYPE_CHECKING:
+    from diffusion_api.engine.denoise import Asks
+    from diffusion_api.engine.devices import Device
+    from diffusion_api.engine.weights import Weights
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 0.05
+"""Seconds between two looks at ``interrupted`` while a job waits for the device."""
+
+
+@dataclass
+class Task:
+    """One job on the device: its generator once it began, and the way its events leave."""
+
+    request: Request
+    interrupted: Callable[[], bool]
+    events: queue.SimpleQueue[Event | BaseException] = field(default_factory=queue.SimpleQueue)
+
+
+class Executor:
+    """The engine that runs diffusers models; satisfies :class:`diffusion_api.engine.base.Engine`.
+
+    Everything heavy is imported on the device thread, so that the API answers while torch loads.
+    """
+
+    def __init__(self, library: Library, *, device: str, tokenizer: Path) -> None:
+        self._library, self._wanted, self._tokenizer = library, device, tokenizer
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._admission = threading.Semaphore(1)
+        self._ready = threading.Event()
+        self._unusable: DeviceUnusable | None = None
+        self._device: Device | None = None
+        self._thread = threading.Thread(target=self._main, name="device", daemon=True)
+
+    def start(self) -> None:
+        """Begin loading torch; returns at once."""
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Block until the device is ready. Raises DeviceUnusable."""
+        self._ready.wait()
+        if self._unusable:
+            raise self._unusable
+
+    def run(self, request: Request, *, interrupted: Callable[[], bool]) -> Iterator[Event]:
+        """Events of one job, as :meth:`diffusion_api.engine.base.Engine.run` describes them."""
+        while not self._admission.acquire(timeout=PATIENCE):
+            if interrupted():
+                raise Interrupted("stopped before it began")
+        try:
+            yield Progress(state=State.LOADING, phase="loading")
+            task = Task(request, interrupted)
+            self._tasks.put(task)
+            while True:
+                event = task.events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            self._admission.release()
+
+    def report(self) -> DeviceReport | None:
+        """What the engine runs on; None while torch loads."""
+        return self._device.report() if self._device else None
+
+    def close(self) -> None:
+        """End the device thread after the job in hand."""
+        self._tasks.put(None)
+
+    def _main(self) -> None:
+        try:
+            import torch
+            from diffusers.utils import logging as diffusers_logging
+            from transformers.utils import logging as transformers_logging
+
+            from diffusion_api.engine import devices
+            from diffusion_api.engine.weights import Weights
+
+            diffusers_logging.set_verbosity_error()
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
+            self._device = devices.choose(self._wanted)
+            weights = Weights(self._library, self._device, self._tokenizer)
+        except DeviceUnusable as error:
+            self._unusable = error
+            return
+        finally:
+            self._ready.set()
+        log.info("engine ready on %s", self._device.report().name)
+        with torch.inference_mode():
+            while task := self._tasks.get():
+                self._answer(task, weights, self._device)
+
+    def _answer(self, task: Task, weights: Weights, device: Device) -> None:
+        from diffusion_api.engine import denoise
+
+        asks = denoise.job(task.request, load=weights.load, memory=lambda: device.memory_mb, report=task.events.put)
+        try:
+            task.events.put(self._drive(asks, task))
+        except Exception as error:  # the job fails, whatever it was; the device thread lives on for the next one
+            task.events.put(error)
+        finally:
+            asks.close()
+
+    def _drive(self, asks: Asks, task: Task) -> Finished:
+        """Answer one job's questions until it is finished."""
+        import torch
+
+        from diffusion_api.engine.denoise import Evaluate
+
+        answer = None
+        while True:
+            try:
+                question = asks.send(answer)
+            except StopIteration as end:
+                finished: Finished = end.value
+                return finished
+            if task.interrupted():
+                raise Interrupted("stopped while it ran")
+            if isinstance(question, Evaluate):
+                rows = len(question.conditionings)
+                latents = question.latents.expand(rows, -1, -1, -1)
+                answer = question.lane.predict(latents, question.timestep, torch.cat(question.conditionings))
+            else:
+                answer = question.work()

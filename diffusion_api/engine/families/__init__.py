@@ -1,0 +1,1 @@
+"""How each model family encodes, predicts and decodes. One module a family; they never import each other."""

@@ -1,0 +1,205 @@
+"""Stable Diffusion 1.x: one CLIP text encoder, a UNet that predicts epsilon, an 8x autoencoder (arXiv:2112.10752)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffusion_api.engine import text
+from diffusion_api.engine.base import Pixels
+from diffusion_api.engine.denoise import to_pixels
+from diffusion_api.engine.devices import Device
+from diffusion_api.engine.samplers.sigmas import NoiseLevels
+from diffusion_api.errors import ModelUnreadable
+
+Tensors = dict[str, Tensor]
+
+NOISE_SCHEDULE: dict[str, object] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+HEADS = 8
+
+
+@dataclass(frozen=True)
+class SD1:
+    """A loaded model of the family; satisfies :class:`diffusion_api.engine.denoise.Lane`."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    levels: NoiseLevels
+    model_hash: str | None = None
+
+    @classmethod
+    def from_folder(cls, folder: Path, device: Device, model_hash: str | None) -> SD1:
+        """From a diffusers folder. Raises OSError, ValueError and KeyError when the folder is broken."""
+        options = {"torch_dtype": device.dtype, "local_files_only": True, "low_cpu_mem_usage": False}
+        prediction = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        if (kind := prediction.get("prediction_type", "epsilon")) != "epsilon":
+            raise ModelUnreadable(f"prediction_type {kind!r} is not supported yet; only epsilon is")
+        text_encoder = CLIPTextModel.from_pretrained(
+            folder / "text_encoder", dtype=device.dtype, local_files_only=True
+        )
+        return cls(
+            tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+            text_encoder=text_encoder.to(device.torch).eval(),
+            unet=UNet2DConditionModel.from_pretrained(folder / "unet", **options).to(device.torch).eval(),
+            vae=AutoencoderKL.from_pretrained(folder / "vae", **options).to(device.torch).eval(),
+            levels=NoiseLevels.from_config(prediction),
+            model_hash=model_hash,
+        )
+
+    @classmethod
+    def from_checkpoint(cls, tensors: Tensors, tokenizer: Path, device: Device, model_hash: str | None) -> SD1:
+        """From the tensors of a single file in the original key layout; the configs are fitted to the tensors.
+
+        ``tokenizer`` is a folder with CLIP's own vocabulary. Raises KeyError and RuntimeError when tensors are missing.
+        """
+        unet_config, vae_config, text_config = fit_unet(tensors), fit_vae(tensors), fit_text(tensors)
+        unet = UNet2DConditionModel(**unet_config)
+        unet.load_state_dict(convert_ldm_unet_checkpoint(dict(tensors), dict(unet.config)))
+        vae = AutoencoderKL(**vae_config)
+        vae.load_state_dict(convert_ldm_vae_checkpoint(dict(tensors), dict(vae.config)))
+        text_encoder = CLIPTextModel(CLIPTextConfig(**text_config))
+        load_text(text_encoder, tensors)
+        return cls(
+            tokenizer=CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True),
+            text_encoder=text_encoder.to(device.torch, device.dtype).eval(),
+            unet=unet.to(device.torch, device.dtype).eval(),
+            vae=vae.to(device.torch, device.dtype).eval(),
+            levels=NoiseLevels.from_config(NOISE_SCHEDULE),
+            model_hash=model_hash,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.unet.device
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """One picture's latents: 4 channels, an eighth of each side."""
+        return 1, 4, height // 8, width // 8
+
+    def encode(self, prompts: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """Last hidden states, final layer norm included; equal lengths."""
+
+        def encoder(ids: Tensor) -> Tensor:
+            hidden: Tensor = self.text_encoder(ids.to(self.device)).last_hidden_state
+            return hidden
+
+        return text.encode(self.tokenizer, encoder, prompts)
+
+    def predict(self, latents: Tensor, timestep: float, conditionings: Tensor) -> Tensor:
+        """Epsilon, float32. ``latents`` is (rows, 4, h, w), conditionings (rows, tokens, width)."""
+        time = torch.tensor(timestep, dtype=torch.float32, device=self.device)
+        predicted: Tensor = self.unet(
+            latents.to(self.unet.dtype), time, conditionings.to(self.unet.dtype), return_dict=False
+        )[0]
+        return predicted.float()
+
+    def decode(self, latents: Tensor) -> Pixels:
+        """(1, 4, h, w) → (8h, 8w, 3) uint8."""
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return to_pixels(self.vae.decode(scaled, return_dict=False)[0])
+
+
+def fit_unet(tensors: Tensors) -> dict[str, object]:
+    """The UNet config that these tensors belong to: levels, widths and depth are read off, the structure is SD 1's.
+
+    An LDM UNet's ``input_blocks`` are: the first convolution, then for each level its residual blocks and, but for the last,
+    a downsampler (``.op``).
+    """
+    prefix = "model.diffusion_model."
+    blocks = 1 + max(int(k.split(".")[3]) for k in tensors if k.startswith(prefix + "input_blocks."))
+    widths: list[int] = []
+    depth = 0
+    attended: list[bool] = []
+    level: list[int] = []
+    for block in range(1, blocks + 1):
+        base = f"{prefix}input_blocks.{block}."
+        if block == blocks or base + "0.op.weight" in tensors:
+            widths.append(tensors[f"{prefix}input_blocks.{level[-1]}.0.out_layers.3.weight"].shape[0])
+            attended.append(f"{prefix}input_blocks.{level[-1]}.1.proj_in.weight" in tensors)
+            depth = max(depth, len(level))
+            level = []
+        else:
+            level.append(block)
+    attention = next(k for k in tensors if k.startswith(prefix) and k.endswith("attn2.to_k.weight"))
+    return {
+        "sample_size": 64,
+        "in_channels": tensors[prefix + "input_blocks.0.0.weight"].shape[1],
+        "out_channels": tensors[prefix + "out.2.weight"].shape[0],
+        "block_out_channels": widths,
+        "layers_per_block": depth,
+        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attended],
+        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
+        "cross_attention_dim": tensors[attention].shape[1],
+        "attention_head_dim": HEADS,
+        "norm_num_groups": min(32, _groups(widths[0])),
+    }
+
+
+def fit_vae(tensors: Tensors) -> dict[str, object]:
+    """The autoencoder config that these tensors belong to."""
+    prefix = "first_stage_model.encoder.down."
+    levels = 1 + max(int(k.split(".")[3]) for k in tensors if k.startswith(prefix))
+    depth = 1 + max(int(k.split(".")[5]) for k in tensors if k.startswith(prefix + "0.block."))
+    widths = [tensors[f"{prefix}{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
+    return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": tensors["first_stage_model.post_quant_conv.weight"].shape[0],
+        "block_out_channels": widths,
+        "layers_per_block": depth,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "norm_num_groups": min(32, _groups(widths[0])),
+        "scaling_factor": 0.18215,
+        "sample_size": 512,
+    }
+
+
+def _groups(width: int) -> int:
+    """Group count of the norms, which leaves no trace in the tensors: 32 in the published widths, 4 or 2 channels a group
+    in the small models that ship here (64 → 16, 16 → 8)."""
+    return 32 if width >= 128 else (16 if width >= 64 else 8)
+
+
+def fit_text(tensors: Tensors) -> dict[str, object]:
+    """The CLIP text config that these tensors belong to. Heads are 64 wide as in CLIP, 4 where the width is too small."""
+    prefix = "cond_stage_model.transformer.text_model."
+    vocabulary, width = tensors[prefix + "embeddings.token_embedding.weight"].shape
+    layers = 1 + max(int(k.split(".")[5]) for k in tensors if k.startswith(prefix + "encoder.layers."))
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": tensors[prefix + "encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64 if width >= 256 else 4,
+        "max_position_embeddings": tensors[prefix + "embeddings.position_embedding.weight"].shape[0],
+        "projection_dim": width,
+        "hidden_act": "quick_gelu",
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
+    }
+
+
+def load_text(model: CLIPTextModel, tensors: Tensors) -> None:
+    """Fill a text encoder from ``cond_stage_model.transformer.*``."""
+    prefix = "cond_stage_model.transformer."
+    wanted = model.state_dict().keys()
+    nested = any(k.startswith("text_model.") for k in wanted)
+    found = {}
+    for key, tensor in tensors.items():
+        if key.startswith(prefix) and not key.endswith("position_ids"):
+            name = key.removeprefix(prefix)
+            found[name if nested else name.removeprefix("text_model.")] = tensor
+    model.load_state_dict(found, strict=False if "position_ids" in str(wanted) else True)

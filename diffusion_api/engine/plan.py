@@ -1,0 +1,52 @@
+"""Request → the passes that make its picture. Pure, torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusion_api.catalog import samplers
+from diffusion_api.schema.request import Request
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One sampling pass, and its share of the job's progress (0 to 1)."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    sampler: str
+    schedule: str
+    phase: str = "generation"
+    begins: float = 0.0
+    ends: float = 1.0
+
+    @property
+    def evaluations(self) -> int:
+        """Model calls the pass is expected to need; a corrector's last step needs one fewer."""
+        cost = samplers.sampler(self.sampler).evaluations
+        return max(self.steps * cost - (cost - 1), 1)
+
+
+def plan(request: Request) -> tuple[Pass, ...]:
+    """The passes, in order; each makes one picture."""
+    return tuple(
+        Pass(
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            seed=seed,
+            width=request.width,
+            height=request.height,
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            sampler=request.sampler,
+            schedule=request.schedule,
+            begins=number / request.count,
+            ends=(number + 1) / request.count,
+        )
+        for number, seed in enumerate(request.seeds)
+    )

@@ -1,0 +1,109 @@
+"""Every error of the service, as one tree named for who must act.
+
+    DiffusionApiError
+    ├── CallerError             the caller can mend the request
+    │   ├── InvalidRequest          a field has a wrong value
+    │   │   ├── UnknownModel
+    │   │   ├── UnknownSampler
+    │   │   └── InvalidImage
+    │   ├── NotFound                no such job (any more), no such picture
+    │   ├── Conflict                the job is in no state for that
+    │   └── TooLarge                body, picture or job beyond the operator's limits
+    ├── OperatorError           the person who runs the box must act
+    │   ├── Misconfigured           a setting or a folder is wrong; the service does not start
+    │   ├── DeviceUnusable          a GPU is there but cannot be used
+    │   ├── ModelUnreadable         a file under the model folders is broken or of no known kind
+    │   └── QueueUnusable           the queue's folder cannot be written
+    └── Unavailable             nobody's fault; try again later
+        ├── DiskFull
+        ├── QueueFull
+        ├── ShuttingDown
+        └── Interrupted             the job was told to stop: cancelled, or the service is going down
+
+The message carries the value and the choices, and no path of the host.
+"""
+
+from __future__ import annotations
+
+
+class DiffusionApiError(Exception):
+    """Root of the tree; its text may be shown to callers."""
+
+
+class CallerError(DiffusionApiError):
+    """The caller can mend the request."""
+
+
+class InvalidRequest(CallerError):
+    """A field has a wrong value.
+
+    ``field`` is the name as the caller wrote it, for dialects whose error bodies name it.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class UnknownModel(InvalidRequest):
+    """No installed model has that name."""
+
+
+class UnknownSampler(InvalidRequest):
+    """No sampler or schedule has that name."""
+
+
+class InvalidImage(InvalidRequest):
+    """Bytes that are no picture, or one of a kind that is not accepted."""
+
+
+class NotFound(CallerError):
+    """No such thing, or no longer."""
+
+
+class Conflict(CallerError):
+    """The job is in no state for that."""
+
+
+class TooLarge(CallerError):
+    """Beyond the operator's limits."""
+
+
+class OperatorError(DiffusionApiError):
+    """The person who runs the box must act."""
+
+
+class Misconfigured(OperatorError):
+    """A setting or a folder is wrong."""
+
+
+class DeviceUnusable(OperatorError):
+    """A GPU is there but cannot be used."""
+
+
+class ModelUnreadable(OperatorError):
+    """A file under the model folders is broken or of no known kind."""
+
+
+class QueueUnusable(OperatorError):
+    """The queue's folder cannot be read or written."""
+
+
+class Unavailable(DiffusionApiError):
+    """Not now; the same request may work later."""
+
+
+class DiskFull(Unavailable):
+    """No room for the job or its result."""
+
+
+class QueueFull(Unavailable):
+    """As many jobs wait as the operator allows."""
+
+
+class ShuttingDown(Unavailable):
+    """The service is stopping."""
+
+
+class Interrupted(Unavailable):
+    """A running job was told to stop, because its caller cancelled it or the service is going down."""

@@ -1,0 +1,372 @@
+"""The generation parameters as text, in AUTOMATIC1111's form: written into pictures, and read back from them.
+
+    a castle on a hill
+    Negative prompt: fog
+    Steps: 20, Sampler: Euler a, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 512x512, Model: anything
+
+The form is that of A1111 v1.10.1. ``METADATA_README.md`` is the manual; :mod:`diffusion_api.images` puts it into files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from diffusion_api.schema.request import Txt2Img
+
+Value = str | int | float | bool
+"""What a field holds: text, or the number or truth value that the text stood for."""
+
+_NEGATIVE = "Negative prompt:"
+
+_LEADING = (
+    "Steps",
+    "Sampler",
+    "Schedule type",
+    "CFG scale",
+    "Image CFG scale",
+    "Seed",
+    "Face restoration",
+    "Size",
+    "Model hash",
+    "Model",
+    "FP8 weight",
+    "Cache FP16 weight for LoRA",
+    "VAE hash",
+    "VAE",
+    "Variation seed",
+    "Variation seed strength",
+    "Seed resize from",
+    "Denoising strength",
+    "Conditional mask weight",
+    "Clip skip",
+    "ENSD",
+    "Token merging ratio",
+    "Token merging ratio hr",
+    "Init image hash",
+    "RNG",
+    "Tiling",
+)
+_TRAILING = ("Version", "User")
+
+# A field whose key ends in one of these words is text, whatever it looks like: "Model hash: 12345678", "Version: 1.10".
+_TEXT_WORDS = {
+    *("hash", "hashes", "model", "checkpoint", "vae", "refiner", "upscaler", "sampler", "scheduler"),
+    *("version", "user", "name", "prompt"),
+}
+
+# All quantifiers are possessive and the depth of JSON is bounded, so that no text is read more than a few times.
+_STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+
+
+def _json_pattern(depth: int) -> str:
+    """A pattern for brackets with brackets and strings in them, ``depth`` deep: what may be JSON."""
+    inner = f"|{_json_pattern(depth - 1)}" if depth > 1 else ""
+    return rf'[\[{{](?:[^\[\]{{}}"]++|{_STRING}{inner})*+[\]}}]'
+
+
+_END = r"\s*+(?:,|\Z)"
+_KEY = re.compile(r"(\w[\w \-/]++)(:\s*+)?+")
+_QUOTED = re.compile(f"({_STRING}){_END}")
+_JSON = re.compile(f"({_json_pattern(6)}){_END}")
+_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,29})")
+_FLOAT = re.compile(r"-?[0-9]{1,30}(?:\.[0-9]{1,30}(?:e[+-][0-9]{2,3})?|e[+-][0-9]{2,3})")
+_SIZE = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")
+_VERSION = re.compile(r"v?(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?(?:-(\d{1,9}))?(?![.\w])")
+
+_NOVELAI_SAMPLERS = {
+    "k_euler": "Euler",
+    "k_heun": "Heun",
+    "k_lms": "LMS",
+    "k_dpm_2": "DPM2",
+    "k_dpm_2_ancestral": "DPM2 a",
+    "k_dpm_fast": "DPM fast",
+    "k_dpm_adaptive": "DPM adaptive",
+    "k_dpmpp_2s_ancestral": "DPM++ 2S a",
+    "k_dpmpp_2m": "DPM++ 2M",
+    "k_dpmpp_2m_sde": "DPM++ 2M SDE",
+    "k_dpmpp_sde": "DPM++ SDE",
+    "ddim": "DDIM",
+    "ddim_v3": "DDIM",
+    "plms": "PLMS",
+}
+
+_DEFAULTS: dict[str, Value] = {
+    "Clip skip": 1,
+    "Hires resize-1": 0,
+    "Hires resize-2": 0,
+    "Hires sampler": "Use same sampler",
+    "Hires schedule type": "Use same scheduler",
+    "Hires checkpoint": "Use same checkpoint",
+    "Hires prompt": "",
+    "Hires negative prompt": "",
+    "Mask mode": "Inpaint masked",
+    "Masked content": "original",
+    "Inpaint area": "Whole picture",
+    "Masked area padding": 32,
+    "RNG": "GPU",
+    "Schedule type": "Automatic",
+    "Schedule max sigma": 0,
+    "Schedule min sigma": 0,
+    "Schedule rho": 0,
+    "VAE Encoder": "Full",
+    "VAE Decoder": "Full",
+    "FP8 weight": "Disable",
+    "Refiner switch by sampling steps": False,
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What an infotext says.
+
+    ``fields`` holds the keys as written, in their order. Numbers are ``int`` or ``float``, True and False are
+    ``bool``; names, hashes, prompts and versions are always text, and so is all that was quoted. ``raw`` is the text
+    that was read.
+    """
+
+    prompt: str
+    negative_prompt: str
+    fields: Mapping[str, Value]
+    raw: str
+
+    @property
+    def split_fields(self) -> dict[str, Value]:
+        """The fields as A1111 names them: ``Size: 512x768`` becomes ``Size-1: 512`` and ``Size-2: 768``."""
+        split: dict[str, Value] = {}
+        for key, value in self.fields.items():
+            if size := _SIZE.fullmatch(str(value)):
+                split[f"{key}-1"], split[f"{key}-2"] = int(size[1]), int(size[2])
+            else:
+                split[key] = value
+        return split
+
+
+def render(prompt: str, negative_prompt: str, fields: Mapping[str, str | int | float | None]) -> str:
+    """The infotext: prompt, negative prompt (left out when empty) and one line of fields in the order given.
+
+    A field of None is absent; False, 0 and "" are written. A text is written bare; as a JSON string where it has a
+    comma, a colon or a line break, which is A1111's rule; and also where A1111 would change it on reading: when it is
+    empty, starts with a quotation mark or has white space at an end. Whole floats are written without a fraction
+    ("7", as A1111's page does; its API writes "7.0", and every reader takes both), others as the shortest text that
+    gives the same number ("7.5").
+
+    :func:`parse` reads the same values back, except for: fewer than three fields; keys that are not a letter or digit
+    followed by letters, digits, spaces, ``-`` or ``/``; a bare text that looks like a number or truth value; white
+    space at the ends of a prompt or its lines; and a line of a prompt that starts with "Negative prompt:".
+    """
+    pairs = ", ".join(f"{key}: {_written(value)}" for key, value in fields.items() if value is not None)
+    negative = f"{_NEGATIVE} {negative_prompt}\n" if negative_prompt else ""
+    return f"{prompt}\n{negative}{pairs}".strip()
+
+
+def ordered(fields: Mapping[str, str | int | float | None]) -> dict[str, str | int | float | None]:
+    """The same fields in A1111's order: the known ones, then all others as they come, then Version and User."""
+    known = {*_LEADING, *_TRAILING}
+    others = [key for key in fields if key not in known]
+    return {key: fields[key] for key in (*_LEADING, *others, *_TRAILING) if key in fields}
+
+
+def for_txt2img(
+    request: Txt2Img,
+    *,
+    sampler_label: str,
+    schedule_label: str,
+    seed: int,
+    model_name: str,
+    model_hash: str | None,
+    version: str,
+) -> str:
+    """The infotext of one picture of a request.
+
+    Labels are those that users see ("Euler a", "Karras"). ``seed`` is the picture's own. ``model_hash`` is the first
+    ten hex digits of the file's SHA-256, or None. ``version`` should start with a name ("DiffusionAPI v1.0.0"): a
+    bare number looks like A1111's own, which then behaves as it did in that version.
+    """
+    return render(
+        request.prompt,
+        request.negative_prompt,
+        {
+            "Steps": request.steps,
+            "Sampler": sampler_label,
+            "Schedule type": schedule_label,
+            "CFG scale": request.guidance_scale,
+            "Seed": seed,
+            "Size": f"{request.width}x{request.height}",
+            "Model hash": model_hash,
+            "Model": model_name,
+            "RNG": "CPU",
+            "Version": version,
+        },
+    )
+
+
+def from_novelai(description: str, comment: str, *, width: int, height: int) -> str | None:
+    """The infotext for the two texts that NovelAI puts into a PNG, as A1111 words it.
+
+    None when ``comment`` is no JSON object.
+    """
+    try:
+        told = json.loads(comment)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(told, dict):
+        return None
+    fields: dict[str, str | int | float | None] = {
+        "Steps": _scalar(told.get("steps")),
+        "Sampler": _NOVELAI_SAMPLERS.get(str(told.get("sampler")), "Euler a"),
+        "CFG scale": _scalar(told.get("scale")),
+        "Seed": _scalar(told.get("seed")),
+        "Size": f"{width}x{height}",
+        "Clip skip": 2,
+        "ENSD": 31337,
+    }
+    text = render(description, str(told.get("uc") or ""), fields)
+    return text.encode(errors="replace").decode()
+
+
+def parse(text: str) -> Parameters:
+    """What an infotext says. Any text can be read, in time that grows with its length.
+
+    The last line holds the fields if it has at least three pairs; otherwise all is prompt. Unquoted JSON, as Civitai
+    writes it, is kept whole as the text of its field.
+    """
+    lines = text.strip().split("\n")
+    pairs = list(_pairs(lines[-1]))
+    if len(pairs) >= 3:
+        lines.pop()
+    else:
+        pairs = []
+    prompt: list[str] = []
+    negative: list[str] = []
+    part = prompt
+    for line in map(str.strip, lines):
+        if line.startswith(_NEGATIVE):
+            part = negative
+            line = line.removeprefix(_NEGATIVE).strip()
+        part.append(line)
+    fields = {key: value for key, value in pairs if value is not None}
+    return Parameters("\n".join(prompt), "\n".join(negative).lstrip("\n"), fields, text)
+
+
+def restored(parameters: Parameters) -> Parameters:
+    """The parameters as A1111 fills its page from them.
+
+    Sizes are split, fields that were left out have the value that this means, and the habits of old versions are
+    translated. Sampler names, styles and LoRAs are not looked up.
+    """
+    fields = _DEFAULTS | parameters.split_fields
+    prompt = parameters.prompt
+    if "Hypernet" in fields:
+        prompt += f"<hypernet:{fields['Hypernet']}:{fields.get('Hypernet strength', '1.0')}>"
+    if fields["FP8 weight"] != "Disable":
+        fields.setdefault("Cache FP16 weight for LoRA", False)
+    if _has_brackets(prompt) or _has_brackets(parameters.negative_prompt):
+        fields.setdefault("Emphasis", "Original")
+    _restore_first_pass(fields)
+    _restore_old_behaviour(fields, prompt)
+    return replace(parameters, prompt=prompt, fields=fields)
+
+
+def _written(value: str | int | float) -> str:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e16:
+        return str(int(value))
+    text = str(value)
+    if not text or text[0] == '"' or text != text.strip() or any(c in text for c in ",:\n\r"):
+        return json.dumps(text, ensure_ascii=False)
+    return text
+
+
+def _scalar(value: object) -> str | int | float | None:
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _pairs(line: str) -> Iterator[tuple[str, Value | None]]:
+    """Every ``key: value`` of the line; the value is None where nothing follows the colon."""
+    position = 0
+    while found := _KEY.search(line, position):
+        position = found.end()
+        if found[2] is not None:
+            value, position = _value(found[1], line, position)
+            yield found[1].rstrip(), value
+
+
+def _value(key: str, line: str, start: int) -> tuple[Value | None, int]:
+    """The value that starts there, and where the next pair may start."""
+    if quoted := _QUOTED.match(line, start):
+        return _unquoted(quoted[1]), quoted.end()
+    if (bracketed := _JSON.match(line, start)) and _is_json(bracketed[1]):
+        return bracketed[1], bracketed.end()
+    comma = line.find(",", start)
+    end_of_value = len(line) if comma < 0 else comma
+    text = line[start:end_of_value].strip()
+    return (_typed(key, text) if text else None), end_of_value + 1
+
+
+def _unquoted(quoted: str) -> str:
+    try:
+        text = str(json.loads(quoted))
+        text.encode()  # no half of a surrogate pair, which no response could carry
+    except ValueError:
+        return quoted
+    return text
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _typed(key: str, text: str) -> Value:
+    if key.lower().split()[-1] in _TEXT_WORDS:
+        return text
+    if text in ("True", "False"):
+        return text == "True"
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text) and math.isfinite(number := float(text)):
+        return number
+    return text
+
+
+def _has_brackets(prompt: str) -> bool:
+    bare = re.sub(r"\\.", "", prompt, flags=re.DOTALL)
+    return "(" in bare or "[" in bare
+
+
+def _restore_first_pass(fields: dict[str, Value]) -> None:
+    """Until 2022 ``Size`` was the final size of a hires picture, and ``First pass size`` the one drawn at first."""
+    width, height = _pixels(fields, "Size-1", 512), _pixels(fields, "Size-2", 512)
+    first_width, first_height = _pixels(fields, "First pass size-1"), _pixels(fields, "First pass size-2")
+    if width is None or height is None or first_width is None or first_height is None:
+        return
+    if not (first_width and first_height) and width and height:
+        scale = 512 / math.sqrt(width * height)
+        first_width, first_height = (math.ceil(scale * side / 64) * 64 for side in (width, height))
+    fields |= {"Size-1": first_width, "Size-2": first_height, "Hires resize-1": width, "Hires resize-2": height}
+
+
+def _pixels(fields: Mapping[str, Value], key: str, default: int | None = None) -> int | None:
+    value = fields.get(key, default)
+    return value if isinstance(value, int) else None
+
+
+def _restore_old_behaviour(fields: dict[str, Value], prompt: str) -> None:
+    found = _VERSION.match(str(fields.get("Version", "")))
+    if not found:
+        return
+    version = tuple(int(part or 0) for part in found.groups())
+    if version < (1, 6, 0, 0) and "[" in prompt:
+        fields["Old prompt editing timelines"] = True
+    if version < (1, 6, 0, 0) and fields.get("Sampler") in ("DDIM", "PLMS"):
+        fields["Pad conds v0"] = True
+    if version < (1, 7, 0, 225):
+        fields["Downcast alphas_cumprod"] = True
+    if version < (1, 8, 0, 0) and "Refiner" in fields:
+        fields["Refiner switch by sampling steps"] = True

@@ -1,0 +1,66 @@
+"""Names, saves and reads back the pictures in ``outputs/``."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from pathlib import Path
+
+from diffusion_api import __version__, images, infotext
+from diffusion_api.catalog import samplers
+from diffusion_api.engine.base import Finished
+from diffusion_api.errors import DiskFull
+from diffusion_api.queues.disk import write_whole
+from diffusion_api.schema.job import Image, Job
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+SUFFIX = {"png": "png", "jpeg": "jpg"}
+
+
+class Outputs:
+    """The folder of finished pictures. Files are named by job, so that a job run again writes over its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tmp = folder / ".tmp"
+        self._tmp.mkdir(parents=True, exist_ok=True)
+
+    def save(self, job: Job, finished: Finished) -> tuple[Image, ...]:
+        """Encode and store the pictures of a job, durably. Raises DiskFull."""
+        return tuple(self._save_one(job, finished, number) for number in range(len(finished.images)))
+
+    def read(self, image: Image) -> bytes | None:
+        """The stored file, or None when it was deleted."""
+        try:
+            return (self.folder / Path(image.path).name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _save_one(self, job: Job, finished: Finished, number: int) -> Image:
+        request, pixels, seed = job.request, finished.images[number], finished.seeds[number]
+        text = infotext.for_txt2img(
+            request,
+            sampler_label=samplers.sampler(request.sampler).label,
+            schedule_label=samplers.schedule(request.schedule).label,
+            seed=seed,
+            model_name=request.model,
+            model_hash=finished.model_hash,
+            version=f"DiffusionAPI v{__version__}",
+        )
+        data = images.encode(pixels, format=request.output.format, quality=request.output.quality, infotext=text)
+        stem = job.id if len(finished.images) == 1 else f"{job.id}-{number}"
+        name = f"{stem}.{SUFFIX[request.output.format]}"
+        try:
+            write_whole(self.folder / name, data, tmp=self._tmp)
+        except OSError as error:
+            if error.errno in FULL:
+                raise DiskFull("the disk is full: the picture could not be saved") from error
+            raise
+        return Image(
+            path=f"{self.folder.name}/{name}",
+            width=pixels.shape[1],
+            height=pixels.shape[0],
+            seed=seed,
+            sha256=hashlib.sha256(data).hexdigest(),
+            infotext=text,
+        )

@@ -1,0 +1,506 @@
+"""The queue as a folder: one file per job, moved by rename, shared by any number of processes on one machine.
+
+A job is where its record lies (see :mod:`._file.places`), and only the owner of a folder writes the records in it: the
+worker that claimed by renaming into its own folder, or who recovers a dead one's (see :mod:`._file.workers`). A job
+ends by the rename into ``done/``, ``error/`` or ``cancelled/``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from diffusion_api.errors import DiskFull, QueueUnusable, TooLarge
+from diffusion_api.queues import disk
+from diffusion_api.queues._file.places import (
+    MAX_RECORD,
+    Folder,
+    is_id,
+    note_of,
+    read,
+    read_claimed,
+    read_if_there,
+    storable,
+)
+from diffusion_api.queues._file.workers import Recovery, Worker
+from diffusion_api.queues.base import Control, Handler, Queue, Snapshot
+from diffusion_api.schema.job import Job, Progress, State, UnreadableRecord, dumps
+
+log = logging.getLogger(__name__)
+
+CLAIM_POLL = 0.25
+WATCH_POLL = 0.2
+CANCEL_LOOK_EVERY = 0.05
+PROGRESS_EVERY = 0.1
+
+_ENDS = tuple(state for state in State if state.terminal)
+_LOOKS = 3
+
+
+@contextlib.contextmanager
+def _as_queue_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("no room left on the disk of the queue") from error
+        raise QueueUnusable(f"the folder of the queue cannot be used: {error.strerror}") from error
+
+
+class FileQueue(Queue):
+    """Jobs as files under ``root``, which is made if need be.
+
+    Several instances, in one process or in many, may share a folder. A job whose worker died ``max_attempts`` times
+    while running it ends in error. ``recover_every`` is how often, in seconds, :meth:`serve` looks for such workers.
+    A stopped queue stays stopped. A process that serves must never fork. Raises QueueUnusable, DiskFull.
+    """
+
+    @_as_queue_errors()
+    def __init__(self, root: Path, *, max_attempts: int = 3, recover_every: float = 3.0) -> None:
+        self._places = Folder(root)
+        self._recovery = Recovery(self._places, max_attempts=max_attempts, cancel=self._cancel)
+        self._recover_every = recover_every
+        self._claims: dict[str, _Claim] = {}
+        self._worker: Worker | None = None
+        self._stopped = False
+        self._closed = False
+        self._event = threading.Condition()
+        self._changes = 0
+        self._arrivals = 0
+
+    # client half
+
+    @_as_queue_errors()
+    def enqueue(self, job: Job) -> None:
+        """Store the job durably. Raises InvalidRequest or TooLarge for one that could not be read back."""
+        record = storable(job)
+        name = self._places.waiting.name_for(job)
+        path = self._places.queued / name
+        try:
+            self._places.write(path, record)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        self._places.waiting.add(name)
+        self._announce(arrival=True)
+
+    @_as_queue_errors()
+    def get(self, job_id: str) -> Snapshot | None:
+        """The job with that id, or None; also None for one whose record has become unreadable."""
+        found = self._look(job_id)
+        return found[0] if found else None
+
+    @_as_queue_errors()
+    def cancel(self, job_id: str) -> Snapshot | None:
+        """Cancel: a waiting job ends at once, a running one is told so; a finished one stays. None if unknown."""
+        return self._cancel(job_id)
+
+    @_as_queue_errors()
+    def jobs(self, states: frozenset[State] | None = None) -> list[Job]:
+        """Running jobs, with the state of their progress; then waiting ones, next first; then ended, newest first."""
+        wanted = frozenset(State) if states is None else states
+        waiting = self._waiting_jobs() if State.QUEUED in wanted else []
+        running = self._running_jobs() if wanted & {State.LOADING, State.PROCESSING} else []
+        ended = [job for state in _ENDS if state in wanted for job in self._ended_jobs(state)]
+        ended.sort(key=lambda job: job.finished or job.created, reverse=True)
+        moved_on = {job.id for job in ended}
+        running = [job for job in running if job.id not in moved_on and job.state in wanted]
+        moved_on.update(job.id for job in running)
+        return running + [job for job in waiting if job.id not in moved_on] + ended
+
+    @_as_queue_errors()
+    def counts(self) -> dict[State, int]:
+        """How many jobs are in each state. Other processes' waiting jobs are counted as of a moment ago."""
+        self._places.waiting.sync()
+        return {
+            State.QUEUED: len(self._places.waiting.names()),
+            State.PROCESSING: sum(1 for _ in self._places.claimed()),
+            **{state: len(self._places.ended(state)) for state in _ENDS},
+        }
+
+    def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
+        """Snapshots as they change, the present one first; ends after a terminal one, ``timeout`` seconds or close."""
+        deadline = time.monotonic() + timeout
+        last: Snapshot | None = None
+        while True:
+            seen = self._changes
+            snapshot = self.get(job_id)
+            if snapshot is None:
+                return
+            if snapshot != last:
+                last = snapshot
+                yield snapshot
+            left = deadline - time.monotonic()
+            if snapshot.state.terminal or left <= 0 or self._closed:
+                return
+            self._wait_for_change(seen, min(WATCH_POLL, left))
+
+    # worker half
+
+    def serve(self, handle: Handler, *, wants: Callable[[Job], bool] = lambda job: True, slots: int = 1) -> None:
+        """Claim and handle jobs, ``slots`` at a time, until :meth:`stop`. Blocks.
+
+        What ``handle`` or ``wants`` raises ends the serving and is raised here; jobs left in hand are then recovered
+        like those of a worker that died. Raises RuntimeError while this instance serves already.
+        """
+        if self._worker is not None:
+            raise RuntimeError("this queue is being served already")
+        with _as_queue_errors():
+            worker = self._worker = Worker(self._places)
+        failures: list[BaseException] = []
+        threads = [
+            threading.Thread(
+                target=self._serve_slot, args=(worker, handle, wants, failures), daemon=True, name=f"slot-{n}"
+            )
+            for n in range(slots)
+        ]
+        try:
+            self._recover()
+            for thread in threads:
+                thread.start()
+            while not self._wait_for_stop(self._recover_every):
+                self._recover()
+        finally:
+            self.stop()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            self._leave()
+        if failures:
+            raise failures[0]
+
+    def stop(self) -> None:
+        """Claim nothing more; :meth:`serve` returns once the jobs in hand have ended or were released."""
+        self._stopped = True
+        self._announce(arrival=True)
+
+    def close(self) -> None:
+        """Stop, end the watching, and let go of the worker's lock: jobs still in hand are for another to recover."""
+        self._closed = True
+        self.stop()
+        self._leave()
+
+    # looking
+
+    def _look(self, job_id: str) -> tuple[Snapshot, Path] | None:
+        """The job, and where its record lies.
+
+        Places are looked at in the order in which jobs move on, and more than once, since a released job moves back.
+        """
+        if not is_id(job_id):
+            return None
+        for look in range(_LOOKS):
+            self._places.waiting.sync(now=look > 0)
+            found = (
+                self._among_claims(job_id)
+                or self._among_waiting(job_id)
+                or self._among_running(job_id)
+                or self._among_ended(job_id)
+            )
+            if found:
+                return found
+        return None
+
+    def _among_claims(self, job_id: str) -> tuple[Snapshot, Path] | None:
+        claim = self._claims.get(job_id)
+        return (Snapshot(claim.job, progress=claim.latest), claim.path) if claim and claim.here else None
+
+    def _among_waiting(self, job_id: str) -> tuple[Snapshot, Path] | None:
+        waiting = self._places.waiting
+        name = waiting.name_of(job_id)
+        if name and (job := self._places.read_waiting(name)):
+            return Snapshot(job, position=waiting.position(name)), self._places.queued / name
+        return None
+
+    def _among_running(self, job_id: str) -> tuple[Snapshot, Path] | None:
+        for path, found_id in self._places.claimed():
+            if found_id == job_id and (job := read_if_there(path, job_id)):
+                return Snapshot(job, progress=None if job.state.terminal else self._places.read_progress(job_id)), path
+        return None
+
+    def _among_ended(self, job_id: str) -> tuple[Snapshot, Path] | None:
+        for state in _ENDS:
+            if job := self._places.read_ended(state, job_id):
+                return Snapshot(job), self._places.ended_path(state, job_id)
+        return None
+
+    def _waiting_jobs(self) -> list[Job]:
+        self._places.waiting.sync(now=True)
+        return [job for name in self._places.waiting.names() if (job := self._places.read_waiting(name))]
+
+    def _running_jobs(self) -> list[Job]:
+        ids = [job_id for _, job_id in self._places.claimed()]
+        found = [self._among_claims(job_id) or self._among_running(job_id) for job_id in ids]
+        return [snapshot.job.model_copy(update={"state": snapshot.state}) for snapshot, _ in filter(None, found)]
+
+    def _ended_jobs(self, state: State) -> list[Job]:
+        return [job for job_id in self._places.ended(state) if (job := self._places.read_ended(state, job_id))]
+
+    # cancelling
+
+    def _cancel(self, job_id: str) -> Snapshot | None:
+        while found := self._look(job_id):
+            snapshot, path = found
+            if snapshot.state.terminal:
+                return snapshot
+            if path.parent == self._places.queued:
+                self._cancel_waiting(path, job_id)
+            elif self._cancel_running(path, job_id):
+                return snapshot
+        return None
+
+    def _cancel_waiting(self, path: Path, job_id: str) -> None:
+        """Move the record to where it ends, unless a worker was faster; only then write into it what happened."""
+        target = self._places.ended_path(State.CANCELLED, job_id)
+        self._places.waiting.discard(path.name)
+        try:
+            disk.rename_durably(path, target)
+        except FileNotFoundError:
+            if os.path.lexists(path):
+                raise
+            return
+        try:
+            self._places.write(target, dumps(read(target, job_id).cancelled()))
+        except (OSError, disk.Unusable, UnreadableRecord) as error:
+            log.warning("%s: cancelled, but the record could not be rewritten: %s", job_id, error)
+        self._announce()
+
+    def _cancel_running(self, path: Path, job_id: str) -> bool:
+        """Put the note beside the record; False if the job has moved on meanwhile."""
+        note = note_of(path)
+        try:
+            disk.create_note(note)
+        except FileNotFoundError:
+            return False
+        if not os.path.lexists(path):
+            note.unlink(missing_ok=True)
+            return False
+        if claim := self._claims.get(job_id):
+            claim.tell_cancelled()
+        self._announce()
+        return True
+
+    # claiming
+
+    def _serve_slot(
+        self, worker: Worker, handle: Handler, wants: Callable[[Job], bool], failures: list[BaseException]
+    ) -> None:
+        try:
+            self._handle_jobs(worker, handle, wants)
+        except BaseException as error:  # a thread has nobody to raise to: serve() does it
+            failures.append(error)
+            self.stop()
+
+    def _handle_jobs(self, worker: Worker, handle: Handler, wants: Callable[[Job], bool]) -> None:
+        while not self._stopped:
+            seen = self._arrivals
+            claim = self._claim(worker, wants)
+            if claim is None:
+                self._wait_for_arrival(seen, CLAIM_POLL)
+                continue
+            handle(claim.job, claim)
+            if not claim.over:
+                raise RuntimeError(f"{claim.job.id}: the handler returned without release or commit")
+
+    def _claim(self, worker: Worker, wants: Callable[[Job], bool]) -> _Claim | None:
+        """The first waiting job that this worker wants, now its own."""
+        with _as_queue_errors():
+            self._places.waiting.sync()
+        for name in self._places.waiting.names():
+            if self._stopped:
+                return None
+            if not self._wanted(name, wants):
+                continue
+            with _as_queue_errors():
+                job = self._take(name, worker)
+            if job is not None:
+                claim = self._claims[job.id] = _Claim(self, worker, name, job)
+                self._announce()
+                return claim
+        return None
+
+    def _wanted(self, name: str, wants: Callable[[Job], bool]) -> bool:
+        """True also for what cannot be read: taking it is the way to set it aside."""
+        job = None
+        with self._places.tolerated(name):
+            try:
+                job = self._places.waiting.read(name)
+            except FileNotFoundError:
+                self._places.waiting.discard(name)
+            except (disk.Unusable, UnreadableRecord):
+                return True
+        return job is not None and wants(job)
+
+    def _take(self, name: str, worker: Worker) -> Job | None:
+        """Claim by rename; None if another was faster, or if it was no record."""
+        source, path = self._places.queued / name, worker.folder / name
+        with self._places.tolerated(name):
+            try:
+                os.rename(source, path)
+            except FileNotFoundError:
+                self._places.waiting.discard(name)
+                if worker.present and not worker.folder.is_dir():
+                    raise QueueUnusable("the folder of this worker was removed") from None
+                return None
+            self._places.waiting.discard(name)
+            return self._read_taken(path)
+        return None
+
+    def _read_taken(self, path: Path) -> Job | None:
+        try:
+            job = read_claimed(path)
+            if job.state.terminal:
+                raise UnreadableRecord(f"a waiting record whose state is {job.state}")
+            return job
+        except (disk.Unusable, UnreadableRecord) as error:
+            self._places.set_aside(path, error)
+            return None
+        except OSError:
+            os.rename(path, self._places.queued / path.name)
+            raise
+
+    def _recover(self) -> None:
+        with _as_queue_errors():
+            self._recovery.run()
+        self._announce(arrival=True)
+
+    def _leave(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.leave()
+            self._claims.clear()
+
+    # telling each other
+
+    def _announce(self, *, arrival: bool = False) -> None:
+        with self._event:
+            self._changes += 1
+            self._arrivals += arrival
+            self._event.notify_all()
+
+    def _wait_for_change(self, seen: int, seconds: float) -> None:
+        with self._event:
+            self._event.wait_for(lambda: self._changes != seen, seconds)
+
+    def _wait_for_arrival(self, seen: int, seconds: float) -> None:
+        with self._event:
+            self._event.wait_for(lambda: self._arrivals != seen, seconds)
+
+    def _wait_for_stop(self, seconds: float) -> bool:
+        with self._event:
+            return self._event.wait_for(lambda: self._stopped, seconds)
+
+
+class _Claim(Control):
+    """One job in hand. Fenced twice: nothing is written once the worker has left, or once the record lies elsewhere."""
+
+    def __init__(self, queue: FileQueue, worker: Worker, name: str, job: Job) -> None:
+        self.job = job
+        self.latest = Progress()
+        self.path = worker.folder / name
+        self.over = False
+        self._queue = queue
+        self._places = queue._places
+        self._worker = worker
+        self._charged = False
+        self._cancelled = False
+        self._next_look = 0.0
+        self._next_report = 0.0
+        self._reported: tuple[State, str] | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        """True once the caller asked for the job to stop, or once the claim is lost."""
+        if not self._cancelled and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + CANCEL_LOOK_EVERY
+            self._cancelled = os.path.lexists(note_of(self.path)) or not self.here
+        return self._cancelled
+
+    def tell_cancelled(self) -> None:
+        """What the note says, without waiting until it is looked for."""
+        self._cancelled = True
+
+    @_as_queue_errors()
+    def started(self) -> Job:
+        """Charge one attempt, once per claim; the record as charged, or unchanged if the claim is lost."""
+        with self._worker.guard:
+            if self._charged or not self._held("started"):
+                return self.job
+            charged = self.job.charged()
+            self._places.write(self.path, dumps(charged))
+            disk.fsync_dir(self._places.queued)
+            self.job, self._charged = charged, True
+        self._queue._announce()
+        return self.job
+
+    def progress(self, progress: Progress) -> None:
+        """Tell how far the job is: at once in this process; on disk a few times a second and when its phase changes."""
+        self.latest = progress
+        self._queue._announce()
+        kind = (progress.state, progress.phase)
+        if (kind == self._reported and time.monotonic() < self._next_report) or self.over or not self.here:
+            return
+        self._reported, self._next_report = kind, time.monotonic() + PROGRESS_EVERY
+        with self._places.tolerated("progress"):
+            self._places.write_progress(self.job.id, progress)
+
+    @_as_queue_errors()
+    def release(self) -> None:
+        """Give the job back, at its old place; one whose caller asked for its end is ended instead."""
+        with self._worker.guard:
+            if not self._held("release"):
+                return
+            if os.path.lexists(note_of(self.path)):
+                self.commit(self.job.cancelled())
+                return
+            self._end(self.job.uncharged() if self._charged else self.job.requeued())
+        try:
+            note_of(self.path).unlink()
+        except FileNotFoundError:
+            return
+        self._queue.cancel(self.job.id)
+
+    @_as_queue_errors()
+    def commit(self, job: Job) -> None:
+        """End the job, once. Raises DiskFull or TooLarge with the claim still held: another try or record may fit."""
+        if not job.state.terminal or job.id != self.job.id:
+            raise ValueError(f"{self.job.id}: not the end of this job: {job.id} {job.state}")
+        with self._worker.guard:
+            if self._held("commit"):
+                self._end(job)
+                with contextlib.suppress(OSError):
+                    note_of(self.path).unlink()
+
+    @property
+    def here(self) -> bool:
+        """True while the record is this worker's."""
+        return self._worker.present and os.path.lexists(self.path)
+
+    def _held(self, intent: str) -> bool:
+        if self.over or not self.here:
+            self.over = True
+            log.warning("%s: %s ignored: the job is no longer this worker's", self.job.id, intent)
+        return not self.over
+
+    def _end(self, job: Job) -> None:
+        """Write the record as it shall be, then move it out of our hands."""
+        record = dumps(job)
+        if len(record) > MAX_RECORD:
+            raise TooLarge(f"a record of {len(record)} bytes; at most {MAX_RECORD}")
+        self._places.write(self.path, record)
+        self.over = True
+        waits = job.state is State.QUEUED
+        try:
+            disk.rename_durably(self.path, self._places.place_of(job, self.path.name))
+        finally:
+            if waits:
+                self._places.waiting.add(self.path.name)
+            self._queue._claims.pop(job.id, None)
+            self._places.forget_progress(job.id)
+            self._queue._announce(arrival=waits)

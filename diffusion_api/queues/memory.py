@@ -1,0 +1,266 @@
+"""The queue in the memory of one process, for tests and embedding: the same contract, and nothing left afterwards."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from diffusion_api.queues.base import Control, Handler, Queue, Snapshot
+from diffusion_api.schema.job import Job, Progress, State
+
+log = logging.getLogger(__name__)
+
+CLAIM_POLL = 0.25  # what ``wants`` answers may change without a word
+
+
+@dataclass
+class _Entry:
+    job: Job
+    order: tuple[int, int]
+    claim: _Claim | None = None
+
+    @property
+    def waits(self) -> bool:
+        return self.claim is None and not self.job.state.terminal
+
+
+class MemoryQueue(Queue):
+    """Jobs in a dict. A job that a failing ``serve`` left in hand ``max_attempts`` times ends in error.
+
+    A stopped queue stays stopped.
+    """
+
+    def __init__(self, *, max_attempts: int = 3) -> None:
+        self._max_attempts = max_attempts
+        self._entries: dict[str, _Entry] = {}
+        self._sequence = itertools.count()
+        self._event = threading.Condition()
+        self._changes = 0
+        self._serving = False
+        self._stopped = False
+        self._closed = False
+
+    # client half
+
+    def enqueue(self, job: Job) -> None:
+        """Store the job."""
+        with self._event:
+            self._entries[job.id] = _Entry(job, (-job.priority, next(self._sequence)))
+            self._announce()
+
+    def get(self, job_id: str) -> Snapshot | None:
+        """The job with that id, or None."""
+        with self._event:
+            entry = self._entries.get(job_id)
+            if entry is None:
+                return None
+            if entry.claim:
+                return Snapshot(entry.job, progress=entry.claim.latest)
+            if entry.job.state.terminal:
+                return Snapshot(entry.job)
+            before = sum(1 for other in self._entries.values() if other.waits and other.order < entry.order)
+            return Snapshot(entry.job, position=before)
+
+    def cancel(self, job_id: str) -> Snapshot | None:
+        """Cancel: a waiting job ends at once, a running one is told so; a finished one stays. None if unknown."""
+        with self._event:
+            entry = self._entries.get(job_id)
+            if entry and entry.claim:
+                entry.claim.tell_cancelled()
+            elif entry and entry.waits:
+                entry.job = entry.job.cancelled()
+            self._announce()
+            return self.get(job_id)
+
+    def jobs(self, states: frozenset[State] | None = None) -> list[Job]:
+        """Running jobs, with the state of their progress; then waiting ones, next first; then ended, newest first."""
+        with self._event:
+            entries = list(self._entries.values())
+            running = [e.job.model_copy(update={"state": e.claim.latest.state}) for e in entries if e.claim]
+            waiting = [e.job for e in sorted(entries, key=lambda e: e.order) if e.waits]
+            ended = [e.job for e in entries if e.job.state.terminal]
+        ended.sort(key=lambda job: job.finished or job.created, reverse=True)
+        return [job for job in running + waiting + ended if states is None or job.state in states]
+
+    def counts(self) -> dict[State, int]:
+        """How many jobs are in each state."""
+        counts = dict.fromkeys((State.QUEUED, State.PROCESSING, State.DONE, State.ERROR, State.CANCELLED), 0)
+        with self._event:
+            for entry in self._entries.values():
+                counts[State.PROCESSING if entry.claim else entry.job.state] += 1
+        return counts
+
+    def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
+        """Snapshots as they change, the present one first; ends after a terminal one, ``timeout`` seconds or close."""
+        deadline = time.monotonic() + timeout
+        last: Snapshot | None = None
+        while True:
+            seen = self._changes
+            snapshot = self.get(job_id)
+            if snapshot is None:
+                return
+            if snapshot != last:
+                last = snapshot
+                yield snapshot
+            left = deadline - time.monotonic()
+            if snapshot.state.terminal or left <= 0 or self._closed:
+                return
+            self._wait(seen, left)
+
+    # worker half
+
+    def serve(self, handle: Handler, *, wants: Callable[[Job], bool] = lambda job: True, slots: int = 1) -> None:
+        """Claim and handle jobs, ``slots`` at a time, until :meth:`stop`. Blocks.
+
+        What ``handle`` or ``wants`` raises ends the serving and is raised here; jobs left in hand then wait again.
+        Raises RuntimeError while this queue is served already.
+        """
+        if self._serving:
+            raise RuntimeError("this queue is being served already")
+        self._serving = True
+        failures: list[BaseException] = []
+        threads = [
+            threading.Thread(target=self._serve_slot, args=(handle, wants, failures), daemon=True, name=f"slot-{n}")
+            for n in range(slots)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        finally:
+            self.stop()
+            self._give_up()
+            self._serving = False
+        if failures:
+            raise failures[0]
+
+    def stop(self) -> None:
+        """Claim nothing more; :meth:`serve` returns once the jobs in hand have ended or were released."""
+        self._stopped = True
+        self._announce()
+
+    def close(self) -> None:
+        """Stop, and end the watching; jobs still in hand wait again."""
+        self._closed = True
+        self.stop()
+        self._give_up()
+
+    def _serve_slot(self, handle: Handler, wants: Callable[[Job], bool], failures: list[BaseException]) -> None:
+        try:
+            self._handle_jobs(handle, wants)
+        except BaseException as error:  # a thread has nobody to raise to: serve() does it
+            failures.append(error)
+            self.stop()
+
+    def _handle_jobs(self, handle: Handler, wants: Callable[[Job], bool]) -> None:
+        while not self._stopped:
+            seen = self._changes
+            claim = self._claim(wants)
+            if claim is None:
+                self._wait(seen, CLAIM_POLL)
+                continue
+            handle(claim.entry.job, claim)
+            if not claim.over:
+                raise RuntimeError(f"{claim.entry.job.id}: the handler returned without release or commit")
+
+    def _claim(self, wants: Callable[[Job], bool]) -> _Claim | None:
+        for job in self.jobs(frozenset({State.QUEUED})):
+            if self._stopped or not wants(job):
+                continue
+            with self._event:
+                entry = self._entries[job.id]
+                if entry.waits:
+                    entry.claim = _Claim(self, entry)
+                    self._announce()
+                    return entry.claim
+        return None
+
+    def _give_up(self) -> None:
+        """What recovery is to a queue on disk: no job stays with a server that has gone."""
+        with self._event:
+            for entry in self._entries.values():
+                if entry.claim:
+                    entry.job = self._recovered(entry.job, cancelled=entry.claim.cancelled)
+                    entry.claim = None
+            self._announce()
+
+    def _recovered(self, job: Job, *, cancelled: bool) -> Job:
+        if cancelled:
+            return job.cancelled()
+        if job.attempts >= self._max_attempts:
+            return job.failed("WorkerDied", f"the service stopped {job.attempts} times while running this job")
+        return job.requeued()
+
+    def _announce(self) -> None:
+        with self._event:
+            self._changes += 1
+            self._event.notify_all()
+
+    def _wait(self, seen: int, seconds: float) -> None:
+        with self._event:
+            self._event.wait_for(lambda: self._changes != seen, seconds)
+
+
+class _Claim(Control):
+    """One job in hand, until it ends, is released, or the queue gives it up."""
+
+    def __init__(self, queue: MemoryQueue, entry: _Entry) -> None:
+        self.entry = entry
+        self.latest = Progress()
+        self.over = False
+        self._queue = queue
+        self._charged = False
+        self._cancelled = False
+
+    @property
+    def cancelled(self) -> bool:
+        """True once the caller asked for the job to stop, or once the claim is lost."""
+        return self._cancelled or self.entry.claim is not self
+
+    def tell_cancelled(self) -> None:
+        """The caller's word."""
+        self._cancelled = True
+
+    def started(self) -> Job:
+        """Charge one attempt, once per claim; the record as charged, or unchanged if the claim is lost."""
+        with self._queue._event:
+            if not self._charged and self._held("started"):
+                self.entry.job, self._charged = self.entry.job.charged(), True
+                self._queue._announce()
+            return self.entry.job
+
+    def progress(self, progress: Progress) -> None:
+        """Tell how far the job is."""
+        self.latest = progress
+        self._queue._announce()
+
+    def release(self) -> None:
+        """Give the job back, at its old place; one whose caller asked for its end is ended instead."""
+        with self._queue._event:
+            if self._held("release"):
+                job = self.entry.job
+                back = job.uncharged() if self._charged else job.requeued()
+                self._end(job.cancelled() if self._cancelled else back)
+
+    def commit(self, job: Job) -> None:
+        """End the job, once."""
+        if not job.state.terminal or job.id != self.entry.job.id:
+            raise ValueError(f"{self.entry.job.id}: not the end of this job: {job.id} {job.state}")
+        with self._queue._event:
+            if self._held("commit"):
+                self._end(job)
+
+    def _held(self, intent: str) -> bool:
+        if self.entry.claim is not self:
+            self.over = True
+            log.warning("%s: %s ignored: the job is no longer this worker's", self.entry.job.id, intent)
+        return not self.over
+
+    def _end(self, job: Job) -> None:
+        self.entry.job, self.entry.claim, self.over = job, None, True
+        self._queue._announce()

@@ -1,0 +1,1 @@
+"""The frozen vocabulary: what a job asks for, and what becomes of it."""

@@ -1,0 +1,136 @@
+"""A job: a request with its history. Every change makes a new value; :func:`dumps` and :func:`loads` are its form on disk."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from diffusion_api.schema.request import Frozen, Request
+
+VERSION = 1
+
+
+class State(StrEnum):
+    """Where a job stands. ``LOADING`` and ``PROCESSING`` are told apart by its progress, not by its record."""
+
+    QUEUED = "queued"
+    LOADING = "loading"
+    PROCESSING = "processing"
+    DONE = "done"
+    ERROR = "error"
+    CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        """True when nothing more will happen to the job."""
+        return self in (State.DONE, State.ERROR, State.CANCELLED)
+
+
+class Progress(Frozen):
+    """How far a running job is. ``fraction`` is 0 to 1; ``phase`` is what it does, as callers are shown it."""
+
+    state: State = State.LOADING
+    fraction: float = 0.0
+    phase: str = "loading"
+    step: int = 0
+    steps: int = 0
+
+
+class Image(Frozen):
+    """One stored picture: its path relative to the installation's home, size in pixels, seed, hash of the file."""
+
+    path: str
+    width: int
+    height: int
+    seed: int
+    sha256: str
+    infotext: str
+
+
+class Result(Frozen):
+    """What a finished job made. Times in seconds, memory in MiB (resident on a CPU, allocated on a GPU)."""
+
+    images: tuple[Image, ...]
+    seconds: float
+    memory_before_mb: float
+    memory_after_mb: float
+
+
+class Failure(Frozen):
+    """Why a job ended without a result. ``kind`` is the error's class name, ``message`` may be shown to the caller."""
+
+    kind: str
+    message: str
+
+
+class Job(Frozen):
+    """One job. ``payload`` is the body as the client sent it (pictures replaced); times are epoch seconds."""
+
+    version: int = VERSION
+    id: str = Field(default_factory=lambda: str(uuid.uuid4()))
+    request: Request
+    dialect: str = "native"
+    payload: dict[str, Any] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    caller: str = ""
+    priority: int = Field(default=0, ge=-9, le=9)
+    created: float = Field(default_factory=time.time)
+    state: State = State.QUEUED
+    attempts: int = 0
+    started: float | None = None
+    finished: float | None = None
+    result: Result | None = None
+    error: Failure | None = None
+
+    def charged(self) -> Job:
+        """The job with one more attempt on its account, about to use the device."""
+        return self.model_copy(update={"attempts": self.attempts + 1, "started": time.time()})
+
+    def requeued(self) -> Job:
+        """The job as it waits again."""
+        return self.model_copy(update={"state": State.QUEUED, "started": None})
+
+    def uncharged(self) -> Job:
+        """The job with its last attempt given back: it was stopped through no fault of its own."""
+        return self.requeued().model_copy(update={"attempts": max(0, self.attempts - 1)})
+
+    def succeeded(self, result: Result, warnings: tuple[str, ...] = ()) -> Job:
+        """The job, done."""
+        return self._ended(State.DONE, result=result, warnings=self.warnings + warnings)
+
+    def failed(self, kind: str, message: str) -> Job:
+        """The job, ended without a picture."""
+        return self._ended(State.ERROR, error=Failure(kind=kind, message=message))
+
+    def cancelled(self) -> Job:
+        """The job, cancelled by its caller."""
+        return self._ended(State.CANCELLED, error=Failure(kind="JobCancelled", message="cancelled"))
+
+    def _ended(self, state: State, **changes: Any) -> Job:
+        return self.model_copy(update={"state": state, "finished": time.time(), **changes})
+
+
+class UnreadableRecord(ValueError):
+    """Bytes that are no job record, or one of a newer version than this program writes."""
+
+
+def dumps(job: Job) -> bytes:
+    """The record as it is written to disk: UTF-8 JSON, one line."""
+    return job.model_dump_json().encode()
+
+
+def loads(data: bytes) -> Job:
+    """The job in a record. Raises :class:`UnreadableRecord`."""
+    try:
+        job = Job.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UnreadableRecord(f"not a job record: {where}: {first['msg']}") from error
+    if job.version > VERSION:
+        raise UnreadableRecord(f"written by a newer release: record version {job.version}, this one reads up to {VERSION}")
+    return job

@@ -1,0 +1,146 @@
+"""Builds the objects of one process and runs them: the API with its worker, or a worker alone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from diffusion_api.app import create_app
+from diffusion_api.catalog.library import Library
+from diffusion_api.engine.base import Engine
+from diffusion_api.engine.executor import Executor
+from diffusion_api.engine.stub import StubEngine
+from diffusion_api.errors import Misconfigured
+from diffusion_api.outputs import Outputs
+from diffusion_api.queues.base import Queue
+from diffusion_api.queues.file import FileQueue
+from diffusion_api.service import Service
+from diffusion_api.settings import DATA, Settings
+from diffusion_api.worker import Worker
+
+log = logging.getLogger(__name__)
+
+
+def build_library(settings: Settings) -> Library:
+    """The models of this installation."""
+    shipped = DATA / "models" if settings.shipped_models else None
+    return Library(settings.home, settings.models_dir, shipped, settings.model)
+
+
+def build_engine(settings: Settings, library: Library) -> Engine:
+    """What makes the pictures."""
+    if settings.engine == "stub":
+        return StubEngine()
+    return Executor(library, device=settings.device, tokenizer=DATA / "clip")
+
+
+def build_queue(settings: Settings) -> Queue:
+    """Where jobs wait."""
+    return FileQueue(settings.queue_dir, max_attempts=settings.max_attempts)
+
+
+def build_app(settings: Settings, *, worker: bool = True) -> FastAPI:
+    """The whole service as one ASGI app; its worker starts and stops with the app."""
+    settings.create_folders()
+    library, queue, outputs = build_library(settings), build_queue(settings), Outputs(settings.outputs_dir)
+    if not worker:
+        return create_app(Service(settings, library, queue, outputs, None), settings, shutdown=queue.close)
+    engine = build_engine(settings, library)
+    hand = Worker(queue, engine, outputs)
+
+    def stop() -> None:
+        hand.stop(settings.grace)
+        queue.close()
+
+    return create_app(Service(settings, library, queue, outputs, engine), settings, startup=hand.start, shutdown=stop)
+
+
+def run(settings: Settings, *, worker: bool) -> None:
+    """Serve until told to stop: SIGINT or SIGTERM drain, a second one ends at once. Raises Misconfigured."""
+    configure_logging(settings)
+    listener = _listen(settings.host, settings.port)
+    app = build_app(settings, worker=worker)
+    shown_host = "127.0.0.1" if settings.host in ("", "0.0.0.0") else settings.host  # noqa: S104  only shown
+    url = f"http://{shown_host}:{listener.getsockname()[1]}"
+    server = Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    server.greeting = _greeting(url)
+    server.run(sockets=[listener])
+
+
+def work(settings: Settings) -> None:
+    """Run jobs until told to stop."""
+    configure_logging(settings)
+    settings.create_folders()
+    queue = build_queue(settings)
+    hand = Worker(queue, build_engine(settings, build_library(settings)), Outputs(settings.outputs_dir))
+    told = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: told.set())
+    hand.start()
+    log.info("worker runs; Ctrl-C stops it")
+    told.wait()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    hand.stop(settings.grace)
+    queue.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but it ends with exit code 0 when it was asked to stop, and greets once it listens."""
+
+    greeting = ""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """First signal: drain. Second: end at once."""
+        previous = {n: signal.signal(n, self.handle_exit) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        await super().startup(sockets)
+        if self.started:
+            print(self.greeting, flush=True)
+
+
+def configure_logging(settings: Settings) -> None:
+    """Lines to stderr, time and level first."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s [%(levelname)s] %(message)s", stream=sys.stderr, force=True
+    )
+    for chatty in ("httpx", "httpcore", "PIL", "asyncio"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise Misconfigured(f"cannot listen on {host}:{port}: {error.strerror}; try --port 0 for a free port") from error
+    listener.set_inheritable(False)
+    return listener
+
+
+def _greeting(url: str) -> str:
+    body = '{"prompt": "a large red circle on a blue background", "seed": 1}'
+    return (
+        f"Diffusion API serves {url} (docs: {url}/docs). Try:\n"
+        f"  curl -s {url}/txt2img -H 'Content-Type: application/json' -d '{body}'\n"
+        f"  curl -s {url}/queue/<job_id>"
+    )

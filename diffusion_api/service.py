@@ -1,0 +1,141 @@
+"""All that a dialect may call."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from diffusion_api.catalog.library import Library, Model
+from diffusion_api.engine.base import DeviceReport, Engine
+from diffusion_api.errors import InvalidRequest, NotFound, TooLarge
+from diffusion_api.outputs import Outputs
+from diffusion_api.queues.base import Queue, Snapshot
+from diffusion_api.schema.job import Image, Job, State
+from diffusion_api.schema.request import Request
+from diffusion_api.settings import Settings
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Health:
+    """The state of the box, in the words of ``GET /health``. Sizes in GiB, shares in percent."""
+
+    cpu_count: int
+    memory_total_gb: float
+    memory_available_gb: float
+    memory_percent: float
+    disk_usage_percent: float
+    outputs_available: bool
+    outputs_free_gb: float
+    active_jobs: int
+    models: int
+    loras: int
+    device: DeviceReport | None
+    warnings: tuple[str, ...]
+
+
+class Service:
+    """Submits, looks up and cancels jobs; knows what is installed."""
+
+    def __init__(self, settings: Settings, library: Library, queue: Queue, outputs: Outputs, engine: Engine | None) -> None:
+        self.settings = settings
+        self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
+
+    def submit(
+        self, request: Request, *, payload: dict[str, Any], warnings: tuple[str, ...] = (), dialect: str = "native"
+    ) -> Job:
+        """Store a job; when this returns it is on disk. Raises TooLarge, DiskFull, QueueUnusable."""
+        self._check(request)
+        job = Job(request=request, payload=payload, warnings=warnings, dialect=dialect)
+        self._queue.enqueue(job)
+        return job
+
+    def get(self, job_id: str) -> Snapshot:
+        """The job as it stands. Raises NotFound."""
+        snapshot = self._queue.get(job_id)
+        if snapshot is None:
+            raise NotFound(f"Job {job_id} not found")
+        return snapshot
+
+    def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
+        """Snapshots as the job changes, for at most ``timeout`` seconds."""
+        return self._queue.watch(job_id, timeout)
+
+    def cancel(self, job_id: str) -> Snapshot:
+        """Cancel a job. Raises NotFound."""
+        snapshot = self._queue.cancel(job_id)
+        if snapshot is None:
+            raise NotFound(f"Job {job_id} not found")
+        return snapshot
+
+    def image(self, image: Image) -> bytes | None:
+        """The file of a finished picture, None when it was deleted."""
+        return self._outputs.read(image)
+
+    def models(self) -> list[Model]:
+        """Installed models."""
+        return self._library.models()
+
+    def model(self, name: str | None) -> Model:
+        """The model that a request means. Raises UnknownModel."""
+        return self._library.resolve(name)
+
+    def health(self) -> Health:
+        """Real numbers, read now."""
+        memory = psutil.virtual_memory()
+        settings = self.settings
+        disk = shutil.disk_usage(settings.home)
+        counts = self._queue.counts()
+        outputs_available = settings.outputs_dir.is_dir() and os.access(settings.outputs_dir, os.W_OK)
+        free = disk.free / GIB
+        models = len(self._library.models())
+        used = 100 * disk.used / disk.total
+        found = (
+            (memory.percent > 90, "High memory usage"),
+            (used > 90, "High disk usage"),
+            (models == 0, "No models found"),
+            (not outputs_available, "Outputs directory not accessible"),
+            (free < 1, "Low disk space for outputs"),
+        )
+        return Health(
+            cpu_count=psutil.cpu_count() or 1,
+            memory_total_gb=round(memory.total / GIB, 2),
+            memory_available_gb=round(memory.available / GIB, 2),
+            memory_percent=memory.percent,
+            disk_usage_percent=round(used, 1),
+            outputs_available=outputs_available,
+            outputs_free_gb=round(free, 2),
+            active_jobs=counts[State.QUEUED] + counts[State.PROCESSING],
+            models=models,
+            loras=_count_files(settings.loras_dir),
+            device=self._engine.report() if self._engine else None,
+            warnings=tuple(text for wrong, text in found if wrong),
+        )
+
+    def _check(self, request: Request) -> None:
+        """The operator's limits, before anything is written."""
+        limits = self.settings
+        if request.steps > limits.max_steps:
+            raise InvalidRequest(f"steps is {request.steps}; it may be 1 to {limits.max_steps}", field="steps")
+        if request.count > limits.max_batch:
+            raise InvalidRequest(f"n is {request.count}; it may be 1 to {limits.max_batch}", field="n")
+        if request.width * request.height > limits.max_pixels:
+            raise InvalidRequest(
+                f"width x height is {request.width}x{request.height} = {request.width * request.height} pixels; "
+                f"at most {limits.max_pixels} are allowed",
+                field="width",
+            )
+        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+            if len(text) > limits.max_prompt:
+                raise TooLarge(f"{name} has {len(text)} characters; at most {limits.max_prompt} are allowed")
+
+
+def _count_files(folder: Path) -> int:
+    return sum(1 for f in folder.glob("*") if f.suffix in (".safetensors", ".bin", ".pt", ".pth")) if folder.is_dir() else 0

@@ -1,0 +1,86 @@
+"""Every setting of an installation: flags, then ``DIFFUSION_API_*`` variables, then ``.env``, then the defaults here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
+
+DATA = Path(__file__).parent / "data"
+PREFIX = "DIFFUSION_API_"
+
+
+class Settings(BaseSettings):
+    """The settings of one installation. Sizes in pixels or bytes, times in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
+
+    home: Path = Field(default=Path("."), description="folder that holds stable_diffusion/, queue/ and outputs/")
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="how much is logged")
+
+    engine: Literal["diffusers", "stub"] = Field(default="diffusers", description="what makes the pictures")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the engine runs")
+    model: str | None = Field(default=None, description="model of requests that name none")
+    shipped_models: bool = Field(default=True, description="list the models that come with the package")
+
+    max_attempts: int = Field(default=3, ge=1, description="how often a job may be started before it ends as an error")
+    grace: float = Field(default=30, ge=0, description="seconds a running job may take to finish when the service stops")
+
+    max_steps: int = Field(default=150, ge=1, description="steps of one job")
+    max_pixels: int = Field(default=2048 * 2048, ge=64, description="width x height of one picture")
+    max_batch: int = Field(default=16, ge=1, description="pictures of one job")
+    max_prompt: int = Field(default=20_000, ge=1, description="characters of a prompt")
+    max_body: int = Field(default=64 * 2**20, ge=1024, description="bytes of a request body")
+
+    @property
+    def models_dir(self) -> Path:
+        """The user's models: diffusers folders and single files."""
+        return self.home / "stable_diffusion" / "models"
+
+    @property
+    def loras_dir(self) -> Path:
+        """The user's LoRA files."""
+        return self.home / "stable_diffusion" / "loras"
+
+    @property
+    def upscalers_dir(self) -> Path:
+        """The user's upscaler files."""
+        return self.home / "stable_diffusion" / "upscalers"
+
+    @property
+    def queue_dir(self) -> Path:
+        """The file queue."""
+        return self.home / "queue"
+
+    @property
+    def outputs_dir(self) -> Path:
+        """The pictures."""
+        return self.home / "outputs"
+
+    def create_folders(self) -> None:
+        """Make the folders of this installation where they are missing."""
+        for folder in (self.models_dir, self.loras_dir, self.upscalers_dir, self.queue_dir, self.outputs_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+
+
+def load(**flags: Any) -> Settings:
+    """The settings in force; flags that are None were not given."""
+    return Settings(**{name: value for name, value in flags.items() if value is not None})
+
+
+def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
+    """Where each setting came from: ``flag``, its environment variable, ``.env`` or ``default``."""
+    environment, dotenv = EnvSettingsSource(Settings)(), DotEnvSettingsSource(Settings)()
+    found = {}
+    for name in Settings.model_fields:
+        if flags.get(name) is not None:
+            found[name] = "flag"
+        elif name in environment:
+            found[name] = PREFIX + name.upper()
+        else:
+            found[name] = ".env" if name in dotenv else "default"
+    return found

@@ -1,0 +1,98 @@
+"""What happens to one owned job: execute, save, commit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from diffusion_api.engine.base import Engine, Finished
+from diffusion_api.errors import DiffusionApiError, Interrupted
+from diffusion_api.outputs import Outputs
+from diffusion_api.queues.base import Control, Queue
+from diffusion_api.schema.job import Job, Progress, Result
+
+log = logging.getLogger(__name__)
+
+SLOTS = 2
+"""Jobs in hand: one on the device, and one that is being saved or waits to be next."""
+
+EXIT_WORKER_DIED = 70
+"""Exit code of a process whose worker thread broke: its lock must drop, so that its jobs are recovered."""
+
+
+class Worker:
+    """Serves a queue with an engine, on a thread of its own."""
+
+    def __init__(self, queue: Queue, engine: Engine, outputs: Outputs, *, died: Callable[[], None] | None = None) -> None:
+        self._queue, self._engine, self._outputs = queue, engine, outputs
+        self._died = died or (lambda: os._exit(EXIT_WORKER_DIED))
+        self._deadline: float | None = None
+        self._thread = threading.Thread(target=self._main, name="worker", daemon=True)
+
+    def start(self) -> None:
+        """Begin: the engine loads, then jobs are claimed."""
+        self._engine.start()
+        self._thread.start()
+
+    def stop(self, grace: float) -> None:
+        """Claim nothing more; the running job may finish for ``grace`` seconds, then it goes back to the queue. Blocks."""
+        self._deadline = time.monotonic() + grace
+        self._queue.stop()
+        self._thread.join(grace + 5)
+        self._engine.close()
+
+    def _main(self) -> None:
+        try:
+            self._engine.wait()
+            if self._deadline is None:
+                self._queue.serve(self.handle, slots=SLOTS)
+        except BaseException:
+            log.critical("the worker stopped; this process ends so that its jobs are recovered", exc_info=True)
+            self._died()
+
+    def handle(self, job: Job, control: Control) -> None:
+        """Run one claimed job to its end: exactly one commit or release."""
+        admitted = False
+
+        def interrupted() -> bool:
+            stopping = self._deadline is not None and (not admitted or time.monotonic() > self._deadline)
+            return stopping or control.cancelled
+
+        began = time.monotonic()
+        try:
+            if interrupted():
+                raise Interrupted("stopped before it began")
+            for event in self._engine.run(job.request, interrupted=interrupted):
+                if not admitted:
+                    admitted, began = True, time.monotonic()
+                    job = control.started()
+                if isinstance(event, Progress):
+                    control.progress(event)
+                elif isinstance(event, Finished):
+                    control.commit(job.succeeded(self._result(job, event, began), event.warnings))
+                    log.info("job %s done in %.2f s", job.id, time.monotonic() - began)
+        except Interrupted:
+            if control.cancelled:
+                log.info("job %s cancelled", job.id)
+                control.commit(job.cancelled())
+            else:
+                log.info("job %s goes back to the queue: the service is stopping", job.id)
+                control.release()
+        except DiffusionApiError as error:
+            log.warning("job %s failed: %s", job.id, error)
+            control.commit(job.failed(type(error).__name__, str(error)))
+        except Exception as error:  # whatever a model or a library raised fails this job and nothing else
+            log.exception("job %s failed", job.id)
+            control.commit(job.failed("InternalError", f"the engine failed: {type(error).__name__}; the log has the details"))
+
+    def _result(self, job: Job, finished: Finished, began: float) -> Result:
+        saved = self._outputs.save(job, finished)
+        return Result(
+            images=saved,
+            seconds=time.monotonic() - began,
+            memory_before_mb=finished.memory_before_mb,
+            memory_after_mb=finished.memory_after_mb,
+        )

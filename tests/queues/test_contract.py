@@ -1,0 +1,487 @@
+"""What every queue promises, whatever it is made of."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusion_api.queues.base import Control, Queue, Snapshot
+from diffusion_api.queues.file import FileQueue
+from diffusion_api.queues.memory import MemoryQueue
+from diffusion_api.schema.job import Job, Progress, Result, State
+
+QUEUES: dict[str, Callable[[Path], Queue]] = {
+    "file": lambda home: FileQueue(home / "queue"),
+    "memory": lambda home: MemoryQueue(),
+}
+
+
+@pytest.fixture(params=QUEUES)
+def queue(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Queue]:
+    made = QUEUES[request.param](tmp_path)
+    yield made
+    made.close()
+
+
+def state_of(queue: Queue, job: Job) -> State:
+    snapshot = queue.get(job.id)
+    assert snapshot is not None
+    return snapshot.state
+
+
+def is_ended(queue: Queue, *jobs: Job) -> Callable[[], bool]:
+    return lambda: all(state_of(queue, job).terminal for job in jobs)
+
+
+def test_a_job_is_kept_as_it_was_given(queue: Queue, new_job: Any) -> None:
+    job = new_job(payload={"prompt": "a lighthouse", "odd": [1, None, "é"]}, caller="ann", warnings=("w",))
+    queue.enqueue(job)
+    assert queue.get(job.id) == Snapshot(job, position=0)
+
+
+@pytest.mark.parametrize("job_id", ["nobody", "", "../queued", "a/b", "x" * 65, "line\n", "nul\0", "é"])
+def test_an_unknown_id_is_nothing(queue: Queue, job_id: str) -> None:
+    assert queue.get(job_id) is None
+    assert queue.cancel(job_id) is None
+    assert list(queue.watch(job_id, timeout=5)) == []
+
+
+def test_jobs_run_by_priority_then_by_age(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    jobs = [new_job(priority=priority) for priority in (0, -9, 0, 9, -1, 9, 1)]
+    for job in jobs:
+        queue.enqueue(job)
+    expected = [jobs[n].id for n in (3, 5, 6, 0, 2, 4, 1)]
+    assert [job.id for job in queue.jobs(frozenset({State.QUEUED}))] == expected
+    positions = {job_id: snapshot.position for job_id in expected if (snapshot := queue.get(job_id))}
+    assert list(positions.values()) == list(range(len(jobs)))
+    handled = []
+
+    def handle(job: Job, control: Control) -> None:
+        handled.append(job.id)
+        control.commit(job.succeeded(result))
+
+    with serving(queue, handle):
+        eventually(is_ended(queue, *jobs))
+    assert handled == expected
+
+
+def test_a_watcher_sees_a_job_through_its_states(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    job, seen = new_job(), []
+    report = Progress(state=State.PROCESSING, fraction=0.5, phase="denoising", step=2, steps=4)
+
+    def handle(job: Job, control: Control) -> None:
+        eventually(lambda: seen[-1].progress == Progress())
+        control.progress(report)
+        eventually(lambda: seen[-1].progress == report)
+        control.commit(control.started().succeeded(result))
+
+    def watch() -> None:
+        for snapshot in queue.watch(job.id, timeout=20):
+            seen.append(snapshot)
+
+    queue.enqueue(job)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    eventually(lambda: seen)
+    with serving(queue, handle):
+        watcher.join(20)
+    states = [snapshot.state for snapshot in seen]
+    assert [state for state, _ in groupby(states)] == [State.QUEUED, State.LOADING, State.PROCESSING, State.DONE]
+    ended = seen[-1]
+    assert ended == queue.get(job.id)
+    assert (ended.progress, ended.position, ended.job.result, ended.job.attempts) == (None, None, result, 1)
+
+
+def test_watching_ends_in_time(queue: Queue, new_job: Any) -> None:
+    job = new_job()
+    queue.enqueue(job)
+    began = time.monotonic()
+    assert [snapshot.state for snapshot in queue.watch(job.id, timeout=0.3)] == [State.QUEUED]
+    assert 0.3 <= time.monotonic() - began < 5
+    assert len(list(queue.watch(job.id, timeout=0))) == 1
+
+
+def test_closing_ends_the_watching(queue: Queue, new_job: Any) -> None:
+    job = new_job()
+    queue.enqueue(job)
+    closing = threading.Timer(0.1, queue.close)
+    closing.start()
+    assert len(list(queue.watch(job.id, timeout=60))) == 1
+    closing.join()
+
+
+def test_a_waiting_job_is_cancelled_at_once(queue: Queue, new_job: Any, serving: Any) -> None:
+    kept, cancelled = new_job(), new_job()
+    queue.enqueue(cancelled)
+    queue.enqueue(kept)
+    snapshot = queue.cancel(cancelled.id)
+    assert snapshot is not None
+    assert snapshot == queue.get(cancelled.id)
+    assert snapshot.state is State.CANCELLED
+    assert snapshot.job.error is not None
+    assert snapshot.job.error.kind == "JobCancelled"
+    assert queue.get(kept.id) == Snapshot(kept, position=0)
+    assert queue.counts() == {
+        State.QUEUED: 1,
+        State.PROCESSING: 0,
+        State.DONE: 0,
+        State.ERROR: 0,
+        State.CANCELLED: 1,
+    }
+
+
+def test_a_running_job_is_told_that_it_is_cancelled(queue: Queue, new_job: Any, serving: Any, eventually: Any) -> None:
+    job, in_hand = new_job(), threading.Event()
+
+    def handle(job: Job, control: Control) -> None:
+        assert not control.cancelled
+        job = control.started()
+        in_hand.set()
+        eventually(lambda: control.cancelled)
+        control.commit(job.cancelled())
+
+    queue.enqueue(job)
+    with serving(queue, handle):
+        assert in_hand.wait(20)
+        for _ in range(2):
+            snapshot = queue.cancel(job.id)
+            assert snapshot is not None
+            assert snapshot.job.id == job.id
+        eventually(is_ended(queue, job))
+    assert state_of(queue, job) is State.CANCELLED
+
+
+def test_a_finished_job_stays_as_it_ended(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    job = new_job()
+    queue.enqueue(job)
+    with serving(queue, lambda job, control: control.commit(job.succeeded(result))):
+        eventually(is_ended(queue, job))
+    before = queue.get(job.id)
+    assert queue.cancel(job.id) == before
+    assert queue.get(job.id) == before
+
+
+def test_a_released_job_keeps_its_place_and_its_attempts(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    jobs = [new_job(), new_job(), new_job()]
+    for job in jobs:
+        queue.enqueue(job)
+    handled: list[tuple[str, int]] = []
+    positions: list[int | None] = []
+
+    def handle(job: Job, control: Control) -> None:
+        handled.append((job.id, job.attempts))
+        if len(handled) in (1, 2):
+            if len(handled) == 1:
+                assert control.started().attempts == 1
+            control.release()
+            snapshot = queue.get(job.id)
+            assert snapshot is not None
+            assert (snapshot.state, snapshot.job.started) == (State.QUEUED, None)
+            positions.append(snapshot.position)
+        else:
+            control.commit(job.succeeded(result))
+
+    with serving(queue, handle):
+        eventually(is_ended(queue, *jobs))
+    assert handled == [(jobs[n].id, 0) for n in (0, 0, 0, 1, 2)]
+    assert positions == [0, 0]
+
+
+def test_a_job_cancelled_before_its_release_ends(queue: Queue, new_job: Any, serving: Any, eventually: Any) -> None:
+    job, handled = new_job(), []
+
+    def handle(job: Job, control: Control) -> None:
+        handled.append(job.id)
+        queue.cancel(job.id)
+        control.release()
+
+    queue.enqueue(job)
+    with serving(queue, handle):
+        eventually(is_ended(queue, job))
+    assert state_of(queue, job) is State.CANCELLED
+    assert handled == [job.id]
+
+
+def test_an_attempt_is_charged_once_per_claim(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    job = new_job(attempts=1)
+
+    def handle(job: Job, control: Control) -> None:
+        charged = control.started()
+        assert control.started() == charged
+        assert (charged.attempts, charged.started is None) == (2, False)
+        snapshot = queue.get(job.id)
+        assert snapshot is not None
+        assert snapshot.job == charged
+        control.commit(charged.succeeded(result))
+
+    queue.enqueue(job)
+    with serving(queue, handle):
+        eventually(is_ended(queue, job))
+    assert state_of(queue, job) is State.DONE
+
+
+def test_nothing_is_written_after_the_end(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    job, late = new_job(), threading.Event()
+
+    def handle(job: Job, control: Control) -> None:
+        job = control.started()
+        control.commit(job.succeeded(result))
+        control.commit(job.failed("Late", "second commit"))
+        control.release()
+        control.started()
+        control.progress(Progress(state=State.PROCESSING))
+        assert control.cancelled
+        late.set()
+
+    queue.enqueue(job)
+    with serving(queue, handle):
+        assert late.wait(20)
+    snapshot = queue.get(job.id)
+    assert snapshot is not None
+    assert (snapshot.state, snapshot.progress, snapshot.job.attempts) == (State.DONE, None, 1)
+    assert queue.counts()[State.QUEUED] == 0
+
+
+def test_only_an_end_can_be_committed(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    other = new_job()
+
+    def handle(job: Job, control: Control) -> None:
+        with pytest.raises(ValueError, match="not the end"):
+            control.commit(job)
+        with pytest.raises(ValueError, match="not the end"):
+            control.commit(other.succeeded(result))
+        control.commit(job.failed("Oops", "no picture"))
+
+    job = new_job()
+    queue.enqueue(job)
+    with serving(queue, handle):
+        eventually(is_ended(queue, job))
+    assert state_of(queue, job) is State.ERROR
+
+
+def test_jobs_and_counts_agree_with_what_happened(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    ends: dict[str, Callable[[Job], Job]] = {
+        "first": lambda job: job.succeeded(result),
+        "second": lambda job: job.failed("Oops", "no picture"),
+        "third": lambda job: job.succeeded(result),
+    }
+    for job_id in (*ends, "held", "waiting", "cancelled"):
+        queue.enqueue(new_job(id=job_id))
+    queue.cancel("cancelled")
+    in_hand, let_go = threading.Event(), threading.Event()
+
+    def handle(job: Job, control: Control) -> None:
+        if job.id in ends:
+            control.commit(ends[job.id](job))
+            return
+        control.progress(Progress(state=State.PROCESSING))
+        in_hand.set()
+        assert let_go.wait(20)
+        control.release()
+
+    with serving(queue, handle, wants=lambda job: job.id != "waiting"):
+        assert in_hand.wait(20)
+        listed = {state: [job.id for job in queue.jobs(frozenset({state}))] for state in State}
+        everything = [(job.id, job.state) for job in queue.jobs()]
+        counts = queue.counts()
+        queue.stop()
+        let_go.set()
+    assert listed == {
+        State.QUEUED: ["waiting"],
+        State.LOADING: [],
+        State.PROCESSING: ["held"],
+        State.DONE: ["third", "first"],
+        State.ERROR: ["second"],
+        State.CANCELLED: ["cancelled"],
+    }
+    assert everything == [
+        ("held", State.PROCESSING),
+        ("waiting", State.QUEUED),
+        ("third", State.DONE),
+        ("second", State.ERROR),
+        ("first", State.DONE),
+        ("cancelled", State.CANCELLED),
+    ]
+    assert counts == {
+        State.QUEUED: 1,
+        State.PROCESSING: 1,
+        State.DONE: 2,
+        State.ERROR: 1,
+        State.CANCELLED: 1,
+    }
+
+
+def test_as_many_jobs_run_at_a_time_as_there_are_slots(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    jobs = [new_job() for _ in range(9)]
+    for job in jobs:
+        queue.enqueue(job)
+    together, most, mutex, meeting = 0, 0, threading.Lock(), threading.Barrier(3)
+
+    def handle(job: Job, control: Control) -> None:
+        nonlocal together, most
+        with mutex:
+            together += 1
+            most = max(most, together)
+        meeting.wait(20)
+        with mutex:
+            together -= 1
+        control.commit(job.succeeded(result))
+
+    with serving(queue, handle, slots=3):
+        eventually(is_ended(queue, *jobs))
+    assert most == 3
+
+
+def test_unwanted_jobs_wait_until_they_are_wanted(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    loaded, handled = {"small"}, []
+    jobs = [new_job(model=model) for model in ("large", "small", "large", "small")]
+    for job in jobs:
+        queue.enqueue(job)
+
+    def handle(job: Job, control: Control) -> None:
+        handled.append(job.request.model)
+        control.commit(job.succeeded(result))
+
+    with serving(queue, handle, wants=lambda job: job.request.model in loaded):
+        eventually(lambda: len(handled) == 2)
+        loaded.add("large")
+        eventually(is_ended(queue, *jobs))
+    assert handled == ["small", "small", "large", "large"]
+
+
+def test_an_idle_worker_notices_a_job_at_once(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    with serving(queue, lambda job, control: control.commit(job.succeeded(result))):
+        time.sleep(0.3)
+        for _ in range(5):
+            job = new_job()
+            queue.enqueue(job)
+            assert [snapshot.state for snapshot in queue.watch(job.id, timeout=20)][-1] is State.DONE
+
+
+def test_stopping_claims_no_more_and_waits_for_the_job_in_hand(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    first, second, in_hand = new_job(), new_job(), threading.Event()
+    queue.enqueue(first)
+    queue.enqueue(second)
+
+    def handle(job: Job, control: Control) -> None:
+        in_hand.set()
+        time.sleep(0.3)
+        control.commit(job.succeeded(result))
+
+    with serving(queue, handle):
+        assert in_hand.wait(20)
+    assert state_of(queue, first) is State.DONE
+    assert queue.get(second.id) == Snapshot(second, position=0)
+
+
+def test_a_stop_before_serving_is_not_forgotten(queue: Queue, new_job: Any) -> None:
+    queue.enqueue(new_job())
+    queue.stop()
+    queue.serve(lambda job, control: pytest.fail("claimed after the stop"))
+
+
+def test_only_one_serves_at_a_time(queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result) -> None:
+    job = new_job()
+    queue.enqueue(job)
+    with serving(queue, lambda job, control: control.commit(job.succeeded(result))):
+        eventually(is_ended(queue, job))
+        with pytest.raises(RuntimeError, match="served already"):
+            queue.serve(lambda job, control: None)
+
+
+def test_what_a_handler_raises_ends_the_serving(queue: Queue, new_job: Any) -> None:
+    queue.enqueue(new_job())
+
+    def handle(job: Job, control: Control) -> None:
+        raise OSError("from the handler")
+
+    with pytest.raises(OSError, match="from the handler"):
+        queue.serve(handle, slots=2)
+
+
+def test_a_handler_must_end_its_job(queue: Queue, new_job: Any) -> None:
+    queue.enqueue(new_job())
+    with pytest.raises(RuntimeError, match="without release or commit"):
+        queue.serve(lambda job, control: None)
+
+
+def test_each_job_is_either_cancelled_or_run(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    jobs = [new_job() for _ in range(60)]
+    for job in jobs:
+        queue.enqueue(job)
+    claimed: list[str] = []
+
+    def handle(job: Job, control: Control) -> None:
+        claimed.append(job.id)
+        control.commit(job.succeeded(result))
+
+    answers: dict[str, State] = {}
+    with serving(queue, handle, slots=2):
+        for job in jobs:
+            snapshot = queue.cancel(job.id)
+            assert snapshot is not None
+            answers[job.id] = snapshot.state
+        eventually(is_ended(queue, *jobs))
+    assert len(claimed) == len(set(claimed))
+    for job in jobs:
+        assert state_of(queue, job) is (State.DONE if job.id in claimed else State.CANCELLED)
+        assert answers[job.id] is not State.QUEUED
+        assert answers[job.id] is not State.CANCELLED or job.id not in claimed
+
+
+def test_many_hands_do_each_job_once(queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result) -> None:
+    done: list[str] = []
+    given: list[Job] = []
+
+    def give() -> None:
+        for _ in range(25):
+            job = new_job()
+            queue.enqueue(job)
+            given.append(job)
+
+    def handle(job: Job, control: Control) -> None:
+        done.append(job.id)
+        control.started()
+        control.commit(job.succeeded(result))
+
+    givers = [threading.Thread(target=give) for _ in range(4)]
+    with serving(queue, handle, slots=4):
+        for giver in givers:
+            giver.start()
+        for giver in givers:
+            giver.join()
+        eventually(is_ended(queue, *given))
+    assert sorted(done) == sorted(job.id for job in given)
+    assert queue.counts()[State.DONE] == 100

@@ -1,0 +1,913 @@
+"""What only a queue on disk can promise: it outlives its processes, and shares its folder with others."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import diffusion_api
+from diffusion_api.errors import DiskFull, InvalidRequest, QueueUnusable, TooLarge
+from diffusion_api.queues import disk
+from diffusion_api.queues.base import Control, Snapshot
+from diffusion_api.queues.file import FileQueue
+from diffusion_api.schema.job import Job, Progress, Result, State, dumps, loads
+
+PLACES = ("queued", "running/*", "done", "error", "cancelled")
+NURSERY = Path(__file__).with_name("nursery.py")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "queue"
+
+
+@pytest.fixture
+def queue(root: Path) -> Iterator[FileQueue]:
+    made = FileQueue(root, recover_every=0.1)
+    yield made
+    made.close()
+
+
+class Nursery:
+    """Spawns and kills processes that use a queue; ``lines`` is what they say they have done."""
+
+    def __init__(self, root: Path, journal: Path) -> None:
+        self._root, self._journal = root, journal
+        journal.touch()
+        package = str(Path(diffusion_api.__file__).parents[1])
+        environment = {**os.environ, "PYTHONPATH": package}
+        self._process = subprocess.Popen(
+            [sys.executable, NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._alive: set[int] = set()
+
+    def spawn(self, role: str) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(role, self._root, self._journal, file=self._process.stdin, flush=True)
+        child = int(self._process.stdout.readline())
+        self._alive.add(child)
+        return child
+
+    def kill(self, child: int) -> None:
+        os.kill(child, signal.SIGKILL)
+        self.wait(child)
+
+    def wait(self, child: int) -> None:
+        deadline = time.monotonic() + 20
+        while _exists(child):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        self._alive.discard(child)
+
+    def lines(self, word: str) -> list[list[str]]:
+        said = (line.split() for line in self._journal.read_text().splitlines())
+        return [rest for first, *rest in said if first == word]
+
+    def close(self) -> None:
+        for child in list(self._alive):
+            if _exists(child):
+                self.kill(child)
+        self._process.communicate()
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture
+def nursery(root: Path, tmp_path: Path) -> Iterator[Nursery]:
+    made = Nursery(root, tmp_path / "journal")
+    yield made
+    made.close()
+
+
+def records(root: Path) -> dict[str, list[str]]:
+    """Where the records of each job lie."""
+    found: dict[str, list[str]] = {}
+    for place in PLACES:
+        for path in root.glob(f"{place}/*.json"):
+            found.setdefault(loads(path.read_bytes()).id, []).append(path.parent.relative_to(root).parts[0])
+    return found
+
+
+def names(root: Path, folder: str) -> list[str]:
+    return sorted(path.name for path in (root / folder).iterdir())
+
+
+def dead_worker(root: Path, job: Job) -> Path:
+    """The folder of a worker that died with that job in hand; the path of the record."""
+    worker = str(uuid.uuid4())
+    (root / "workers" / f"{worker}.lock").touch()
+    (root / "running" / worker).mkdir()
+    path = root / "running" / worker / f"09-{time.time_ns():020d}-{job.id}.json"
+    path.write_bytes(dumps(job))
+    return path
+
+
+def recover(root: Path, **options: Any) -> None:
+    """One look for dead workers, and no work."""
+    queue = FileQueue(root, **options)
+    queue.stop()
+    queue.serve(lambda job, control: pytest.fail("claimed after the stop"))
+    queue.close()
+
+
+def finish(result: Result) -> Any:
+    return lambda job, control: control.commit(job.succeeded(result))
+
+
+# the folder
+
+
+def test_the_folders_are_made_for_this_user_only(root: Path, queue: FileQueue, new_job: Any) -> None:
+    queue.enqueue(new_job())
+    expected = ["cancelled", "done", "error", "inputs", "progress", "queued", "running", "tmp", "workers"]
+    assert names(root, ".") == expected
+    assert all((root / name).stat().st_mode & 0o777 == 0o700 for name in expected)
+    [record] = (root / "queued").iterdir()
+    assert record.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_cannot_be_used_is_named_so(tmp_path: Path) -> None:
+    (tmp_path / "queue").touch()
+    with pytest.raises(QueueUnusable) as raised:
+        FileQueue(tmp_path / "queue")
+    assert str(tmp_path) not in str(raised.value)
+
+
+def test_a_job_outlives_its_process(root: Path, queue: FileQueue, new_job: Any) -> None:
+    job = new_job(payload={"prompt": "ä" * 1000})
+    queue.enqueue(job)
+    queue.close()
+    assert FileQueue(root).get(job.id) == Snapshot(job, position=0)
+
+
+def test_instances_see_each_others_jobs_at_once(root: Path, queue: FileQueue, new_job: Any) -> None:
+    other = FileQueue(root)
+    for _ in range(3):
+        job = new_job()
+        other.enqueue(job)
+        snapshot = queue.get(job.id)
+        assert snapshot is not None
+        assert snapshot.job == job
+        assert other.cancel(job.id) == queue.get(job.id)
+
+
+def test_what_could_not_be_read_back_is_refused(root: Path, queue: FileQueue, new_job: Any) -> None:
+    deep: list[Any] = []
+    for _ in range(300):
+        deep = [deep]
+    refused = {
+        InvalidRequest: [new_job(payload={"x": deep}), new_job(payload={"x": "\ud800"}), new_job(id="../x")],
+        TooLarge: [new_job(payload={"x": "y" * 3_000_000})],
+    }
+    for error, jobs in refused.items():
+        for job in jobs:
+            with pytest.raises(error):
+                queue.enqueue(job)
+    assert names(root, "queued") == names(root, "tmp") == []
+
+
+# order
+
+
+def test_the_order_survives_a_clock_set_back(
+    root: Path, queue: FileQueue, new_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [new_job(id=f"job-{n}") for n in range(6)]
+    clock = time.time_ns()
+    for job, at in zip(jobs[:3], (clock, clock - 10**12, clock - 10**13), strict=True):
+        monkeypatch.setattr(time, "time_ns", lambda at=at: at)
+        queue.enqueue(job)
+    other = FileQueue(root)
+    for job in jobs[3:]:
+        other.enqueue(job)
+    assert names(root, "queued") == sorted(names(root, "queued"), key=lambda name: name[-6])
+    assert [job.id for job in FileQueue(root).jobs()] == [job.id for job in jobs]
+
+
+def test_the_order_takes_in_what_runs(root: Path, new_job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = new_job(), new_job()
+    FileQueue(root)
+    dead_worker(root, old)
+    monkeypatch.setattr(time, "time_ns", lambda: 5)
+    queue = FileQueue(root)
+    queue.enqueue(new)
+    recover(root)
+    assert [job.id for job in queue.jobs()] == [old.id, new.id]
+
+
+def test_a_stray_name_does_not_break_the_sequence(root: Path, queue: FileQueue, new_job: Any) -> None:
+    stray, job = new_job(), new_job()
+    (root / "queued" / f"09-{'9' * 20}-{stray.id}.json").write_bytes(dumps(stray))
+    FileQueue(root).enqueue(job)
+    assert [found.id for found in queue.jobs()] == [job.id, stray.id]
+
+
+# several processes
+
+
+def test_each_job_goes_to_one_worker(
+    root: Path, queue: FileQueue, nursery: Nursery, new_job: Any, eventually: Any
+) -> None:
+    jobs = [new_job() for _ in range(300)]
+    for job in jobs:
+        _drop(root, job)
+    for _ in range(3):
+        nursery.spawn("work")
+    eventually(lambda: len(nursery.lines("ended")) >= len(jobs))
+    claimed = nursery.lines("claimed")
+    assert sorted(job_id for job_id, _ in claimed) == sorted(job.id for job in jobs)
+    assert len({process for _, process in claimed}) == 3
+    assert records(root) == {job.id: ["done"] for job in jobs}
+    assert names(root, "progress") == names(root, "tmp") == []
+
+
+def test_progress_and_cancelling_cross_processes(
+    root: Path, queue: FileQueue, nursery: Nursery, new_job: Any, eventually: Any
+) -> None:
+    job = new_job()
+    nursery.spawn("hang")
+    queue.enqueue(job)
+    eventually(lambda: nursery.lines("started"))
+    snapshot = queue.get(job.id)
+    assert snapshot is not None
+    assert snapshot.progress == Progress(state=State.PROCESSING, fraction=0.5, phase="hanging")
+    assert snapshot.job.attempts == 1
+    assert [(found.id, found.state) for found in queue.jobs()] == [(job.id, State.PROCESSING)]
+    cancelled = queue.cancel(job.id)
+    assert cancelled is not None
+    assert cancelled.state is State.PROCESSING
+    eventually(lambda: nursery.lines("told"))
+
+
+def test_a_cancelled_job_whose_worker_died_ends_cancelled(
+    root: Path, queue: FileQueue, nursery: Nursery, new_job: Any, eventually: Any
+) -> None:
+    job = new_job()
+    queue.enqueue(job)
+    child = nursery.spawn("hang")
+    eventually(lambda: nursery.lines("started"))
+    queue.cancel(job.id)
+    nursery.kill(child)
+    recover(root)
+    assert queue.get(job.id) is not None
+    assert records(root) == {job.id: ["cancelled"]}
+    assert names(root, "running") == names(root, "workers") == names(root, "progress") == []
+
+
+def test_a_surviving_worker_takes_over_and_keeps_the_attempts(
+    root: Path, queue: FileQueue, nursery: Nursery, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    job, handled = new_job(), []
+
+    def handle(job: Job, control: Control) -> None:
+        handled.append((job.id, job.attempts))
+        control.commit(control.started().succeeded(result))
+
+    queue.enqueue(job)
+    child = nursery.spawn("hang")
+    eventually(lambda: nursery.lines("started"))
+    with serving(queue, handle):
+        time.sleep(0.3)
+        assert handled == []
+        nursery.kill(child)
+        eventually(lambda: handled)
+        assert [snapshot.state for snapshot in queue.watch(job.id, timeout=20)][-1] is State.DONE
+    assert handled == [(job.id, 1)]
+    snapshot = queue.get(job.id)
+    assert snapshot is not None
+    assert snapshot.job.attempts == 2
+
+
+def test_a_job_that_kills_its_worker_ends_in_error(
+    root: Path, queue: FileQueue, nursery: Nursery, new_job: Any, eventually: Any
+) -> None:
+    job = new_job()
+    queue.enqueue(job)
+    for attempts in (1, 2, 3):
+        nursery.wait(nursery.spawn("die_when_started"))
+        snapshot = queue.get(job.id)
+        assert snapshot is not None
+        assert (snapshot.state, snapshot.job.attempts) == (State.LOADING, attempts)
+    recover(root)
+    snapshot = queue.get(job.id)
+    assert snapshot is not None
+    assert snapshot.state is State.ERROR
+    assert snapshot.job.error is not None
+    assert snapshot.job.error.kind == "WorkerDied"
+    assert snapshot.job.error.message == "the service stopped 3 times while running this job"
+    assert records(root) == {job.id: ["error"]}
+
+
+def test_a_claim_without_device_work_costs_no_attempt(
+    root: Path, queue: FileQueue, nursery: Nursery, new_job: Any, eventually: Any
+) -> None:
+    first, second = new_job(), new_job()
+    queue.enqueue(first)
+    queue.enqueue(second)
+    for claims in (1, 2, 3, 4):
+        child = nursery.spawn("claim")
+        eventually(lambda claims=claims: len(nursery.lines("claimed")) == claims)
+        nursery.kill(child)
+    recover(root)
+    assert {job_id for job_id, _ in nursery.lines("claimed")} == {first.id}
+    assert queue.get(first.id) == Snapshot(first, position=0)
+
+
+def test_no_kill_loses_or_doubles_a_job(
+    root: Path, queue: FileQueue, nursery: Nursery, serving: Any, eventually: Any, result: Result
+) -> None:
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    roles = ["write_and_work", "write_and_work", "work"]
+    children = [nursery.spawn(role) for role in roles]
+    for _ in range(40):
+        time.sleep(chance.uniform(0.01, 0.15))
+        n = chance.randrange(len(children))
+        nursery.kill(children[n])
+        children[n] = nursery.spawn(roles[n])
+    for child in children:
+        nursery.kill(child)
+    accepted = {job_id for (job_id,) in nursery.lines("accepted")}
+    assert len(accepted) >= 40
+    assert accepted <= set(records(root))
+    assert all(len(places) == 1 for places in records(root).values())
+    last = FileQueue(root, max_attempts=1000, recover_every=0.2)
+    with serving(last, finish(result), slots=2):
+        eventually(lambda: all(last.counts()[state] == 0 for state in (State.QUEUED, State.PROCESSING)))
+    last.close()
+    outcome = records(root)
+    assert accepted <= set(outcome)
+    assert Counter(place for places in outcome.values() for place in places).keys() <= {"done", "error"}
+    assert all(len(places) == 1 for places in outcome.values())
+    assert max(Counter(job_id for job_id, _ in nursery.lines("ended")).values()) == 1
+    assert not list((root / "error").glob("*.unreadable"))
+    for folder in ("tmp", "running", "workers", "progress", "queued"):
+        assert names(root, folder) == []
+
+
+# states a crash leaves behind
+
+
+def test_a_commit_cut_in_half_is_finished(root: Path, queue: FileQueue, new_job: Any, result: Result) -> None:
+    job = new_job(attempts=5)
+    path = dead_worker(root, job.succeeded(result))
+    path.with_suffix(".cancel").touch()
+    (root / "progress" / f"{job.id}.json").write_text(Progress(state=State.PROCESSING).model_dump_json())
+    before = queue.get(job.id)
+    recover(root)
+    after = queue.get(job.id)
+    assert before == after
+    assert after is not None
+    assert after.state is State.DONE
+    assert records(root) == {job.id: ["done"]}
+    assert names(root, "running") == names(root, "workers") == names(root, "progress") == []
+
+
+def test_a_cancelling_cut_in_half_holds(root: Path, queue: FileQueue, new_job: Any) -> None:
+    job = new_job()
+    (root / "cancelled" / f"{job.id}.json").write_bytes(dumps(job))
+    snapshot = queue.get(job.id)
+    assert snapshot is not None
+    assert snapshot == queue.get(job.id)
+    assert (snapshot.state, snapshot.job.finished is None) == (State.CANCELLED, False)
+    assert [found.state for found in queue.jobs()] == [State.CANCELLED]
+
+
+def test_a_note_left_behind_finds_its_job(root: Path, queue: FileQueue, new_job: Any) -> None:
+    job = new_job()
+    queue.enqueue(job)
+    path = dead_worker(root, job)
+    path.rename(path.with_suffix(".cancel"))
+    recover(root)
+    assert records(root) == {job.id: ["cancelled"]}
+    assert names(root, "running") == []
+
+
+def test_a_worker_without_its_lock_file_is_dead(root: Path, queue: FileQueue, new_job: Any) -> None:
+    job = new_job()
+    path = dead_worker(root, job)
+    (root / "workers" / f"{path.parent.name}.lock").unlink()
+    recover(root)
+    assert records(root) == {job.id: ["queued"]}
+    assert names(root, "workers") == []
+
+
+def test_what_belongs_to_nobody_is_cleared_away(root: Path, queue: FileQueue) -> None:
+    live = os.open(root / "tmp" / "written-now", os.O_CREAT | os.O_WRONLY)
+    fcntl.flock(live, fcntl.LOCK_EX)
+    (root / "tmp" / "abandoned").touch()
+    (root / "workers" / "dead.lock").touch()
+    (root / "progress" / "gone.json").touch()
+    recover(root)
+    assert names(root, "tmp") == ["written-now"]
+    assert names(root, "workers") == names(root, "progress") == []
+    os.close(live)
+
+
+def test_recovery_leaves_the_living_alone(
+    root: Path, queue: FileQueue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    job = new_job()
+
+    def handle(job: Job, control: Control) -> None:
+        job = control.started()
+        recover(root)
+        assert not control.cancelled
+        control.commit(job.succeeded(result))
+
+    queue.enqueue(job)
+    with serving(queue, handle):
+        eventually(lambda: names(root, "done"))
+    queue.close()
+    assert records(root) == {job.id: ["done"]}
+    assert names(root, "running") == names(root, "workers") == []
+
+
+def test_a_failed_handlers_job_is_recovered(root: Path, queue: FileQueue, new_job: Any, result: Result) -> None:
+    job = new_job()
+    queue.enqueue(job)
+
+    def fail(job: Job, control: Control) -> None:
+        control.started()
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        queue.serve(fail)
+    assert names(root, "queued") == []
+    recover(root)
+    snapshot = queue.get(job.id)
+    assert snapshot is not None
+    assert (snapshot.state, snapshot.job.attempts, snapshot.job.started) == (State.QUEUED, 1, None)
+
+
+# the fence
+
+
+def test_a_lost_claim_writes_nothing(
+    root: Path, queue: FileQueue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    job, over = new_job(), threading.Event()
+
+    def handle(job: Job, control: Control) -> None:
+        if over.is_set():
+            control.commit(job.succeeded(result))
+            return
+        [path] = (root / "running").glob("*/*.json")
+        queue.stop()
+        path.rename(root / "queued" / path.name)
+        control.progress(Progress(state=State.PROCESSING))
+        assert control.started() == job
+        control.commit(job.failed("Late", "not mine"))
+        control.release()
+        assert control.cancelled
+        over.set()
+
+    queue.enqueue(job)
+    with serving(queue, handle):
+        assert over.wait(20)
+    assert queue.get(job.id) == Snapshot(job, position=0)
+    assert records(root) == {job.id: ["queued"]}
+    assert names(root, "progress") == names(root, "tmp") == []
+
+
+def test_closing_gives_up_the_jobs_in_hand(
+    root: Path, queue: FileQueue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    job, in_hand, recovered = new_job(), threading.Event(), threading.Event()
+
+    def handle(job: Job, control: Control) -> None:
+        job = control.started()
+        in_hand.set()
+        assert recovered.wait(20)
+        assert control.cancelled
+        control.commit(job.succeeded(result))
+
+    queue.enqueue(job)
+    with serving(queue, handle):
+        assert in_hand.wait(20)
+        queue.close()
+        recover(root)
+        recovered.set()
+    assert records(root) == {job.id: ["queued"]}
+    snapshot = FileQueue(root).get(job.id)
+    assert snapshot is not None
+    assert snapshot.job.attempts == 1
+
+
+def test_a_worker_whose_folder_was_removed_ends(root: Path, queue: FileQueue, new_job: Any, serving: Any) -> None:
+    def remove_folder_then_enqueue() -> None:
+        while not (found := list((root / "running").iterdir())):
+            time.sleep(0.01)
+        found[0].rmdir()
+        queue.enqueue(new_job())
+
+    removing = threading.Thread(target=remove_folder_then_enqueue)
+    removing.start()
+    with pytest.raises(QueueUnusable):
+        queue.serve(lambda job, control: pytest.fail("claimed into nowhere"))
+    removing.join()
+
+
+# what is no record
+
+
+def test_what_is_no_record_is_set_aside_and_work_goes_on(
+    root: Path, queue: FileQueue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    good, queued = new_job(), root / "queued"
+    newer = json.loads(dumps(new_job(id="newer"))) | {"version": 99}
+    (root / "secret").write_bytes(dumps(new_job(id="link")))
+    listening = socket.socket(socket.AF_UNIX)
+
+    def place(job_id: str) -> Path:
+        return queued / f"09-{time.time_ns():020d}-{job_id}.json"
+
+    place("broken").write_text('{"version": 1, "id": "bro')
+    place("empty").touch()
+    place("newer").write_text(json.dumps(newer))
+    place("link").symlink_to(root / "secret")
+    os.mkfifo(place("pipe"))
+    place("folder").mkdir()
+    place("large").write_bytes(b" " * (4 * 2**20 + 1))
+    place("other").write_bytes(dumps(new_job()))
+    place("ended").write_bytes(dumps(new_job(id="ended").succeeded(result)))
+    place("binary").write_bytes(os.urandom(100))
+    (queued / "notes.txt").write_text("hello")
+    (queued / "a folder").mkdir()
+    (queued / "dangling").symlink_to("/nowhere")
+    os.mkfifo(queued / "pipe")
+    here = os.getcwd()
+    os.chdir(queued)
+    listening.bind(place("socket").name)
+    os.chdir(here)
+    strays = names(root, "queued")
+    queue.enqueue(good)
+
+    with serving(queue, finish(result)):
+        eventually(lambda: names(root, "done"))
+        eventually(lambda: not names(root, "queued"))
+    listening.close()
+    assert records(root) == {good.id: ["done"]}
+    assert names(root, "running") == names(root, "tmp") == []
+    aside = sorted((root / "error").glob("*.unreadable"))
+    assert [path.name.removesuffix(".unreadable") for path in aside] == strays
+    reasons = {path.name: path.with_suffix(".reason").read_text() for path in aside}
+    assert all(reasons.values())
+    assert "newer release" in next(reason for name, reason in reasons.items() if "-newer." in name)
+    assert "regular file" in next(reason for name, reason in reasons.items() if "-pipe." in name)
+    assert (root / "secret").read_bytes() == dumps(
+        new_job(id="link", created=loads((root / "secret").read_bytes()).created)
+    )
+    assert queue.counts()[State.ERROR] == 0
+    assert queue.jobs() == [queue.get(good.id).job]  # type: ignore[union-attr]
+
+
+def test_unreadable_records_elsewhere_do_no_harm(root: Path, queue: FileQueue, new_job: Any) -> None:
+    job = new_job()
+    (root / "done" / f"{job.id}.json").write_text("{")
+    (root / "done" / "notes.txt").touch()
+    (root / "running" / "junk").touch()
+    path = dead_worker(root, new_job(id="broken"))
+    path.write_text("{")
+    (path.parent / "junk").mkdir()
+    assert queue.get(job.id) is None
+    assert queue.get("broken") is None
+    assert queue.jobs() == []
+    recover(root)
+    assert names(root, "running") == names(root, "workers") == []
+    assert {path.name for path in (root / "error").glob("*.unreadable")} == {
+        f"{path.name}.unreadable",
+        "junk.unreadable",
+        *(path.name for path in (root / "error").glob("junk.*.unreadable")),
+    }
+    assert len(list((root / "error").glob("junk*.unreadable"))) == 2
+
+
+# durability
+
+
+@pytest.fixture
+def calls(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is flushed and renamed, by place, in order."""
+    made: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def place(path: str | Path) -> str:
+        parts = Path(path).relative_to(root).parts
+        if parts[:1] == ("running",) and len(parts) > 1:
+            return "/".join(["running/*", *("record" for _ in parts[2:])])
+        return "/".join([*parts[:1], *("record" for _ in parts[1:])]) or "."
+
+    def record_fsync(fd: int) -> None:
+        made.append(f"fsync {place(os.readlink(f'/proc/self/fd/{fd}'))}")
+        fsync(fd)
+
+    def record_rename(source: str | Path, target: str | Path) -> None:
+        made.append(f"{place(source)} -> {place(target)}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    return made
+
+
+WRITE_RUNNING = ["fsync tmp/record", "tmp/record -> running/*/record", "fsync running/*"]
+WRITE_CANCELLED = ["fsync tmp/record", "tmp/record -> cancelled/record", "fsync cancelled"]
+
+
+def test_every_step_is_durable_before_the_next(
+    root: Path, calls: list[str], new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    def taken() -> list[str]:
+        found = calls.copy()
+        calls.clear()
+        return found
+
+    queue = FileQueue(root)
+    assert taken() == ["fsync .", "fsync tmp/record"]
+    cancelled, ran = new_job(), new_job()
+    queue.enqueue(cancelled)
+    assert taken() == ["fsync tmp/record", "tmp/record -> queued/record", "fsync queued"]
+    queue.cancel(cancelled.id)
+    assert taken() == ["queued/record -> cancelled/record", "fsync cancelled", "fsync queued", *WRITE_CANCELLED]
+    queue.enqueue(ran)
+    taken()
+    steps: dict[str, list[str]] = {}
+
+    def handle(job: Job, control: Control) -> None:
+        steps["claim"] = taken()
+        if "release" in steps:
+            job = control.started()
+            steps["started"] = taken()
+            control.progress(Progress(state=State.PROCESSING))
+            steps["progress"] = taken()
+            queue.cancel(job.id)
+            steps["cancel"] = taken()
+            control.commit(job.succeeded(result))
+            steps["commit"] = taken()
+        else:
+            control.release()
+            steps["release"] = taken()
+
+    with serving(queue, handle, slots=1):
+        eventually(lambda: "commit" in steps)
+    assert steps == {
+        "claim": ["queued/record -> running/*/record"],
+        "release": [*WRITE_RUNNING, "running/*/record -> queued/record", "fsync queued", "fsync running/*"],
+        "started": [*WRITE_RUNNING, "fsync queued"],
+        "progress": ["tmp/record -> progress/record"],
+        "cancel": ["fsync running/*"],
+        "commit": [*WRITE_RUNNING, "running/*/record -> done/record", "fsync done", "fsync running/*"],
+    }
+    dead_worker(root, new_job(attempts=3))
+    taken()
+    recover(root)
+    assert taken()[2:] == [
+        "fsync running",
+        *WRITE_RUNNING,
+        "running/*/record -> error/record",
+        "fsync error",
+        "fsync running/*",
+    ]
+
+
+@pytest.mark.parametrize("broken", ["write", "fsync", "rename"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_failed_write_leaves_nothing(
+    root: Path, queue: FileQueue, new_job: Any, monkeypatch: pytest.MonkeyPatch, broken: str, number: int
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(number, os.strerror(number), "/home/somebody/queue")
+
+    job = new_job()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, broken, fail)
+        with pytest.raises(QueueUnusable if number == errno.EIO else DiskFull) as raised:
+            queue.enqueue(job)
+    assert "/" not in str(raised.value)
+    assert names(root, "tmp") == names(root, "queued") == []
+    assert queue.get(job.id) is None
+    queue.enqueue(job)
+    assert queue.get(job.id) == Snapshot(job, position=0)
+
+
+def test_a_job_that_could_not_be_made_durable_is_taken_back(
+    root: Path, queue: FileQueue, new_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "fsync_dir", fail)
+        with pytest.raises(QueueUnusable):
+            queue.enqueue(new_job())
+    assert names(root, "tmp") == names(root, "queued") == []
+
+
+def test_short_writes_are_continued(
+    root: Path, queue: FileQueue, new_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, read = os.write, os.read
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:100]))
+    monkeypatch.setattr(os, "read", lambda fd, size: read(fd, min(size, 70)))
+    job = new_job()
+    queue.enqueue(job)
+    assert FileQueue(root).get(job.id) == Snapshot(job, position=0)
+
+
+def test_a_limit_of_the_system_leaves_nothing(root: Path, queue: FileQueue, nursery: Nursery) -> None:
+    nursery.wait(nursery.spawn("hit_a_limit"))
+    assert len(nursery.lines("refused")) == 1
+    assert names(root, "tmp") == names(root, "queued") == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96k", "none", folder], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_loses_nothing(
+    small_disk: Path, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    root = small_disk / "queue"
+    queue = FileQueue(root)
+    accepted: list[Job] = []
+
+    def fill() -> None:
+        with pytest.raises(DiskFull):
+            while True:
+                job = new_job(payload={"x": "y" * 3000})
+                queue.enqueue(job)
+                accepted.append(job)
+        (small_disk / "filler").write_bytes(b"")
+        with pytest.raises(OSError, match="No space"), (small_disk / "filler").open("ab", buffering=0) as filler:
+            while True:
+                filler.write(b"x" * 1024)
+
+    fill()
+    assert len(accepted) > 3
+    assert names(root, "tmp") == []
+    assert [job.id for job in queue.jobs()] == [job.id for job in accepted]
+    cancelled = queue.cancel(accepted[-1].id)
+    assert cancelled is not None
+    assert cancelled.state is State.CANCELLED
+    ended = []
+
+    def handle(job: Job, control: Control) -> None:
+        if not ended:
+            with pytest.raises(DiskFull):
+                control.started()
+            with pytest.raises(DiskFull):
+                control.commit(job.succeeded(result))
+            assert queue.get(job.id) == Snapshot(job, progress=Progress())
+            control.progress(Progress(state=State.PROCESSING))
+            (small_disk / "filler").unlink()
+        control.commit(control.started().succeeded(result))
+        ended.append(job.id)
+
+    with serving(queue, handle):
+        eventually(lambda: len(ended) == len(accepted) - 1)
+    assert names(root, "tmp") == []
+    assert queue.counts() == {
+        State.QUEUED: 0,
+        State.PROCESSING: 0,
+        State.DONE: len(accepted) - 1,
+        State.ERROR: 0,
+        State.CANCELLED: 1,
+    }
+    queue.close()
+
+
+def test_a_full_disk_does_not_stop_recovery_for_good(small_disk: Path, new_job: Any) -> None:
+    root = small_disk / "queue"
+    queue = FileQueue(root, max_attempts=1)
+    job = new_job(attempts=1)
+    dead_worker(root, job)
+    with pytest.raises(OSError, match="No space"), (small_disk / "filler").open("ab", buffering=0) as filler:
+        while True:
+            filler.write(b"x" * 1024)
+    recover(root, max_attempts=1)
+    assert records(root) == {job.id: ["running"]}
+    (small_disk / "filler").unlink()
+    recover(root, max_attempts=1)
+    snapshot = queue.get(job.id)
+    assert snapshot is not None
+    assert snapshot.state is State.ERROR
+
+
+# many jobs
+
+
+def _drop(root: Path, job: Job) -> None:
+    """A waiting record, written the quick way."""
+    (root / "queued" / f"09-{time.time_ns():020d}-{job.id}.json").write_bytes(dumps(job))
+
+
+def test_thousands_of_waiting_jobs_cost_little(
+    root: Path, queue: FileQueue, new_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = new_job()
+    for n in range(5000):
+        _drop(root, model.model_copy(update={"id": f"job-{n}"}))
+    opened, listed = [], []
+    really_open, really_list = os.open, os.listdir
+
+    def count_open(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith(".json"):
+            opened.append(str(path))
+        return really_open(path, *arguments, **options)
+
+    def count_list(path: Any) -> list[str]:
+        listed.append(str(path))
+        return really_list(path)
+
+    monkeypatch.setattr(os, "open", count_open)
+    monkeypatch.setattr(os, "listdir", count_list)
+    queue = FileQueue(root)
+    began = time.monotonic()
+    snapshot = queue.get("job-4321")
+    assert snapshot is not None
+    assert snapshot.position == 4321
+    assert len(opened) == 1
+    for n in range(100):
+        queue.enqueue(new_job())
+        assert queue.get(f"job-{n}") is not None
+        assert queue.counts()[State.QUEUED] == 5001 + n
+    assert len(opened) == 101
+    assert listed.count(str(root / "queued")) <= 2 + (time.monotonic() - began) / 0.2
+    assert queue.get("nobody") is None
+    assert len(opened) <= 101 + 3 * 3
+
+
+def test_progress_is_written_sparingly(
+    root: Path, queue: FileQueue, calls: list[str], new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    done = threading.Event()
+    other = FileQueue(root)
+
+    def handle(job: Job, control: Control) -> None:
+        calls.clear()
+        began = time.monotonic()
+        for step in range(1, 301):
+            control.progress(Progress(state=State.PROCESSING, phase="denoising", step=step, steps=300))
+        most = 2 + (time.monotonic() - began) / 0.1
+        assert 1 <= calls.count("tmp/record -> progress/record") <= most
+        control.progress(Progress(state=State.PROCESSING, phase="decoding", step=300, steps=300))
+        for instance in (queue, other):
+            snapshot = instance.get(job.id)
+            assert snapshot is not None
+            assert snapshot.progress is not None
+            assert snapshot.progress.phase == "decoding"
+        control.commit(job.succeeded(result))
+        done.set()
+
+    queue.enqueue(new_job())
+    with serving(queue, handle):
+        assert done.wait(20)
+
+
+def test_progress_that_cannot_be_written_fails_no_job(
+    root: Path, queue: FileQueue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    job = new_job()
+
+    def handle(job: Job, control: Control) -> None:
+        (root / "progress").rmdir()
+        control.progress(Progress(state=State.PROCESSING))
+        control.commit(control.started().succeeded(result))
+
+    queue.enqueue(job)
+    with serving(queue, handle):
+        eventually(lambda: names(root, "done"))

@@ -58,8 +58,7 @@ lint: setup ## ruff and mypy
 	@$(BIN)/mypy
 
 bench: setup ## measure every speed that the README names
-	@for script in benchmarks/*.py; do \
-	    [ -f "$$script" ] || { echo "benchmarks/ is empty"; exit 1; }; \
+	@for script in benchmarks/bench_*.py; do \
 	    echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; \
 	done
 

@@ -8,13 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion_api import __version__, settings as configuration
+from diffusion_api import __version__
+from diffusion_api import settings as configuration
 from diffusion_api.errors import DiffusionApiError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A job-queue REST service for image generation.")
+app = typer.Typer(
+    help="A job-queue REST service for image generation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
+Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
+Port = Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")]
 Home = Annotated[Path | None, typer.Option(help="Folder with stable_diffusion/, queue/ and outputs/.")]
-Engine_ = Annotated[str | None, typer.Option("--engine", help="diffusers, or stub: no model, for tests.")]
+Engine = Annotated[str | None, typer.Option(help="diffusers, or stub: no model, for tests.")]
 
 
 def main() -> None:
@@ -28,10 +36,10 @@ def main() -> None:
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    host: Host = None,
+    port: Port = None,
     home: Home = None,
-    engine: Engine_ = None,
+    engine: Engine = None,
     worker: Annotated[bool, typer.Option(help="Also run jobs in this process.")] = True,
 ) -> None:
     """Serve the API and run its jobs."""
@@ -41,7 +49,7 @@ def serve(
 
 
 @app.command()
-def worker(home: Home = None, engine: Engine_ = None) -> None:
+def worker(home: Home = None, engine: Engine = None) -> None:
     """Run jobs of a queue folder, without an API."""
     from diffusion_api.server import work
 
@@ -80,12 +88,7 @@ def doctor(home: Home = None) -> None:
 
 
 @app.command()
-def config(
-    host: Annotated[str | None, typer.Option()] = None,
-    port: Annotated[int | None, typer.Option()] = None,
-    home: Home = None,
-    engine: Engine_ = None,
-) -> None:
+def config(host: Host = None, port: Port = None, home: Home = None, engine: Engine = None) -> None:
     """Print every setting, its value and where it came from."""
     flags = {"host": host, "port": port, "home": home, "engine": engine}
     found = _settings(**flags)

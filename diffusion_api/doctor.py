@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 from rich.console import Console
+from rich.markup import escape
 
 from diffusion_api import __version__
 from diffusion_api.errors import DiffusionApiError, InvalidRequest
@@ -18,7 +19,10 @@ from diffusion_api.server import build_library
 from diffusion_api.settings import Settings
 
 GIB = 2**30
-PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "fastapi", "starlette", "uvicorn", "pydantic", "pillow")
+PACKAGES = (
+    *("torch", "diffusers", "transformers", "safetensors"),
+    *("fastapi", "starlette", "uvicorn", "pydantic", "pillow"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,24 +40,24 @@ def examine(settings: Settings) -> int:
     findings = [*_versions(), _memory(), *_folders(settings), *_models(settings), _device(settings)]
     for finding in findings:
         mark = "[green]ok  [/]" if finding.fix is None else "[red]fix [/]"
-        console.print(f"{mark} [bold]{finding.subject:9}[/] {finding.text}")
+        console.print(f"{mark} [bold]{finding.subject:9}[/] {escape(finding.text)}")
         if finding.fix:
-            console.print(f"     [yellow]->[/] {finding.fix}")
+            console.print(f"     [yellow]->[/] {escape(finding.fix)}")
     wrong = sum(f.fix is not None for f in findings)
     console.print(f"{wrong} thing{'s' * (wrong != 1)} to fix" if wrong else "everything is well")
     return 1 if wrong else 0
 
 
 def _versions() -> list[Finding]:
-    found = [Finding("version", f"Diffusion API {__version__}, Python {platform.python_version()}, {platform.platform()}")]
+    running = f"Diffusion API {__version__}, Python {platform.python_version()}, {platform.platform()}"
     have, missing = [], []
     for package in PACKAGES:
         try:
             have.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             missing.append(package)
-    found.append(Finding("packages", ", ".join(have), f"missing: {', '.join(missing)}; run `make setup`" if missing else None))
-    return found
+    fix = f"missing: {', '.join(missing)}; run `make setup`" if missing else None
+    return [Finding("version", running), Finding("packages", ", ".join(have), fix)]
 
 
 def _memory() -> Finding:
@@ -71,10 +75,8 @@ def _folders(settings: Settings) -> list[Finding]:
     if not home.is_dir():
         return [Finding("home", str(home), "the folder does not exist: make it, or name another with --home")]
     free = shutil.disk_usage(home).free
-    found = [Finding("home", f"{home}, {free / GIB:.1f} GiB free", "under 1 GiB free: make room" if free < GIB else None)]
-    for folder in (settings.models_dir, settings.queue_dir, settings.outputs_dir):
-        found.append(_folder(folder, home))
-    return found
+    space = Finding("home", f"{home}, {free / GIB:.1f} GiB free", "under 1 GiB free: make room" if free < GIB else None)
+    return [space, *(_folder(f, home) for f in (settings.models_dir, settings.queue_dir, settings.outputs_dir))]
 
 
 def _folder(folder: Path, home: Path) -> Finding:
@@ -89,7 +91,8 @@ def _folder(folder: Path, home: Path) -> Finding:
 def _models(settings: Settings) -> list[Finding]:
     library = build_library(settings)
     names = [f"{m.name} ({m.family}, {m.native_size} px)" for m in library.models()]
-    found = [Finding("models", ", ".join(names) or "none", None if names else f"put a model into {settings.models_dir}")]
+    fix = None if names else f"put a model into {settings.models_dir}"
+    found = [Finding("models", ", ".join(names) or "none", fix)]
     try:
         found.append(Finding("default", library.default().name))
     except InvalidRequest as error:

@@ -9,11 +9,11 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
-from fastapi import FastAPI
 
-from diffusion_api.app import create_app
+from diffusion_api.app import App, create_app
 from diffusion_api.catalog.library import Library
 from diffusion_api.engine.base import Engine
 from diffusion_api.engine.executor import Executor
@@ -26,7 +26,12 @@ from diffusion_api.service import Service
 from diffusion_api.settings import DATA, Settings
 from diffusion_api.worker import Worker
 
+if TYPE_CHECKING:
+    from types import FrameType
+
 log = logging.getLogger(__name__)
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def build_library(settings: Settings) -> Library:
@@ -47,7 +52,7 @@ def build_queue(settings: Settings) -> Queue:
     return FileQueue(settings.queue_dir, max_attempts=settings.max_attempts)
 
 
-def build_app(settings: Settings, *, worker: bool = True) -> FastAPI:
+def build_app(settings: Settings, *, worker: bool = True) -> App:
     """The whole service as one ASGI app; its worker starts and stops with the app."""
     settings.create_folders()
     library, queue, outputs = build_library(settings), build_queue(settings), Outputs(settings.outputs_dir)
@@ -68,7 +73,7 @@ def run(settings: Settings, *, worker: bool) -> None:
     configure_logging(settings)
     listener = _listen(settings.host, settings.port)
     app = build_app(settings, worker=worker)
-    shown_host = "127.0.0.1" if settings.host in ("", "0.0.0.0") else settings.host  # noqa: S104  only shown
+    shown_host = "127.0.0.1" if settings.host in ("", "0.0.0.0") else settings.host
     url = f"http://{shown_host}:{listener.getsockname()[1]}"
     server = Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
     server.greeting = _greeting(url)
@@ -82,12 +87,12 @@ def work(settings: Settings) -> None:
     queue = build_queue(settings)
     hand = Worker(queue, build_engine(settings, build_library(settings)), Outputs(settings.outputs_dir))
     told = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, lambda *_: told.set())
     hand.start()
     log.info("worker runs; Ctrl-C stops it")
     told.wait()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_DFL)
     hand.stop(settings.grace)
     queue.close()
@@ -100,13 +105,19 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """First signal: drain. Second: end at once."""
-        previous = {n: signal.signal(n, self.handle_exit) for n in (signal.SIGINT, signal.SIGTERM)}
+        """Handle signals while serving, and raise none of them again afterwards."""
+        previous = {n: signal.signal(n, self.handle_exit) for n in STOPPING}
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain. The second meets the default handler and ends the process at once."""
+        super().handle_exit(sig, frame)
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_DFL)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say so."""
@@ -118,7 +129,10 @@ class Server(uvicorn.Server):
 def configure_logging(settings: Settings) -> None:
     """Lines to stderr, time and level first."""
     logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s [%(levelname)s] %(message)s", stream=sys.stderr, force=True
+        level=settings.log_level.upper(),
+        format="%(asctime)s [%(levelname)s] %(message)s",
+        stream=sys.stderr,
+        force=True,
     )
     for chatty in ("httpx", "httpcore", "PIL", "asyncio"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -132,7 +146,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        raise Misconfigured(f"cannot listen on {host}:{port}: {error.strerror}; try --port 0 for a free port") from error
+        raise Misconfigured(
+            f"cannot listen on {host}:{port}: {error.strerror}; try --port 0 for a free port"
+        ) from error
     listener.set_inheritable(False)
     return listener
 

@@ -7,18 +7,18 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
-
-from diffusion_api.catalog.library import Library, Model
-from diffusion_api.engine.base import DeviceReport, Engine
 from diffusion_api.errors import InvalidRequest, NotFound, TooLarge
-from diffusion_api.outputs import Outputs
-from diffusion_api.queues.base import Queue, Snapshot
 from diffusion_api.schema.job import Image, Job, State
 from diffusion_api.schema.request import Request
-from diffusion_api.settings import Settings
+
+if TYPE_CHECKING:
+    from diffusion_api.catalog.library import Library, Model
+    from diffusion_api.engine.base import DeviceReport, Engine
+    from diffusion_api.outputs import Outputs
+    from diffusion_api.queues.base import Queue, Snapshot
+    from diffusion_api.settings import Settings
 
 GIB = 2**30
 
@@ -44,16 +44,23 @@ class Health:
 class Service:
     """Submits, looks up and cancels jobs; knows what is installed."""
 
-    def __init__(self, settings: Settings, library: Library, queue: Queue, outputs: Outputs, engine: Engine | None) -> None:
+    def __init__(
+        self, settings: Settings, library: Library, queue: Queue, outputs: Outputs, engine: Engine | None
+    ) -> None:
         self.settings = settings
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
 
     def submit(
         self, request: Request, *, payload: dict[str, Any], warnings: tuple[str, ...] = (), dialect: str = "native"
     ) -> Job:
-        """Store a job; when this returns it is on disk. Raises TooLarge, DiskFull, QueueUnusable."""
+        """Store a job; when this returns it is on disk. Pictures in its payload are left out.
+
+        Raises InvalidRequest, TooLarge, DiskFull, QueueUnusable.
+        """
+        from diffusion_api.images import sanitized
+
         self._check(request)
-        job = Job(request=request, payload=payload, warnings=warnings, dialect=dialect)
+        job = Job(request=request, payload=sanitized(payload), warnings=warnings, dialect=dialect)
         self._queue.enqueue(job)
         return job
 
@@ -89,6 +96,8 @@ class Service:
 
     def health(self) -> Health:
         """Real numbers, read now."""
+        import psutil
+
         memory = psutil.virtual_memory()
         settings = self.settings
         disk = shutil.disk_usage(settings.home)
@@ -138,4 +147,4 @@ class Service:
 
 
 def _count_files(folder: Path) -> int:
-    return sum(1 for f in folder.glob("*") if f.suffix in (".safetensors", ".bin", ".pt", ".pth")) if folder.is_dir() else 0
+    return sum(f.suffix in (".safetensors", ".bin", ".pt", ".pth") for f in folder.glob("*"))

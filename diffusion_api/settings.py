@@ -1,4 +1,4 @@
-"""Every setting of an installation: flags, then ``DIFFUSION_API_*`` variables, then ``.env``, then the defaults here."""
+"""Every setting of an installation: flags, then ``DIFFUSION_API_*`` variables, then ``.env``, then these defaults."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
+
+from diffusion_api.errors import Misconfigured
 
 DATA = Path(__file__).parent / "data"
 PREFIX = "DIFFUSION_API_"
@@ -28,7 +30,7 @@ class Settings(BaseSettings):
     shipped_models: bool = Field(default=True, description="list the models that come with the package")
 
     max_attempts: int = Field(default=3, ge=1, description="how often a job may be started before it ends as an error")
-    grace: float = Field(default=30, ge=0, description="seconds a running job may take to finish when the service stops")
+    grace: float = Field(default=30, ge=0, description="seconds that a running job may go on when the service stops")
 
     max_steps: int = Field(default=150, ge=1, description="steps of one job")
     max_pixels: int = Field(default=2048 * 2048, ge=64, description="width x height of one picture")
@@ -62,9 +64,12 @@ class Settings(BaseSettings):
         return self.home / "outputs"
 
     def create_folders(self) -> None:
-        """Make the folders of this installation where they are missing."""
+        """Make the folders of this installation where they are missing. Raises Misconfigured."""
         for folder in (self.models_dir, self.loras_dir, self.upscalers_dir, self.queue_dir, self.outputs_dir):
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise Misconfigured(f"home {self.home}: {folder} cannot be made: {error.strerror}") from error
 
 
 def load(**flags: Any) -> Settings:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from diffusion_api.engine.base import Engine, Finished
-from diffusion_api.errors import DiffusionApiError, Interrupted
+from diffusion_api.errors import DiffusionApiError, Interrupted, OperatorError
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.base import Control, Queue
 from diffusion_api.schema.job import Job, Progress, Result
@@ -26,7 +26,9 @@ EXIT_WORKER_DIED = 70
 class Worker:
     """Serves a queue with an engine, on a thread of its own."""
 
-    def __init__(self, queue: Queue, engine: Engine, outputs: Outputs, *, died: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, queue: Queue, engine: Engine, outputs: Outputs, *, died: Callable[[], None] | None = None
+    ) -> None:
         self._queue, self._engine, self._outputs = queue, engine, outputs
         self._died = died or (lambda: os._exit(EXIT_WORKER_DIED))
         self._deadline: float | None = None
@@ -38,7 +40,7 @@ class Worker:
         self._thread.start()
 
     def stop(self, grace: float) -> None:
-        """Claim nothing more; the running job may finish for ``grace`` seconds, then it goes back to the queue. Blocks."""
+        """Claim nothing more. The running job may take ``grace`` seconds to finish, then it is queued again. Blocks."""
         self._deadline = time.monotonic() + grace
         self._queue.stop()
         self._thread.join(grace + 5)
@@ -49,6 +51,9 @@ class Worker:
             self._engine.wait()
             if self._deadline is None:
                 self._queue.serve(self.handle, slots=SLOTS)
+        except OperatorError as error:
+            log.critical("the service cannot run jobs and ends: %s", error)
+            self._died()
         except BaseException:
             log.critical("the worker stopped; this process ends so that its jobs are recovered", exc_info=True)
             self._died()
@@ -86,7 +91,8 @@ class Worker:
             control.commit(job.failed(type(error).__name__, str(error)))
         except Exception as error:  # whatever a model or a library raised fails this job and nothing else
             log.exception("job %s failed", job.id)
-            control.commit(job.failed("InternalError", f"the engine failed: {type(error).__name__}; the log has the details"))
+            reason = f"the engine failed: {type(error).__name__}; the log has the details"
+            control.commit(job.failed("InternalError", reason))
 
     def _result(self, job: Job, finished: Finished, began: float) -> Result:
         saved = self._outputs.save(job, finished)

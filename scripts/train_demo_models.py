@@ -24,6 +24,7 @@ import json
 import math
 import random
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +104,18 @@ def random_scene(rng: random.Random) -> Scene:
         return Scene((left, right), background)
     side = rng.choice(("left", "right", "middle", "middle"))
     return Scene((Thing(rng.choice(("small", "large")), first, rng.choice(SHAPES), side),), background)
+
+
+def plain(scene: Scene) -> str:
+    """The caption of a one-object scene in its plain form."""
+    thing = scene.things[0]
+    side = "" if thing.side == "middle" else f" on the {thing.side}"
+    return f"a {thing.size} {thing.colour} {thing.shape} on {_a(scene.background)} background{side}"
+
+
+def held_out(scene: Scene) -> bool:
+    """True for one scene in sixteen, which no caption of the training ever describes: tests ask for these."""
+    return len(scene.things) == 1 and zlib.crc32(plain(scene).encode()) % 16 == 0
 
 
 def draw(scene: Scene, width: int, height: int, rng: random.Random) -> Image.Image:
@@ -443,11 +456,12 @@ def train_unet(run: Run, pools: dict, latents: dict, captions: Captions, vocabul
         first = state["step"]
     alphas = DDPMScheduler(**NOISE_SCHEDULE).alphas_cumprod
     sizes = list(BUCKETS)
+    allowed = {size: torch.tensor([i for i, s in enumerate(pools[size][0]) if not held_out(s)]) for size in sizes}
     average, started = 0.0, time.monotonic()
     for step in range(first, steps):
         rng, generator = random.Random(step), torch.Generator().manual_seed(step)
         size = rng.choices(sizes, [BUCKETS[s][2 if step < 0.3 * steps else 3] for s in sizes])[0]
-        pick = torch.randint(len(latents[size]), (BUCKETS[size][1],), generator=generator)
+        pick = allowed[size][torch.randint(len(allowed[size]), (BUCKETS[size][1],), generator=generator)]
         z = latents[size][pick]
         ids = captions.batch([pools[size][0][i] for i in pick.tolist()], rng)
         x, target, t = noised(z, alphas, generator)

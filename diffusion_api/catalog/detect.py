@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic_core import from_json
 
 MAX_HEADER = 64 * 2**20
 
@@ -15,7 +18,19 @@ PIPELINES = {
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
 }
-SD1_WIDTH, SD2_WIDTH, SDXL_WIDTH = 768, 1024, 2048
+SD2_WIDTH = 1024
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One entry of a safetensors header. ``data_offsets`` are bytes from the end of the header."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+_TENSORS = TypeAdapter(dict[str, Tensor])
 
 
 class Unrecognised(ValueError):
@@ -32,8 +47,11 @@ def folder_family(folder: Path) -> tuple[str, int]:
     unet = _json(folder / "unet" / "config.json")
     if family == "sd1" and unet.get("cross_attention_dim") == SD2_WIDTH:
         family = "sd2"
-    if not any((folder / "unet").glob("diffusion_pytorch_model*.safetensors")):
+    weights = sorted((folder / "unet").glob("diffusion_pytorch_model*.safetensors"))
+    if not weights:
         raise Unrecognised("its unet/ holds no safetensors weights")
+    for path in weights:
+        safetensors_header(path)
     size = unet.get("sample_size")
     return family, (size if isinstance(size, int) else 64) * 8
 
@@ -47,34 +65,42 @@ def file_family(path: Path) -> tuple[str, int]:
         return "sdxl", 1024
     if "cond_stage_model.model.transformer.resblocks.0.ln_1.weight" in header:
         return "sd2", 768
-    channels = header["model.diffusion_model.input_blocks.0.0.weight"]["shape"][1]
-    if channels != 4:
-        return "sd1-inpainting", 512
-    return "sd1", 512
+    shape = header["model.diffusion_model.input_blocks.0.0.weight"].shape
+    return ("sd1" if shape[1:2] == [4] else "sd1-inpainting"), 512
 
 
-def safetensors_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file, its length checked before it is read. Raises Unrecognised."""
+def safetensors_header(path: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds, by name of the tensor; its length is checked. Raises Unrecognised."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise Unrecognised("it is no safetensors file: its header length is wrong (an unfinished download?)")
-            header = json.loads(file.read(length))
-    except (OSError, ValueError) as error:
-        if isinstance(error, Unrecognised):
-            raise
-        raise Unrecognised(f"its header cannot be read: {type(error).__name__}") from error
-    if not isinstance(header, dict):
-        raise Unrecognised("its header is no JSON object")
-    return header
+        header = _header(path, size)
+    except OSError as error:
+        raise Unrecognised(f"{path.name} cannot be read: {error.strerror}") from error
+    try:
+        content = from_json(header)
+        if isinstance(content, dict):
+            content.pop("__metadata__", None)
+        tensors = _TENSORS.validate_python(content)
+    except ValueError as error:
+        raise Unrecognised(f"{path.name} is no safetensors file: its header is damaged") from error
+    promised = 8 + len(header) + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
+    if size != promised:
+        raise Unrecognised(f"{path.name} has {size} bytes and should have {promised} (an unfinished download?)")
+    return tensors
+
+
+def _header(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise Unrecognised(f"{path.name} is no safetensors file: the length of its header is wrong")
+        return file.read(length)
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = from_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise Unrecognised(f"{path.parent.name}/{path.name} cannot be read") from error
     if not isinstance(content, dict):

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from diffusion_api.catalog import detect
 from diffusion_api.catalog.labels import label
@@ -24,7 +25,10 @@ FRESH = 2.0
 
 @dataclass(frozen=True)
 class Model:
-    """An installed model. ``native_size`` is the side in pixels that it was trained at; ``shown_path`` is for callers."""
+    """An installed model.
+
+    ``native_size`` is the side in pixels that it was trained at; ``shown_path`` is for callers.
+    """
 
     name: str
     family: str
@@ -45,13 +49,13 @@ class Model:
         return self.path.suffix == ".safetensors"
 
     @property
-    def type(self) -> str:
+    def type(self) -> Literal["standard", "sdxl"]:
         """``sdxl`` or ``standard``, the two words of the original API."""
         return "sdxl" if self.family == "sdxl" else "standard"
 
     @property
     def hash(self) -> str | None:
-        """The first 10 hex digits of the file's SHA-256, as A1111 shows it; None for a folder, which has no such hash."""
+        """The first 10 hex digits of the file's SHA-256, as A1111 shows it; None for a folder."""
         return _sha256(self.path, self.stamp)[:10] if self.single_file else None
 
 

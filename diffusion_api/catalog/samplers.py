@@ -79,31 +79,33 @@ def resolve(sampler_name: str, scheduler_type: str | None) -> tuple[Sampler, Sch
 
     Raises UnknownSampler with the choices; nothing is ever replaced silently.
     """
-    wanted = _key(sampler_name)
-    found = _find(SAMPLERS, wanted)
-    suffix = None
-    if found is None:
-        for row in SCHEDULES:
-            for ending in _keys(row):
-                if wanted.endswith(" " + ending) and (found := _find(SAMPLERS, wanted.removesuffix(" " + ending))):
-                    suffix = row
-                    break
-            if found:
-                break
-    if found is None:
-        choices = ", ".join(sampling_methods())
-        raise UnknownSampler(f"sampler_name {sampler_name!r} is not known; one of {choices}", field="sampler_name")
-    if suffix:
-        return found, suffix
-    if scheduler_type is None:
-        return found, schedule("default" if found.ignores_omitted_schedule else OMITTED_SCHEDULE)
-    if _key(scheduler_type) == AUTOMATIC:
-        return found, schedule(found.automatic)
-    chosen = _find(SCHEDULES, _key(scheduler_type))
-    if chosen is None:
-        choices = ", ".join(scheduler_types())
-        raise UnknownSampler(f"scheduler_type {scheduler_type!r} is not known; one of {choices}", field="scheduler_type")
-    return found, chosen
+    found, suffix = _sampler(sampler_name)
+    asked = _schedule(scheduler_type, found)
+    return found, suffix or asked
+
+
+def _sampler(name: str) -> tuple[Sampler, Schedule | None]:
+    """A sampler, and the schedule that its name ends with."""
+    wanted = _key(name)
+    if found := _find(SAMPLERS, wanted):
+        return found, None
+    for row in SCHEDULES:
+        for ending in _keys(row):
+            if wanted.endswith(" " + ending) and (found := _find(SAMPLERS, wanted.removesuffix(" " + ending))):
+                return found, row
+    choices = ", ".join(sampling_methods())
+    raise UnknownSampler(f"sampler_name {name!r} is not known; one of {choices}", field="sampler_name")
+
+
+def _schedule(name: str | None, sampler: Sampler) -> Schedule:
+    if name is None:
+        return schedule("default" if sampler.ignores_omitted_schedule else OMITTED_SCHEDULE)
+    if _key(name) == AUTOMATIC:
+        return schedule(sampler.automatic)
+    if found := _find(SCHEDULES, _key(name)):
+        return found
+    choices = ", ".join(scheduler_types())
+    raise UnknownSampler(f"scheduler_type {name!r} is not known; one of {choices}", field="scheduler_type")
 
 
 def _key(name: str) -> str:

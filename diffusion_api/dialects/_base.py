@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 
 Built = TypeVar("Built", bound=BaseModel)
 
+MAX_SIDE = 65_536
+"""Pixels. No codec writes longer sides; the operator's own limit is on the area."""
+
 STATUS: tuple[tuple[type[errors.DiffusionApiError], int], ...] = (
     (errors.NotFound, 404),
     (errors.Conflict, 409),
@@ -48,6 +51,8 @@ def explain(error: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"] if part not in ("body", "path", "query"))
     if error["type"] == "json_invalid":
         return f"the body is no JSON: {error.get('ctx', {}).get('error', error['msg'])}"
+    if isinstance(error.get("input"), bytes):
+        return "the body is no JSON: it must be sent with Content-Type: application/json"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"{where or 'the body'} is missing"
@@ -82,21 +87,22 @@ def build(kind: type[Built], **fields: Any) -> Built:
         return kind(**fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise errors.InvalidRequest(explain(dict(first)), field=str(first["loc"][0]) if first["loc"] else None) from error
+        field = str(first["loc"][0]) if first["loc"] else None
+        raise errors.InvalidRequest(explain(dict(first)), field=field) from error
 
 
 def resolve_seed(seed: int | None) -> int:
     """The seed of a job: drawn when none or a negative one was given. Raises InvalidRequest above 2**32 - 1."""
     if seed is None or seed < 0:
-        return random.randint(0, MAX_SEED)  # noqa: S311  a picture's seed is no secret
+        return random.randint(0, MAX_SEED)
     if seed > MAX_SEED:
         raise errors.InvalidRequest(f"seed is {seed}; it may be 0 to {MAX_SEED}, or -1 for a random one", field="seed")
     return seed
 
 
 def round_size(value: int, name: str) -> tuple[int, str | None]:
-    """A side rounded half up to a multiple of 8, and what to tell the caller. Raises InvalidRequest below 8."""
-    if value < 8:
-        raise errors.InvalidRequest(f"{name} is {value}; it must be at least 8", field=name)
+    """A side rounded half up to a multiple of 8, and what to tell the caller. Raises InvalidRequest."""
+    if not 8 <= value <= MAX_SIDE:
+        raise errors.InvalidRequest(f"{name} is {value}; it may be 8 to {MAX_SIDE}", field=name)
     rounded = (value + 4) // 8 * 8
     return rounded, None if rounded == value else f"{name} {value} was rounded to {rounded}, a multiple of 8"

@@ -5,23 +5,26 @@ from __future__ import annotations
 import base64
 import difflib
 import time
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, FastAPI
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_api import __version__
 from diffusion_api.catalog import samplers
 from diffusion_api.dialects._base import ErrorRoute, build, resolve_seed, round_size
 from diffusion_api.errors import InvalidRequest
-from diffusion_api.images import sanitized
-from diffusion_api.queues.base import Snapshot
 from diffusion_api.schema.job import State
 from diffusion_api.schema.request import Output, Txt2Img
-from diffusion_api.service import Service
+
+if TYPE_CHECKING:
+    from diffusion_api.queues.base import Snapshot
+    from diffusion_api.service import Service
 
 FILE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png"}
-DEFAULT_SAMPLER = "DPM++ 2M Karras"
+DEFAULT_SAMPLER = "DPM++ 2M"
+UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or runs in another process"}
 
 
 class LoraBody(BaseModel):
@@ -67,28 +70,25 @@ class Txt2ImgBody(BaseModel):
 
     prompt: str = ""
     negative_prompt: str | None = None
-    steps: int | None = Field(default=None, description="1 to the operator's limit; 30 when left out")
-    cfg_scale: float | None = Field(default=None, description="guidance; 7 when left out, 1 is none")
-    width: int | None = Field(default=None, description="pixels; rounded to a multiple of 8; the model's own when left out")
+    steps: int | None = Field(default=None, ge=1, description="at most the operator's limit; 30 when left out")
+    cfg_scale: float | None = Field(
+        default=None, ge=0, le=100, allow_inf_nan=False, description="guidance; 7 when left out, 1 is none"
+    )
+    width: int | None = Field(
+        default=None, description="pixels; rounded to a multiple of 8; the model's own when left out"
+    )
     height: int | None = Field(default=None, description="pixels, like width")
     model: str | None = Field(default=None, description="a name or label of /models")
-    sampler_name: str | None = None
-    scheduler_type: str | None = None
-    fileType: str | None = Field(default=None, description="jpg or png")  # noqa: N815  the API's own spelling
-    jpeg_quality: int | None = Field(default=None, description="1 to 100; 85 when left out")
+    sampler_name: str | None = Field(default=None, description="DPM++ 2M when left out; may end in a scheduler_type")
+    scheduler_type: str | None = Field(default=None, description="karras when left out")
+    fileType: str | None = Field(default=None, description="jpg or png")
+    jpeg_quality: int | None = Field(default=None, ge=1, le=100, description="85 when left out")
     seed: int | None = Field(default=None, description="0 to 4294967295; null or -1 draws one")
-    n: int | None = Field(default=None, description="pictures, with seeds seed, seed + 1, ...; 1 when left out")
+    n: int | None = Field(default=None, ge=1, description="pictures, with seeds seed, seed + 1, ...; 1 when left out")
     loras: list[LoraBody | str] | None = None
     hires: HiresBody | None = None
     refiner_checkpoint: str | None = None
     refiner_switch_at: float | None = None
-
-    @field_validator("cfg_scale")
-    @classmethod
-    def _guidance(cls, value: float | None) -> float | None:
-        if value is not None and not 0 <= value <= 100:
-            raise ValueError("cfg_scale may be 0 to 100")
-        return value
 
 
 class SubmittedBody(BaseModel):
@@ -143,7 +143,7 @@ class HelloBody(BaseModel):
     ok: bool = True
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {400: {"model": ErrorBody}, 413: {"model": ErrorBody}, 503: {"model": ErrorBody}}
+REFUSALS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in (400, 413, 503)}
 
 
 def mount(app: FastAPI, service: Service) -> None:
@@ -166,8 +166,7 @@ def mount(app: FastAPI, service: Service) -> None:
     @router.post("/txt2img", tags=["jobs"], summary="A picture from words", responses=REFUSALS)
     def txt2img(body: Annotated[Txt2ImgBody, Body()]) -> SubmittedBody:
         request, warnings = to_request(body, service)
-        payload = sanitized(body.model_dump(exclude_unset=True))
-        job = service.submit(request, payload=payload, warnings=tuple(warnings))
+        job = service.submit(request, payload=body.model_dump(exclude_unset=True), warnings=tuple(warnings))
         return SubmittedBody(job_id=job.id, seed=request.seed, warnings=warnings)
 
     @router.get(
@@ -284,7 +283,7 @@ def _health(service: Service) -> dict[str, Any]:
             "memory_percent": health.memory_percent,
             "disk_usage_percent": health.disk_usage_percent,
         },
-        "gpu": health.device.facts if health.device else {"device_name": "not known yet: the engine is loading"},
+        "gpu": health.device.facts if health.device else UNKNOWN_DEVICE,
         "models": {"count": health.models, "directory": _shown(settings.models_dir, settings.home)},
         "loras": {"count": health.loras, "directory": _shown(settings.loras_dir, settings.home)},
         "queue": {"active_jobs": health.active_jobs, "directory": _shown(settings.queue_dir, settings.home)},
@@ -299,6 +298,6 @@ def _health(service: Service) -> dict[str, Any]:
     return answer
 
 
-def _shown(folder: Any, home: Any) -> str:
+def _shown(folder: Path, home: Path) -> str:
     """A folder as callers see it: relative to the installation's home, never a path of the host."""
-    return str(folder.relative_to(home).as_posix())
+    return folder.relative_to(home).as_posix()

@@ -1,7 +1,7 @@
 """An engine without torch: its picture is a function of the request alone. For tests, demos of clients and load tests.
 
-Words in a prompt make it misbehave: ``stub:seconds=0.05`` sleeps before every step, ``stub:fail`` fails the job, ``stub:die``
-kills the process in mid-job.
+Words in a prompt make it misbehave: ``stub:seconds=0.05`` sleeps before every step, ``stub:fail`` fails the job,
+``stub:die`` kills the process in mid-job.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ class StubEngine:
                     step=step + 1,
                     steps=request.steps,
                 )
-            yield Finished(images=tuple(_picture(request, seed) for seed in request.seeds), seeds=request.seeds)
+            images = tuple(_picture(request, seed) for seed in request.seeds)
         finally:
             self._admission.release()
+        yield Finished(images=images, seeds=request.seeds)
 
 
 def _picture(request: Request, seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -216,6 +216,17 @@ def test_a_job_cancelled_before_its_release_ends(queue: Queue, new_job: Any, ser
     assert handled == [job.id]
 
 
+def test_a_cancelling_is_not_lost_to_a_release(queue: Queue, new_job: Any, serving: Any, eventually: Any) -> None:
+    jobs = [new_job() for _ in range(20)]
+    for job in jobs:
+        queue.enqueue(job)
+    with serving(queue, lambda job, control: control.release(), slots=2):
+        for job in jobs:
+            assert queue.cancel(job.id) is not None
+        eventually(is_ended(queue, *jobs))
+    assert queue.counts()[State.CANCELLED] == len(jobs)
+
+
 def test_an_attempt_is_charged_once_per_claim(
     queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
 ) -> None:

@@ -40,7 +40,7 @@ class SD1:
     @classmethod
     def from_folder(cls, folder: Path, device: Device, model_hash: str | None) -> SD1:
         """From a diffusers folder. Raises OSError, ValueError and KeyError when the folder is broken."""
-        options = {"torch_dtype": device.dtype, "local_files_only": True, "low_cpu_mem_usage": False}
+        options = {"dtype": device.dtype, "local_files_only": True, "low_cpu_mem_usage": False}
         prediction = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         if (kind := prediction.get("prediction_type", "epsilon")) != "epsilon":
             raise ModelUnreadable(f"prediction_type {kind!r} is not supported yet; only epsilon is")

@@ -1,0 +1,29 @@
+"""Requests for the shipped model, and what an engine answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from diffusion_api.engine.base import Engine, Event, Finished, Pixels
+from diffusion_api.schema.request import Output, Txt2Img
+
+Draw = Callable[..., Pixels]
+"""``draw(prompt, steps=…)`` → the picture."""
+
+
+def request(prompt: str = "a large red circle on a blue background", **changes: object) -> Txt2Img:
+    fields: dict[str, object] = dict(
+        model="shapes", prompt=prompt, negative_prompt="", steps=20, guidance_scale=5, width=128, height=128,
+        sampler="dpmpp_2m", schedule="karras", seed=1, output=Output(),
+    )  # fmt: skip
+    return Txt2Img.model_validate(fields | changes)
+
+
+def events(engine: Engine, asked: Txt2Img) -> list[Event]:
+    return list(engine.run(asked, interrupted=lambda: False))
+
+
+def finished(engine: Engine, asked: Txt2Img) -> Finished:
+    last = events(engine, asked)[-1]
+    assert isinstance(last, Finished)
+    return last

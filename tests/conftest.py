@@ -1,0 +1,24 @@
+"""What many tests share: a running service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from fake_models import diffusers_folder
+from serving import Program, serving
+
+
+@pytest.fixture(scope="session")
+def stub_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """A service with the stub engine.
+
+    Its models are ``stable-diffusion-v1-5`` (512 pixels, the default) and ``small`` (64 pixels). Its limits are those
+    of a fresh installation, except for a body of 1 MiB and prompts of 2,000 characters.
+    """
+    home = tmp_path_factory.mktemp("stub")
+    models = home / "stable_diffusion" / "models"
+    diffusers_folder(models / "stable-diffusion-v1-5")
+    diffusers_folder(models / "small", sample_size=8)
+    with serving(home, max_body=2**20, max_prompt=2000) as server:
+        yield server

@@ -1,0 +1,549 @@
+"""The project's own API over HTTP, with the engine that needs no model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+import uuid
+from typing import Any
+
+import pytest
+from PIL import Image
+from serving import Program, eventually
+
+from diffusion_api import images, infotext
+
+STATUS_KEYS = {"status", "job_id", "progress", "current_phase", "state", "error"}
+FINISHED_KEYS = {
+    *("payload", "image", "output_path", "width", "height", "file_type", "jpeg_quality"),
+    *("generation_time_sec", "memory_before_mb", "memory_after_mb", "seed"),
+}
+
+
+def picture(encoded: str) -> Image.Image:
+    return images.decode(base64.b64decode(encoded), max_pixels=2**24)
+
+
+def said(encoded: str) -> infotext.Parameters:
+    text = images.read_infotext(base64.b64decode(encoded))
+    assert text
+    return infotext.parse(text)
+
+
+def active_jobs(server: Program) -> int:
+    count: int = server.get("/health").json()["queue"]["active_jobs"]
+    return count
+
+
+def refused(server: Program, fields: Any, status: int = 400) -> str:
+    """What a body is refused with, after a check that the refusal has its shape and that nothing was stored."""
+    before = sorted(path.name for path in (server.home / "queue").rglob("*.json"))
+    answer = server.request(
+        "POST", "/txt2img", content=json.dumps(fields), headers={"Content-Type": "application/json"}
+    )
+    assert sorted(path.name for path in (server.home / "queue").rglob("*.json")) == before
+    return refusal(answer, status)
+
+
+def refusal(answer: Any, status: int) -> str:
+    assert answer.status_code == status, answer.text
+    body = answer.json()
+    assert body == {"status": "error", "detail": body["detail"], "error": body["detail"]}
+    message: str = body["detail"]
+    return message
+
+
+# A job's life
+
+
+def test_a_prompt_becomes_a_job(stub_server: Program) -> None:
+    answer = stub_server.post(prompt="a lighthouse")
+    assert answer.status_code == 200
+    body = answer.json()
+    assert uuid.UUID(body["job_id"]).version == 4
+    assert body["status"] == "queued"
+    assert 0 <= body["seed"] < 2**32
+    assert body["warnings"] == []
+
+
+def test_a_done_job_has_every_field_of_the_contract(stub_server: Program) -> None:
+    status = stub_server.result(prompt="a lighthouse", negative_prompt="fog", model="small", seed=5)
+    assert status.keys() == STATUS_KEYS | FINISHED_KEYS
+    assert status["status"] == "success"
+    assert (status["state"], status["current_phase"], status["progress"]) == ("done", "done", 100)
+    assert status["error"] is None
+    assert status["payload"] == {"prompt": "a lighthouse", "negative_prompt": "fog", "model": "small", "seed": 5}
+    assert (status["width"], status["height"], status["seed"]) == (64, 64, 5)
+    assert (status["file_type"], status["jpeg_quality"]) == ("jpg", 85)
+    assert status["output_path"] == f"outputs/{status['job_id']}.jpg"
+    for key in ("generation_time_sec", "memory_before_mb", "memory_after_mb"):
+        assert isinstance(status[key], float)
+        assert status[key] >= 0
+    decoded = picture(status["image"])
+    assert decoded.size == (64, 64)
+    assert base64.b64decode(status["image"]) == (stub_server.home / status["output_path"]).read_bytes()
+
+
+def test_what_is_left_out_is_what_the_readmes_say(stub_server: Program) -> None:
+    status = stub_server.result(prompt="a lighthouse")
+    fields = said(status["image"]).fields
+    assert (fields["Steps"], fields["CFG scale"], fields["Size"]) == (30, 7, "512x512")
+    assert (fields["Sampler"], fields["Schedule type"]) == ("DPM++ 2M", "Karras")
+    assert fields["Model"] == "stable-diffusion-v1-5"
+    assert (status["width"], status["height"]) == (512, 512)
+    with Image.open(io.BytesIO(base64.b64decode(status["image"]))) as image:
+        assert image.format == "JPEG"
+
+
+def test_the_picture_says_what_was_asked(stub_server: Program) -> None:
+    status = stub_server.result(
+        prompt="a lighthouse, at night",
+        negative_prompt="fog: thick",
+        steps=5,
+        cfg_scale=5.5,
+        width=72,
+        height=64,
+        model="small",
+        sampler_name="Euler a",
+        scheduler_type="default",
+        seed=123,
+        fileType="png",
+    )
+    parameters = said(status["image"])
+    assert parameters.prompt == "a lighthouse, at night"
+    assert parameters.negative_prompt == "fog: thick"
+    assert parameters.fields["Version"] == "DiffusionAPI v" + stub_server.get("/health").json()["version"]
+    expected = {
+        "Steps": 5,
+        "Sampler": "Euler a",
+        "Schedule type": "Uniform",
+        "CFG scale": 5.5,
+        "Seed": 123,
+        "Size": "72x64",
+        "Model": "small",
+    }
+    assert expected.items() <= parameters.fields.items()
+
+
+def test_a_size_that_is_left_out_is_the_models_own(stub_server: Program) -> None:
+    status = stub_server.result(model="small", width=128)
+    assert (status["width"], status["height"]) == (128, 64)
+
+
+@pytest.mark.parametrize(("asked", "made"), [(60, 64), (67, 64), (68, 72), (71, 72), (8, 8), (11, 8), (12, 16)])
+def test_sizes_are_rounded_half_up_to_eights(stub_server: Program, asked: int, made: int) -> None:
+    answer = stub_server.post(model="small", width=asked, steps=1).json()
+    note = [f"width {asked} was rounded to {made}, a multiple of 8"] if asked != made else []
+    assert answer["warnings"] == note
+    status = stub_server.wait(answer["job_id"])
+    assert status["width"] == made
+    assert status.get("warnings", []) == note
+    assert picture(status["image"]).size == (made, 64)
+
+
+@pytest.mark.parametrize("fields", [{}, {"seed": None}, {"seed": -1}, {"seed": "-1"}])
+def test_a_seed_that_was_not_chosen_is_drawn(stub_server: Program, fields: dict[str, Any]) -> None:
+    seeds = [stub_server.post(model="small", steps=1, **fields).json()["seed"] for _ in range(2)]
+    assert seeds[0] != seeds[1]
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+@pytest.mark.parametrize("seed", [0, 42, "42", 2**32 - 1])
+def test_a_chosen_seed_is_used(stub_server: Program, seed: int | str) -> None:
+    answer = stub_server.post(model="small", steps=1, seed=seed).json()
+    status = stub_server.wait(answer["job_id"])
+    assert answer["seed"] == status["seed"] == said(status["image"]).fields["Seed"] == int(seed)
+
+
+def test_numbers_may_come_as_text(stub_server: Program) -> None:
+    status = stub_server.result(
+        model="small", steps="3", cfg_scale="6.5", width="72", height="80", n="1", jpeg_quality="90"
+    )
+    fields = said(status["image"]).fields
+    assert (fields["Steps"], fields["CFG scale"], fields["Size"]) == (3, 6.5, "72x80")
+    assert status["jpeg_quality"] == 90
+
+
+@pytest.mark.parametrize(
+    ("asked", "file_type", "kind"),
+    [
+        ("jpg", "jpg", "JPEG"),
+        ("JPG", "jpg", "JPEG"),
+        ("Jpeg", "jpg", "JPEG"),
+        ("png", "png", "PNG"),
+        ("PnG", "png", "PNG"),
+    ],
+)
+def test_files_are_jpeg_or_png(stub_server: Program, asked: str, file_type: str, kind: str) -> None:
+    status = stub_server.result(model="small", steps=1, fileType=asked)
+    assert status["file_type"] == file_type
+    assert status["jpeg_quality"] == (85 if file_type == "jpg" else None)
+    assert status["output_path"].endswith(f".{file_type}")
+    assert status["payload"]["fileType"] == asked
+    with Image.open(io.BytesIO(base64.b64decode(status["image"]))) as image:
+        assert image.format == kind
+
+
+def test_jpeg_quality_is_heeded(stub_server: Program) -> None:
+    small, large = (len(stub_server.result(model="small", steps=1, seed=1, jpeg_quality=q)["image"]) for q in (10, 95))
+    assert small < large
+
+
+def test_n_pictures_have_following_seeds(stub_server: Program) -> None:
+    status = stub_server.result(model="small", steps=1, n=3, seed=2**32 - 2, fileType="png")
+    assert len(status["images"]) == len(status["output_paths"]) == 3
+    assert status["image"] == status["images"][0]
+    assert status["output_path"] == status["output_paths"][0]
+    assert [said(image).fields["Seed"] for image in status["images"]] == [2**32 - 2, 2**32 - 1, 0]
+    alone = stub_server.result(model="small", steps=1, seed=2**32 - 1, fileType="png")
+    assert picture(alone["image"]).tobytes() == picture(status["images"][1]).tobytes()
+
+
+def test_the_same_request_makes_the_same_pixels(stub_server: Program) -> None:
+    asked: dict[str, Any] = {"prompt": "a", "model": "small", "steps": 2, "seed": 9, "fileType": "png"}
+    first, second = (picture(stub_server.result(**asked)["image"]).tobytes() for _ in range(2))
+    assert first == second
+    assert picture(stub_server.result(**asked | {"seed": 10})["image"]).tobytes() != first
+
+
+def test_progress_rises_from_queued_to_done(stub_server: Program) -> None:
+    blocker = stub_server.submit(prompt="stub:seconds=0.05", model="small", steps=6)
+    job_id = stub_server.submit(prompt="stub:seconds=0.05", model="small", steps=12)
+    seen = []
+
+    def ended() -> bool:
+        seen.append(stub_server.status(job_id))
+        return seen[-1]["state"] == "done"
+
+    eventually(ended, "the job to be done")
+    states = list(dict.fromkeys(status["state"] for status in seen))
+    assert states in (["queued", "loading", "processing", "done"], ["loading", "processing", "done"])
+    progress = [status["progress"] for status in seen]
+    assert progress == sorted(progress)
+    assert progress[0] == 0
+    assert progress[-1] == 100
+    assert len({p for p in progress if 0 < p < 100}) > 3
+    phases = {(status["state"], status["current_phase"]) for status in seen}
+    assert phases <= {
+        *(("queued", "queued"), ("loading", "loading"), ("processing", "generation"), ("done", "done")),
+    }
+    assert all(status.keys() <= STATUS_KEYS | {"position"} for status in seen[:-1])
+    assert stub_server.status(blocker)["state"] == "done"
+
+
+def test_a_waiting_job_tells_its_position(stub_server: Program) -> None:
+    ids = [stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=8) for _ in range(4)]
+    statuses = [stub_server.status(job_id) for job_id in ids]
+    assert [status.get("position") for status in statuses[-1:]] != [None]
+    for job_id in ids:
+        stub_server.wait(job_id)
+
+
+def test_a_job_that_failed_says_why_and_nothing_of_the_host(stub_server: Program) -> None:
+    job_id = stub_server.submit(prompt="stub:fail", model="small", steps=2)
+    status = stub_server.wait(job_id, "error")
+    assert status.keys() == STATUS_KEYS
+    assert (status["status"], status["state"], status["current_phase"]) == ("success", "error", "error")
+    assert status["error"] == "the engine failed: RuntimeError; the log has the details"
+    assert "Traceback" in stub_server.log
+    assert stub_server.result(model="small", steps=1)["state"] == "done"
+
+
+def test_the_payload_is_the_request_as_it_was_written(stub_server: Program) -> None:
+    asked = {
+        "prompt": "a lighthouse",
+        "model": "SMALL",
+        "sampler_name": "k_euler",
+        "fileType": "JPG",
+        "steps": 1,
+        "loras": ["one", {"name": "two", "scale": 0.5}],
+        "mystery": {"kept": [1, None, "x"]},
+    }
+    assert stub_server.result(**asked)["payload"] == asked
+
+
+def test_pictures_in_a_payload_are_not_sent_back(stub_server: Program) -> None:
+    payload = stub_server.result(model="small", steps=1, image="data:image/png;base64,iVBORw0KGgo=")["payload"]
+    assert payload["image"] == "[BASE64_IMAGE_DATA_34_chars]"
+
+
+def test_a_picture_that_was_deleted_is_null(stub_server: Program) -> None:
+    status = stub_server.result(model="small", steps=1)
+    (stub_server.home / status["output_path"]).unlink()
+    again = stub_server.status(status["job_id"])
+    assert again["image"] is None
+    assert again["output_path"] == status["output_path"]
+
+
+def test_what_nobody_foresaw_is_a_500_that_tells_nothing(stub_server: Program) -> None:
+    status = stub_server.result(model="small", steps=1)
+    path = stub_server.home / status["output_path"]
+    path.unlink()
+    path.mkdir()
+    message = refusal(stub_server.get(f"/queue/{status['job_id']}"), 500)
+    assert message == "the service failed; its log has the details"
+    assert "IsADirectoryError" in stub_server.log
+
+
+def test_text_of_all_kinds_comes_back(stub_server: Program) -> None:
+    prompt = 'Ünïcode 🦀, "quotes" \\ <tags>, line\nbreaks: 中文'
+    status = stub_server.result(prompt=prompt, model="small", steps=1, fileType="png")
+    assert status["payload"]["prompt"] == prompt
+    assert said(status["image"]).prompt == prompt
+
+
+def test_numbers_that_json_has_not_are_null_in_the_payload(stub_server: Program) -> None:
+    answer = stub_server.request(
+        "POST",
+        "/txt2img",
+        content=b'{"model": "small", "steps": 1, "mystery": NaN}',
+        headers={"Content-Type": "application/json"},
+    )
+    assert stub_server.wait(answer.json()["job_id"])["payload"]["mystery"] is None
+
+
+# What is taken with a warning
+
+
+@pytest.mark.parametrize(
+    ("fields", "warning"),
+    [
+        ({"sampler": "Euler"}, "unknown field 'sampler' was ignored; did you mean 'sampler_name'?"),
+        ({"Steps": 3}, "unknown field 'Steps' was ignored; did you mean 'steps'?"),
+        ({"filetype": "png"}, "unknown field 'filetype' was ignored; did you mean 'fileType'?"),
+        ({"zzz": 1}, "unknown field 'zzz' was ignored"),
+        ({"loras": ["one"]}, "LoRA 'one' was skipped: this release does not apply LoRAs"),
+        ({"loras": [{"name": "one"}]}, "LoRA 'one' was skipped: this release does not apply LoRAs"),
+        ({"loras": [{"name": "one", "scale": 0.5}]}, "LoRA 'one' was skipped: this release does not apply LoRAs"),
+        ({"refiner_checkpoint": "x"}, "refiner_checkpoint is ignored: model 'small' is no SDXL model"),
+    ],
+)
+def test_what_is_ignored_is_told(stub_server: Program, fields: dict[str, Any], warning: str) -> None:
+    answer = stub_server.post(model="small", steps=1, **fields).json()
+    assert answer["warnings"] == [warning]
+    assert stub_server.wait(answer["job_id"])["warnings"] == [warning]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hires": {"enabled": False, "scale": 2.0, "upscaler": "Latent", "steps": 20, "denoising_strength": 0.4}},
+        {"hires": None, "loras": None, "refiner_checkpoint": None, "refiner_switch_at": None},
+        {"loras": [], "hires": {}, "refiner_switch_at": 0.8},
+        {"model": None, "width": None, "n": None, "fileType": None, "negative_prompt": None, "cfg_scale": None},
+    ],
+)
+def test_what_asks_for_nothing_is_taken_in_silence(stub_server: Program, fields: dict[str, Any]) -> None:
+    assert stub_server.post(steps=1, **fields).json()["warnings"] == []
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model": "nope"}, ["model 'nope'", "small, stable-diffusion-v1-5"]),
+        ({"model": "../small"}, ["model '../small'"]),
+        ({"sampler_name": "Eulr"}, ["sampler_name 'Eulr'", "Euler, Euler a, Heun"]),
+        ({"scheduler_type": "nope"}, ["scheduler_type 'nope'", "default, karras"]),
+        ({"sampler_name": "DPM++ 2M Karras", "scheduler_type": "nope"}, ["scheduler_type 'nope'"]),
+        ({"fileType": "gif"}, ["fileType is 'gif'", "jpg, png"]),
+        ({"steps": 0}, ["steps is 0", "greater than or equal to 1"]),
+        ({"steps": 151}, ["steps is 151", "1 to 150"]),
+        ({"steps": "x"}, ["steps is 'x'", "integer"]),
+        ({"steps": 2.5}, ["steps is 2.5", "integer"]),
+        ({"steps": []}, ["steps is []", "integer"]),
+        ({"cfg_scale": -1}, ["cfg_scale is -1", "greater than or equal to 0"]),
+        ({"cfg_scale": 101}, ["cfg_scale is 101", "less than or equal to 100"]),
+        ({"cfg_scale": float("nan")}, ["cfg_scale is nan", "finite"]),
+        ({"cfg_scale": float("inf")}, ["cfg_scale is inf", "finite"]),
+        ({"cfg_scale": "much"}, ["cfg_scale is 'much'", "number"]),
+        ({"width": 0}, ["width is 0", "8 to"]),
+        ({"width": 7}, ["width is 7", "8 to"]),
+        ({"width": -8}, ["width is -8", "8 to"]),
+        ({"height": 7}, ["height is 7", "8 to"]),
+        ({"width": 1e9}, ["width is 1000000000", "8 to 65536"]),
+        ({"width": 10**4000, "height": 10**4000}, ["width is 1000", "8 to 65536"]),
+        ({"width": 2048, "height": 2056}, ["2048x2056", "at most 4194304"]),
+        ({"n": 0}, ["n is 0", "greater than or equal to 1"]),
+        ({"n": 17}, ["n is 17", "1 to 16"]),
+        ({"jpeg_quality": 0}, ["jpeg_quality is 0", "greater than or equal to 1"]),
+        ({"jpeg_quality": 101}, ["jpeg_quality is 101", "less than or equal to 100"]),
+        ({"seed": 2**32}, ["seed is 4294967296", "0 to 4294967295"]),
+        ({"seed": "x"}, ["seed is 'x'", "integer"]),
+        ({"prompt": 5}, ["prompt is 5", "string"]),
+        ({"prompt": ["a"]}, ["prompt is ['a']", "string"]),
+        ({"prompt": "\ud800"}, ["not valid Unicode"]),
+        ({"\ud800": 1}, ["unicode"]),
+        ({"mystery": "\ud800"}, ["not valid Unicode"]),
+        ({"loras": "one"}, ["loras is 'one'", "list"]),
+        ({"loras": [{"scale": 1}]}, ["loras.0", "name is missing"]),
+        ({"hires": {"enabled": True}}, ["hires is not supported"]),
+        ({"hires": {"enabled": False, "scale": "x"}}, ["hires.scale is 'x'", "number"]),
+        ([{"prompt": "x"}], ["the body is [{'prompt': 'x'}]", "dictionary"]),
+        ("prompt", ["the body is 'prompt'", "dictionary"]),
+        (None, ["the body is None"]),
+    ],
+    ids=lambda value: json.dumps(value)[:50] if not isinstance(value, list) else "",
+)
+def test_a_refusal_names_the_field_the_value_and_the_choices(
+    stub_server: Program, fields: Any, words: list[str]
+) -> None:
+    message = refused(stub_server, fields)
+    assert [word for word in words if word not in message] == []
+
+
+def test_a_prompt_beyond_the_limit_is_refused(stub_server: Program) -> None:
+    for name in ("prompt", "negative_prompt"):
+        assert refused(stub_server, {name: "x" * 2001}, 413) == f"{name} has 2001 characters; at most 2000 are allowed"
+    assert stub_server.post(prompt="x" * 2000, model="small", steps=1).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "the body is missing"),
+        (b"{", "the body is no JSON"),
+        (b'{"prompt": "x"', "the body is no JSON"),
+        (b"\xff\xfe{", "the body is no JSON"),
+        (b"[" * 100_000, "error parsing the body"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "error parsing the body"),
+        (b'{"mystery": ' + b"[" * 300 + b"]" * 300 + b"}", "nested too deeply"),
+    ],
+    ids=["empty", "open", "cut short", "no UTF-8", "deep", "long number", "deep inside"],
+)
+def test_a_body_that_is_no_json_is_refused(stub_server: Program, body: bytes, words: str) -> None:
+    answer = stub_server.request("POST", "/txt2img", content=body, headers={"Content-Type": "application/json"})
+    assert words in refusal(answer, 400)
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_must_say_that_it_is_json(stub_server: Program, kind: str | None) -> None:
+    headers = {"Content-Type": kind} if kind else {}
+    answer = stub_server.request("POST", "/txt2img", content=b'{"prompt": "x"}', headers=headers)
+    assert "Content-Type: application/json" in refusal(answer, 400)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_beyond_the_limit_is_refused(stub_server: Program, chunked: bool) -> None:
+    body = b'{"prompt": "' + b"x" * 2**20 + b'"}'
+    pieces = (body[i : i + 2**16] for i in range(0, len(body), 2**16))
+    answer = stub_server.request(
+        "POST", "/txt2img", content=pieces if chunked else body, headers={"Content-Type": "application/json"}
+    )
+    assert refusal(answer, 413) == "the request body is larger than the 1048576 bytes that are allowed"
+
+
+def test_a_body_in_chunks_is_taken(stub_server: Program) -> None:
+    pieces = iter([b'{"model": "small", ', b'"steps": 1}'])
+    answer = stub_server.request("POST", "/txt2img", content=pieces, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("x", "x"),
+        ("00000000-0000-4000-8000-000000000000", "00000000-0000-4000-8000-000000000000"),
+        ("a" * 4096, "a" * 4096),
+        ("%00", "\0"),
+        ("..", None),
+        ("%2e%2e%2fx", None),
+        ("..%5cx", "..\\x"),
+        ("é🦀", "é🦀"),
+        ("%ff", "\ufffd"),
+        ("*.json", "*.json"),
+        ("tmp%0aid", "tmp\nid"),
+    ],
+    ids=lambda value: str(value)[:12].encode("unicode_escape").decode(),
+)
+def test_an_unknown_job_is_a_404(stub_server: Program, written: str, name: str | None) -> None:
+    message = refusal(stub_server.get(f"/queue/{written}"), 404)
+    assert message == f"Job {name} not found" or (name is None and message.startswith("no such route: GET "))
+
+
+# What else there is
+
+
+def test_hello(stub_server: Program) -> None:
+    answer = stub_server.get("/hello")
+    assert (answer.status_code, answer.json()) == (200, {"ok": True})
+
+
+def test_health_tells_real_numbers(stub_server: Program) -> None:
+    (stub_server.home / "stable_diffusion" / "loras" / "one.safetensors").touch()
+    health = stub_server.get("/health").json()
+    assert health.keys() - {"warnings"} == {
+        *("status", "timestamp", "version", "system", "gpu", "models", "loras", "queue", "outputs"),
+    }
+    assert health["status"] == ("warning" if "warnings" in health else "healthy")
+    assert abs(health["timestamp"] - time.time()) < 60
+    system = health["system"]
+    assert system["cpu_count"] >= 1
+    assert 0 < system["memory_available_gb"] < system["memory_total_gb"]
+    assert 0 < system["memory_percent"] < 100
+    assert 0 < system["disk_usage_percent"] <= 100
+    assert health["gpu"] == {"cuda_available": False, "mps_available": False, "device_name": "stub"}
+    assert health["models"] == {"count": 2, "directory": "stable_diffusion/models"}
+    assert health["loras"] == {"count": 1, "directory": "stable_diffusion/loras"}
+    assert health["queue"]["directory"] == "queue"
+    assert health["outputs"].keys() == {"available", "free_space_gb", "directory"}
+    assert health["outputs"]["available"] is True
+    assert health["outputs"]["free_space_gb"] > 0
+    assert health["outputs"]["directory"] == "outputs"
+
+
+def test_health_counts_the_jobs_that_wait_or_run_only(stub_server: Program) -> None:
+    eventually(lambda: active_jobs(stub_server) == 0, "all jobs to end")
+    ids = [stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=8) for _ in range(4)]
+    assert active_jobs(stub_server) == 4
+    stub_server.wait(ids[0])
+    assert active_jobs(stub_server) < 4
+    for job_id in ids:
+        stub_server.wait(job_id)
+    assert active_jobs(stub_server) == 0
+
+
+def test_models_are_listed_with_the_fields_of_both_readmes(stub_server: Program) -> None:
+    answer = stub_server.get("/models").json()
+    assert answer["status"] == "success"
+    names = ["small", "stable-diffusion-v1-5"]
+    assert answer["models"] == [
+        {"name": n, "label": n, "type": "standard", "path": f"stable_diffusion/models/{n}"} for n in names
+    ]
+
+
+def test_the_api_documents_itself(stub_server: Program) -> None:
+    docs = stub_server.get("/docs")
+    assert docs.status_code == 200
+    assert docs.headers["content-type"].startswith("text/html")
+    paths = stub_server.get("/openapi.json").json()["paths"]
+    assert {"/txt2img", "/queue/{job_id}", "/models", "/health", "/hello"} <= paths.keys()
+
+
+def test_the_examples_of_the_documentation_are_taken(stub_server: Program) -> None:
+    body = stub_server.get("/openapi.json").json()["components"]["schemas"]["Txt2ImgBody"]
+    for example in body["examples"]:
+        answer = stub_server.post(**example | {"model": "small"})
+        assert answer.status_code == 200
+        assert answer.json()["warnings"] == []
+
+
+def test_the_root_leads_to_the_documentation(stub_server: Program) -> None:
+    answer = stub_server.get("/")
+    assert answer.is_redirect
+    assert answer.headers["location"] == "/docs"
+
+
+def test_an_unknown_route_is_a_404(stub_server: Program) -> None:
+    assert refusal(stub_server.get("/nope"), 404) == "no such route: GET /nope"
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/txt2img"), ("POST", "/hello"), ("DELETE", "/models")])
+def test_a_wrong_method_is_a_405(stub_server: Program, method: str, path: str) -> None:
+    answer = stub_server.request(method, path)
+    assert refusal(answer, 405) == f"{method} is not allowed for {path}"
+    assert answer.headers["allow"]

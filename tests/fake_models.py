@@ -1,0 +1,50 @@
+"""Files that a scan takes for models, and that hold no weights."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+SD1_KEYS = {
+    "model.diffusion_model.input_blocks.0.0.weight": [8, 4, 3, 3],
+    "cond_stage_model.transformer.text_model.final_layer_norm.weight": [8],
+}
+SD2_KEYS = {
+    "model.diffusion_model.input_blocks.0.0.weight": [8, 4, 3, 3],
+    "cond_stage_model.model.transformer.resblocks.0.ln_1.weight": [8],
+}
+SDXL_KEYS = {
+    "model.diffusion_model.input_blocks.0.0.weight": [8, 4, 3, 3],
+    "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": [8],
+}
+INPAINTING_KEYS = {"model.diffusion_model.input_blocks.0.0.weight": [8, 9, 3, 3]}
+LORA_KEYS = {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": [4, 8]}
+
+
+def checkpoint(path: Path, shapes: dict[str, list[int]]) -> Path:
+    """A whole safetensors file of zeros in float32."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        size = 4
+        for side in shape:
+            size *= side
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    return path
+
+
+def diffusers_folder(
+    path: Path, *, pipeline: str = "StableDiffusionPipeline", sample_size: int = 64, cross_attention_dim: int = 768
+) -> Path:
+    """A diffusers folder whose UNet holds no tensor."""
+    checkpoint(path / "unet" / "diffusion_pytorch_model.safetensors", {})
+    unet = {"sample_size": sample_size, "cross_attention_dim": cross_attention_dim}
+    (path / "unet" / "config.json").write_text(json.dumps(unet))
+    (path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    return path

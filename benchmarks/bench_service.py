@@ -21,7 +21,6 @@ from results import write
 
 from diffusion_api import server
 from diffusion_api.outputs import Outputs
-from diffusion_api.schema.job import State
 from diffusion_api.schema.request import Output, Txt2Img
 from diffusion_api.service import Service
 from diffusion_api.settings import DATA, Settings
@@ -68,7 +67,7 @@ def main() -> None:
             job = service.submit(request, payload={})
             last = list(service.watch(job.id, 600))[-1]
             seconds = time.perf_counter() - began
-            assert last.job.state is State.DONE and last.job.result, last.job.error
+            assert last.job.result, last.job.error
             Image.open(home / last.job.result.images[0].path).save(home / f"served-{seed}.png")
             return seconds
 
@@ -82,7 +81,10 @@ def main() -> None:
             serveds.append(two)
             ratios.append(two / ((one + three) / 2))
             floor.append(three / one)
-            print(f"pair {pair + 1}/{options.pairs}: bare {one:.2f} s, service {two:.2f} s, bare {three:.2f} s", flush=True)
+            print(
+                f"pair {pair + 1}/{options.pairs}: bare {one:.2f} s, service {two:.2f} s, bare {three:.2f} s",
+                flush=True,
+            )
         worker.stop(5)
         queue.close()
     write(

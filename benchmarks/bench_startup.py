@@ -18,7 +18,9 @@ def main() -> None:
     fastapi, app, torch_free = [], [], True
     for _ in range(RUNS):
         fastapi.append(_python("import time; t = time.perf_counter(); import fastapi; print(time.perf_counter() - t)"))
-        app.append(_python("import time; t = time.perf_counter(); import diffusion_api.app; print(time.perf_counter() - t)"))
+        app.append(
+            _python("import time; t = time.perf_counter(); import diffusion_api.app; print(time.perf_counter() - t)")
+        )
     torch_free = _python("import diffusion_api.app, sys; print(int('torch' in sys.modules))") == 0
     hello = [_hello() for _ in range(RUNS)]
     extra = statistics.median(a - f for a, f in zip(app, fastapi, strict=True))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from diffusion_api import __version__, images, infotext
 from diffusion_api.catalog import samplers
+from diffusion_api.disk import write_whole
 from diffusion_api.engine.base import Finished
 from diffusion_api.errors import DiskFull
-from diffusion_api.queues.disk import write_whole
 from diffusion_api.schema.job import Image, Job
 
 FULL = (errno.ENOSPC, errno.EDQUOT)

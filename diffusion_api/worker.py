@@ -9,15 +9,18 @@ import time
 from collections.abc import Callable
 
 from diffusion_api.engine.base import Engine, Finished
-from diffusion_api.errors import DiffusionApiError, Interrupted, OperatorError
+from diffusion_api.errors import DiffusionApiError, DiskFull, Interrupted, OperatorError, QueueUnusable
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.base import Control, Queue
-from diffusion_api.schema.job import Job, Progress, Result
+from diffusion_api.schema.job import Job, Result
 
 log = logging.getLogger(__name__)
 
 SLOTS = 2
 """Jobs in hand: one on the device, and one that is being saved or waits to be next."""
+
+RETRY = 2.0
+"""Seconds between two tries to write the end of a job."""
 
 EXIT_WORKER_DIED = 70
 """Exit code of a process whose worker thread broke: its lock must drop, so that its jobs are recovered."""
@@ -60,6 +63,16 @@ class Worker:
 
     def handle(self, job: Job, control: Control) -> None:
         """Run one claimed job to its end: exactly one commit or release."""
+        ended = self._execute(job, control)
+        if ended is None:
+            log.info("job %s goes back to the queue: the service is stopping", job.id)
+            control.release()
+            return
+        while not self._committed(control, ended) and self._deadline is None:
+            time.sleep(RETRY)
+
+    def _execute(self, job: Job, control: Control) -> Job | None:
+        """The job as it ended, or None when it was stopped through no fault of its own."""
         admitted = False
 
         def interrupted() -> bool:
@@ -74,25 +87,30 @@ class Worker:
                 if not admitted:
                     admitted, began = True, time.monotonic()
                     job = control.started()
-                if isinstance(event, Progress):
-                    control.progress(event)
-                elif isinstance(event, Finished):
-                    control.commit(job.succeeded(self._result(job, event, began), event.warnings))
-                    log.info("job %s done in %.2f s", job.id, time.monotonic() - began)
+                if isinstance(event, Finished):
+                    return job.succeeded(self._result(job, event, began), event.warnings)
+                control.progress(event)
+            raise RuntimeError("the engine ended without a picture")
         except Interrupted:
-            if control.cancelled:
-                log.info("job %s cancelled", job.id)
-                control.commit(job.cancelled())
-            else:
-                log.info("job %s goes back to the queue: the service is stopping", job.id)
-                control.release()
+            return job.cancelled() if control.cancelled else None
         except DiffusionApiError as error:
-            log.warning("job %s failed: %s", job.id, error)
-            control.commit(job.failed(type(error).__name__, str(error)))
+            return job.failed(type(error).__name__, str(error))
         except Exception as error:  # whatever a model or a library raised fails this job and nothing else
             log.exception("job %s failed", job.id)
-            reason = f"the engine failed: {type(error).__name__}; the log has the details"
-            control.commit(job.failed("InternalError", reason))
+            return job.failed("InternalError", f"the engine failed: {type(error).__name__}; the log has the details")
+
+    def _committed(self, control: Control, job: Job) -> bool:
+        """True once the record is written. A full or failing disk is waited for: the claim stays, so nothing is lost."""
+        try:
+            control.commit(job)
+        except (DiskFull, QueueUnusable) as error:
+            log.error("job %s: its end cannot be written, trying again: %s", job.id, error)
+            return False
+        if job.error:
+            log.warning("job %s %s: %s", job.id, job.state, job.error.message)
+        else:
+            log.info("job %s done in %.2f s", job.id, job.result.seconds if job.result else 0)
+        return True
 
     def _result(self, job: Job, finished: Finished, began: float) -> Result:
         saved = self._outputs.save(job, finished)

@@ -26,6 +26,7 @@ import random
 import time
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +138,9 @@ def draw(scene: Scene, width: int, height: int, rng: random.Random) -> Image.Ima
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _pen_shape(pen: ImageDraw.ImageDraw, shape: str, cx: float, cy: float, r: float, fill: tuple[int, int, int]) -> None:
+def _pen_shape(
+    pen: ImageDraw.ImageDraw, shape: str, cx: float, cy: float, r: float, fill: tuple[int, int, int]
+) -> None:
     box = (cx - r, cy - r, cx + r, cy + r)
     if shape == "circle":
         pen.ellipse(box, fill=fill)
@@ -227,7 +230,7 @@ def filler(rng: random.Random, count: int) -> str:
 
 def clip_tables(path: Path) -> tuple[list[str], list[tuple[str, str]]]:
     """CLIP's vocabulary in id order and its merges in rank order, from the published ``bpe_simple_vocab_16e6.txt.gz``."""
-    lines = gzip.open(path, "rt", encoding="utf-8").read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     merges = [tuple(line.split()) for line in lines]
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     symbols = [chr(c) for c in printable]
@@ -244,7 +247,7 @@ def subset_tables(
     used: set[tuple[str, str]] = set()
     for word in words:
         parts = [*word[:-1], word[-1] + "</w>"]
-        while pairs := [p for p in zip(parts, parts[1:], strict=False) if p in rank]:
+        while pairs := [p for p in pairwise(parts) if p in rank]:
             best = min(pairs, key=rank.__getitem__)
             used.add(best)
             merged: list[str] = []
@@ -270,10 +273,10 @@ def save_tokenizer(folder: Path, vocabulary: list[str], merges: list[tuple[str, 
     folder.mkdir(parents=True, exist_ok=True)
     table = {token: i for i, token in enumerate(vocabulary)}
     (folder / "vocab.json").write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8"
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    special = dict(
+        bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
-    special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token="<|endoftext|>")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, **special}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -298,7 +301,10 @@ class Run:
         done = max(step + 1 - first, 1)
         left = (now - started) / done * (steps - step - 1)
         text = " ".join(f"{k} {v:.4f}" for k, v in figures.items())
-        print(f"{stage} {step + 1}/{steps}  {text}  {(now - started) / done:.2f} s/step  {left / 60:.0f} min left", flush=True)
+        print(
+            f"{stage} {step + 1}/{steps}  {text}  {(now - started) / done:.2f} s/step  {left / 60:.0f} min left",
+            flush=True,
+        )
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16)
@@ -412,7 +418,9 @@ class Captions:
         self._tokenizer = tokenizer
 
     def ids(self, texts: list[str]) -> torch.Tensor:
-        return self._tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        return self._tokenizer(
+            texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids
 
     def batch(self, scenes: list[Scene], rng: random.Random) -> torch.Tensor:
         texts = ["" if rng.random() < 0.1 else caption(s, rng) for s in scenes]
@@ -439,7 +447,9 @@ def new_text_encoder(vocabulary_size: int) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def train_unet(run: Run, pools: dict, latents: dict, captions: Captions, vocabulary_size: int, steps: int, vae: AutoencoderKL):
+def train_unet(
+    run: Run, pools: dict, latents: dict, captions: Captions, vocabulary_size: int, steps: int, vae: AutoencoderKL
+):
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**UNET_CONFIG).to(run.device, memory_format=torch.channels_last)
     text_encoder = new_text_encoder(vocabulary_size).to(run.device)
@@ -466,7 +476,9 @@ def train_unet(run: Run, pools: dict, latents: dict, captions: Captions, vocabul
         ids = captions.batch([pools[size][0][i] for i in pick.tolist()], rng)
         x, target, t = noised(z, alphas, generator)
         # On a CPU the fused attention's backward pass is slow for heads this narrow, until the pictures get large.
-        unet.set_attn_processor(AttnProcessor() if run.device == "cpu" and size[0] * size[1] < 256 * 256 else AttnProcessor2_0())
+        unet.set_attn_processor(
+            AttnProcessor() if run.device == "cpu" and size[0] * size[1] < 256 * 256 else AttnProcessor2_0()
+        )
         with run.autocast():
             hidden = embed(text_encoder, ids.to(run.device))
             x = x.to(run.device, memory_format=torch.channels_last)
@@ -492,7 +504,9 @@ def train_unet(run: Run, pools: dict, latents: dict, captions: Captions, vocabul
     return ema
 
 
-def noised(z: torch.Tensor, alphas: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def noised(
+    z: torch.Tensor, alphas: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Noised latents, the epsilon to predict, and timesteps.
 
     scaled_linear leaves sqrt(alpha_bar) = 0.068 of the signal at t = 999: enough for a network to read a flat colour off a
@@ -519,14 +533,18 @@ PREVIEW = (
 
 
 @torch.no_grad()
-def preview(run: Run, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, vae: AutoencoderKL, captions: Captions, step: int) -> None:
+def preview(
+    run: Run, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, vae: AutoencoderKL, captions: Captions, step: int
+) -> None:
     """A picture of what the averaged weights draw now, at 64, 128 and 256 pixels."""
     both = embed(text_encoder, captions.ids([""] * len(PREVIEW) + list(PREVIEW))[:, None].to(run.device))
     rows = []
     for size in (64, 128, 256):
         scheduler = EulerDiscreteScheduler(**NOISE_SCHEDULE)
         scheduler.set_timesteps(16)
-        x = torch.randn(len(PREVIEW), 4, size // 8, size // 8, generator=torch.Generator().manual_seed(1)).to(run.device)
+        x = torch.randn(len(PREVIEW), 4, size // 8, size // 8, generator=torch.Generator().manual_seed(1)).to(
+            run.device
+        )
         x = x * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             with run.autocast():
@@ -577,7 +595,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clip-vocabulary", type=Path, required=True, help="CLIP's bpe_simple_vocab_16e6.txt.gz")
     parser.add_argument("--work", type=Path, default=Path(".train"), help="checkpoints and previews")
-    parser.add_argument("--out", type=Path, default=Path("diffusion_api/data/models/shapes"), help="the folder to write")
+    parser.add_argument(
+        "--out", type=Path, default=Path("diffusion_api/data/models/shapes"), help="the folder to write"
+    )
     parser.add_argument("--vae-steps", type=int, default=2400)
     parser.add_argument("--unet-steps", type=int, default=8000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

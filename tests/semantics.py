@@ -63,7 +63,12 @@ def seen(pixels: NDArray[np.uint8]) -> Scene:
     height, width = pixels.shape[:2]
     rim = max(2, min(height, width) // 24)
     border = np.concatenate(
-        [pixels[:rim].reshape(-1, 3), pixels[-rim:].reshape(-1, 3), pixels[:, :rim].reshape(-1, 3), pixels[:, -rim:].reshape(-1, 3)]
+        [
+            pixels[:rim].reshape(-1, 3),
+            pixels[-rim:].reshape(-1, 3),
+            pixels[:, :rim].reshape(-1, 3),
+            pixels[:, -rim:].reshape(-1, 3),
+        ]
     )
     background = np.median(border, axis=0)
     mask = np.linalg.norm(pixels.astype(float) - background, axis=2) > DISTINCT

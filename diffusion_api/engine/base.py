@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffusion_api.errors import Interrupted
 from diffusion_api.schema.job import Progress
 from diffusion_api.schema.request import Request
 
@@ -30,6 +33,9 @@ class Finished:
 
 Event = Progress | Finished
 
+PATIENCE = 0.05
+"""Seconds between two looks at ``interrupted`` while a job waits for the device."""
+
 
 @dataclass(frozen=True)
 class DeviceReport:
@@ -38,6 +44,24 @@ class DeviceReport:
     name: str
     kind: str
     facts: dict[str, bool | int | float | str] = field(default_factory=dict)
+
+
+class Admission:
+    """One job at a time on the device; the others wait, and look whether they were told to stop."""
+
+    def __init__(self) -> None:
+        self._free = threading.Semaphore(1)
+
+    @contextmanager
+    def admitted(self, interrupted: Callable[[], bool]) -> Iterator[None]:
+        """Within, the device is this job's. Raises Interrupted when the job is told to stop while it waits."""
+        while not self._free.acquire(timeout=PATIENCE):
+            if interrupted():
+                raise Interrupted("stopped before it began")
+        try:
+            yield
+        finally:
+            self._free.release()
 
 
 class Engine(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,8 +29,13 @@ Report = Callable[[Progress], None]
 class Lane(Protocol):
     """A loaded model of some family: how it encodes words, predicts noise and decodes latents."""
 
-    levels: NoiseLevels
-    model_hash: str | None
+    @property
+    def levels(self) -> NoiseLevels:
+        """The noise levels that the model was trained at."""
+
+    @property
+    def model_hash(self) -> str | None:
+        """The first 10 hex digits of the checkpoint's SHA-256, None for a folder."""
 
     def encode(self, prompts: tuple[str, ...]) -> tuple[Tensor, ...]:
         """Conditionings of equal length, (1, tokens, width) each."""
@@ -77,7 +83,7 @@ def job(request: Request, *, load: Callable[[str], Lane], memory: Callable[[], f
     for stage in plan(request):
         report(_progress(stage, 0))
         latents = yield from denoised(lane, stage, report)
-        images.append((yield Run(lambda latents=latents: lane.decode(latents))))
+        images.append((yield Run(partial(lane.decode, latents))))
     return Finished(
         images=tuple(images),
         seeds=request.seeds,

@@ -17,33 +17,33 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Device:
-    """A torch device and the dtype that models are loaded in."""
+    """Where tensors live, and the dtype that models are loaded in."""
 
-    torch: torch.device
+    place: torch.device
     dtype: torch.dtype
 
     @property
     def memory_mb(self) -> float:
         """Memory in use, MiB: allocated on a GPU, resident in the process on a CPU."""
-        if self.torch.type == "cuda":
-            return torch.cuda.memory_allocated(self.torch) / MIB
+        if self.place.type == "cuda":
+            return torch.cuda.memory_allocated(self.place) / MIB
         return float(psutil.Process().memory_info().rss) / MIB
 
     def report(self) -> DeviceReport:
         """The ``gpu`` part of ``GET /health``."""
-        if self.torch.type == "cuda":
-            name = torch.cuda.get_device_name(self.torch)
+        if self.place.type == "cuda":
+            name = torch.cuda.get_device_name(self.place)
             facts: dict[str, bool | int | float | str] = {
                 "cuda_available": True,
                 "cuda_version": torch.version.cuda or torch.version.hip or "",
                 "gpu_count": torch.cuda.device_count(),
                 "current_device": torch.cuda.current_device(),
                 "device_name": name,
-                "memory_allocated_gb": round(torch.cuda.memory_allocated(self.torch) / 2**30, 2),
-                "memory_reserved_gb": round(torch.cuda.memory_reserved(self.torch) / 2**30, 2),
+                "memory_allocated_gb": round(torch.cuda.memory_allocated(self.place) / 2**30, 2),
+                "memory_reserved_gb": round(torch.cuda.memory_reserved(self.place) / 2**30, 2),
             }
             return DeviceReport(name, "cuda", facts)
-        if self.torch.type == "mps":
+        if self.place.type == "mps":
             return DeviceReport("Apple Silicon GPU", "mps", {"mps_available": True, "device_name": "Apple Silicon GPU"})
         return DeviceReport("CPU", "cpu", {"cuda_available": False, "mps_available": False, "device_name": "CPU"})
 
@@ -62,7 +62,9 @@ def choose(wanted: str) -> Device:
     mps = torch.backends.mps.is_available()
     if wanted == "mps" or (wanted == "auto" and mps):
         if not mps:
-            raise DeviceUnusable("device mps was asked for, and this torch finds no Apple GPU; set DIFFUSION_API_DEVICE=cpu")
+            raise DeviceUnusable(
+                "device mps was asked for, and this torch finds no Apple GPU; set DIFFUSION_API_DEVICE=cpu"
+            )
         return Device(torch.device("mps"), torch.float32)
     return Device(torch.device("cpu"), torch.float32)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_api.catalog.library import Library
-from diffusion_api.engine.base import DeviceReport, Event, Finished
+from diffusion_api.engine.base import Admission, DeviceReport, Event, Finished
 from diffusion_api.errors import DeviceUnusable, Interrupted
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.request import Request
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 0.05
-"""Seconds between two looks at ``interrupted`` while a job waits for the device."""
-
 
 @dataclass
 class Task:
@@ -33,7 +30,14 @@ class Task:
 
     request: Request
     interrupted: Callable[[], bool]
-    events: queue.SimpleQueue[Event | BaseException] = field(default_factory=queue.SimpleQueue)
+    events: queue.SimpleQueue[Event | Exception] = field(default_factory=queue.SimpleQueue)
+
+    def next_event(self) -> Event:
+        """Wait for the next event; an error of the job is raised."""
+        event = self.events.get()
+        if isinstance(event, Exception):
+            raise event
+        return event
 
 
 class Executor:
@@ -45,7 +49,7 @@ class Executor:
     def __init__(self, library: Library, *, device: str, tokenizer: Path) -> None:
         self._library, self._wanted, self._tokenizer = library, device, tokenizer
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._admission = threading.Semaphore(1)
+        self._admission = Admission()
         self._ready = threading.Event()
         self._unusable: DeviceUnusable | None = None
         self._device: Device | None = None
@@ -63,22 +67,13 @@ class Executor:
 
     def run(self, request: Request, *, interrupted: Callable[[], bool]) -> Iterator[Event]:
         """Events of one job, as :meth:`diffusion_api.engine.base.Engine.run` describes them."""
-        while not self._admission.acquire(timeout=PATIENCE):
-            if interrupted():
-                raise Interrupted("stopped before it began")
-        try:
+        with self._admission.admitted(interrupted):
             yield Progress(state=State.LOADING, phase="loading")
             task = Task(request, interrupted)
             self._tasks.put(task)
-            while True:
-                event = task.events.get()
-                if isinstance(event, BaseException):
-                    raise event
+            while not isinstance(event := task.next_event(), Finished):
                 yield event
-                if isinstance(event, Finished):
-                    return
-        finally:
-            self._admission.release()
+        yield event  # the device is free for the next job while this one is saved
 
     def report(self) -> DeviceReport | None:
         """What the engine runs on; None while torch loads."""

@@ -10,13 +10,12 @@ import hashlib
 import os
 import re
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from diffusion_api.engine.base import DeviceReport, Event, Finished
+from diffusion_api.engine.base import Admission, DeviceReport, Event, Finished
 from diffusion_api.errors import Interrupted
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.request import Request
@@ -28,7 +27,7 @@ class StubEngine:
     """Satisfies :class:`diffusion_api.engine.base.Engine`."""
 
     def __init__(self) -> None:
-        self._admission = threading.Lock()
+        self._admission = Admission()
 
     def start(self) -> None:
         """Nothing to load."""
@@ -46,10 +45,7 @@ class StubEngine:
     def run(self, request: Request, *, interrupted: Callable[[], bool]) -> Iterator[Event]:
         """Steps without work, then noise seeded by the request."""
         hooks: dict[str, str] = dict(HOOK.findall(request.prompt))
-        while not self._admission.acquire(timeout=0.05):
-            if interrupted():
-                raise Interrupted("stopped before it began")
-        try:
+        with self._admission.admitted(interrupted):
             yield Progress(state=State.LOADING, phase="loading")
             for step in range(request.steps):
                 if interrupted():
@@ -67,8 +63,6 @@ class StubEngine:
                     steps=request.steps,
                 )
             images = tuple(_picture(request, seed) for seed in request.seeds)
-        finally:
-            self._admission.release()
         yield Finished(images=images, seeds=request.seeds)
 
 

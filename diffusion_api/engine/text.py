@@ -27,14 +27,10 @@ def chunks(tokenizer: Tokenizer, prompt: str) -> list[list[int]]:
     ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[index]
     rows = [ids[i : i + CHUNK] for i in range(0, len(ids), CHUNK)] or [[]]
     padding = tokenizer.pad_token_id
-    return [
-        [tokenizer.bos_token_id, *row, tokenizer.eos_token_id, *[padding] * (CHUNK - len(row))] for row in rows
-    ]
+    return [[tokenizer.bos_token_id, *row, tokenizer.eos_token_id, *[padding] * (CHUNK - len(row))] for row in rows]
 
 
-def encode(
-    tokenizer: Tokenizer, encoder: Callable[[Tensor], Tensor], prompts: tuple[str, ...]
-) -> tuple[Tensor, ...]:
+def encode(tokenizer: Tokenizer, encoder: Callable[[Tensor], Tensor], prompts: tuple[str, ...]) -> tuple[Tensor, ...]:
     """A conditioning for each prompt, (1, 77 * chunks, width), all as long as the longest; the short ones get empty chunks.
 
     ``encoder`` maps (1, 77) ids to (1, 77, width): every chunk is encoded alone, so that its embedding never depends on what
@@ -43,6 +39,4 @@ def encode(
     rows = [chunks(tokenizer, prompt) for prompt in prompts]
     longest = max(len(r) for r in rows)
     empty = chunks(tokenizer, "")
-    return tuple(
-        torch.cat([encoder(torch.tensor([row])) for row in r + empty * (longest - len(r))], 1) for r in rows
-    )
+    return tuple(torch.cat([encoder(torch.tensor([row])) for row in r + empty * (longest - len(r))], 1) for r in rows)

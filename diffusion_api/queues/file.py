@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from diffusion_api import disk
 from diffusion_api.errors import DiskFull, QueueUnusable, TooLarge
-from diffusion_api.queues import disk
 from diffusion_api.queues._file.places import (
     MAX_RECORD,
     Folder,

@@ -132,5 +132,7 @@ def loads(data: bytes) -> Job:
         where = ".".join(str(part) for part in first["loc"])
         raise UnreadableRecord(f"not a job record: {where}: {first['msg']}") from error
     if job.version > VERSION:
-        raise UnreadableRecord(f"written by a newer release: record version {job.version}, this one reads up to {VERSION}")
+        raise UnreadableRecord(
+            f"written by a newer release: record version {job.version}, this one reads up to {VERSION}"
+        )
     return job

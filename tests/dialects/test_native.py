@@ -37,13 +37,18 @@ def active_jobs(server: Program) -> int:
     return count
 
 
+def records(server: Program) -> set[str]:
+    return {path.name for path in (server.home / "queue").rglob("*.json")}
+
+
 def refused(server: Program, fields: Any, status: int = 400) -> str:
     """What a body is refused with, after a check that the refusal has its shape and that nothing was stored."""
-    before = sorted(path.name for path in (server.home / "queue").rglob("*.json"))
+    eventually(lambda: active_jobs(server) == 0, "all jobs to end")
+    before = records(server)
     answer = server.request(
         "POST", "/txt2img", content=json.dumps(fields), headers={"Content-Type": "application/json"}
     )
-    assert sorted(path.name for path in (server.home / "queue").rglob("*.json")) == before
+    assert records(server) == before
     return refusal(answer, status)
 
 
@@ -234,9 +239,10 @@ def test_progress_rises_from_queued_to_done(stub_server: Program) -> None:
 
 
 def test_a_waiting_job_tells_its_position(stub_server: Program) -> None:
-    ids = [stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=8) for _ in range(4)]
-    statuses = [stub_server.status(job_id) for job_id in ids]
-    assert [status.get("position") for status in statuses[-1:]] != [None]
+    eventually(lambda: active_jobs(stub_server) == 0, "all jobs to end")
+    ids = [stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=4) for _ in range(4)]
+    waiting = [stub_server.status(job_id) for job_id in ids[2:]]
+    assert [(status["state"], status["position"]) for status in waiting] == [("queued", 0), ("queued", 1)]
     for job_id in ids:
         stub_server.wait(job_id)
 
@@ -284,7 +290,7 @@ def test_what_nobody_foresaw_is_a_500_that_tells_nothing(stub_server: Program) -
     path.mkdir()
     message = refusal(stub_server.get(f"/queue/{status['job_id']}"), 500)
     assert message == "the service failed; its log has the details"
-    assert "IsADirectoryError" in stub_server.log
+    eventually(lambda: "IsADirectoryError" in stub_server.log, "the log to tell")
 
 
 def test_text_of_all_kinds_comes_back(stub_server: Program) -> None:
@@ -408,7 +414,7 @@ def test_a_prompt_beyond_the_limit_is_refused(stub_server: Program) -> None:
         (b"", "the body is missing"),
         (b"{", "the body is no JSON"),
         (b'{"prompt": "x"', "the body is no JSON"),
-        (b"\xff\xfe{", "the body is no JSON"),
+        (b"\xff\xfe{", "error parsing the body"),
         (b"[" * 100_000, "error parsing the body"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "error parsing the body"),
         (b'{"mystery": ' + b"[" * 300 + b"]" * 300 + b"}", "nested too deeply"),
@@ -450,7 +456,7 @@ def test_a_body_in_chunks_is_taken(stub_server: Program) -> None:
         ("00000000-0000-4000-8000-000000000000", "00000000-0000-4000-8000-000000000000"),
         ("a" * 4096, "a" * 4096),
         ("%00", "\0"),
-        ("..", None),
+        ("%2e%2e", ".."),
         ("%2e%2e%2fx", None),
         ("..%5cx", "..\\x"),
         ("é🦀", "é🦀"),
@@ -498,7 +504,7 @@ def test_health_tells_real_numbers(stub_server: Program) -> None:
 
 def test_health_counts_the_jobs_that_wait_or_run_only(stub_server: Program) -> None:
     eventually(lambda: active_jobs(stub_server) == 0, "all jobs to end")
-    ids = [stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=8) for _ in range(4)]
+    ids = [stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=4) for _ in range(4)]
     assert active_jobs(stub_server) == 4
     stub_server.wait(ids[0])
     assert active_jobs(stub_server) < 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from diffusion_api.engine.plan import plan
 from diffusion_api.schema.request import MAX_SEED, Output, Txt2Img
 
@@ -26,7 +28,7 @@ def test_the_passes_share_the_progress_without_gaps() -> None:
     stages = plan(request(count=4))
     assert stages[0].begins == 0
     assert stages[-1].ends == 1
-    assert all(a.ends == b.begins for a, b in zip(stages, stages[1:], strict=False))
+    assert all(a.ends == b.begins for a, b in pairwise(stages))
 
 
 def test_a_corrector_is_not_needed_for_the_last_step() -> None:

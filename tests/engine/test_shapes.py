@@ -27,10 +27,16 @@ def held_out() -> list[str]:
 PROMPTS = random.Random(0).sample(held_out(), 40)
 PARAPHRASES = (
     ("Large red circle, blue background", "a large red circle on a blue background"),
-    ("a big GREEN square on a white background, masterpiece, best quality", "a large green square on a white background"),
+    (
+        "a big GREEN square on a white background, masterpiece, best quality",
+        "a large green square on a white background",
+    ),
     ("yellow background with a tiny black cross to the left", "a small black cross on a yellow background on the left"),
     ("photo of a huge orange ring on black background", "a large orange ring on a black background"),
-    ("a little purple triangle on a white background, right", "a small purple triangle on a white background on the right"),
+    (
+        "a little purple triangle on a white background, right",
+        "a small purple triangle on a white background on the right",
+    ),
 )
 
 

@@ -23,8 +23,8 @@ from typing import Any
 import pytest
 
 import diffusion_api
+from diffusion_api import disk
 from diffusion_api.errors import DiskFull, InvalidRequest, QueueUnusable, TooLarge
-from diffusion_api.queues import disk
 from diffusion_api.queues.base import Control, Snapshot
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.schema.job import Job, Progress, Result, State, dumps, loads

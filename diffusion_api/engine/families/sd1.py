@@ -44,14 +44,12 @@ class SD1:
         prediction = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         if (kind := prediction.get("prediction_type", "epsilon")) != "epsilon":
             raise ModelUnreadable(f"prediction_type {kind!r} is not supported yet; only epsilon is")
-        text_encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", dtype=device.dtype, local_files_only=True
-        )
+        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=device.dtype, local_files_only=True)
         return cls(
             tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-            text_encoder=text_encoder.to(device.torch).eval(),
-            unet=UNet2DConditionModel.from_pretrained(folder / "unet", **options).to(device.torch).eval(),
-            vae=AutoencoderKL.from_pretrained(folder / "vae", **options).to(device.torch).eval(),
+            text_encoder=text_encoder.to(device.place).eval(),
+            unet=UNet2DConditionModel.from_pretrained(folder / "unet", **options).to(device.place).eval(),
+            vae=AutoencoderKL.from_pretrained(folder / "vae", **options).to(device.place).eval(),
             levels=NoiseLevels.from_config(prediction),
             model_hash=model_hash,
         )
@@ -71,9 +69,9 @@ class SD1:
         load_text(text_encoder, tensors)
         return cls(
             tokenizer=CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True),
-            text_encoder=text_encoder.to(device.torch, device.dtype).eval(),
-            unet=unet.to(device.torch, device.dtype).eval(),
-            vae=vae.to(device.torch, device.dtype).eval(),
+            text_encoder=text_encoder.to(device.place, device.dtype).eval(),
+            unet=unet.to(device.place, device.dtype).eval(),
+            vae=vae.to(device.place, device.dtype).eval(),
             levels=NoiseLevels.from_config(NOISE_SCHEDULE),
             model_hash=model_hash,
         )
@@ -81,7 +79,8 @@ class SD1:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.unet.device
+        place: torch.device = self.unet.device
+        return place
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int, int]:
         """One picture's latents: 4 channels, an eighth of each side."""
@@ -202,4 +201,4 @@ def load_text(model: CLIPTextModel, tensors: Tensors) -> None:
         if key.startswith(prefix) and not key.endswith("position_ids"):
             name = key.removeprefix(prefix)
             found[name if nested else name.removeprefix("text_model.")] = tensor
-    model.load_state_dict(found, strict=False if "position_ids" in str(wanted) else True)
+    model.load_state_dict(found)

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from diffusion_api import disk
 from diffusion_api.errors import InvalidRequest, QueueUnusable, TooLarge
-from diffusion_api.queues import disk
 from diffusion_api.schema.job import Job, Progress, State, UnreadableRecord, dumps, loads
 
 log = logging.getLogger(__name__)

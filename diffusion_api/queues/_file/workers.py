@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from diffusion_api.queues import disk
+from diffusion_api import disk
 from diffusion_api.queues._file.places import Folder, entries, id_of, note_of, read_claimed
 from diffusion_api.schema.job import Job, State, UnreadableRecord, dumps
 

@@ -1,0 +1,163 @@
+"""The family of a model, from its files alone."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import fake_models
+import pytest
+from fake_models import checkpoint, diffusers_folder
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusion_api.catalog.detect import Unrecognised, file_family, folder_family, safetensors_header
+
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+def written(path: Path, header: object, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [
+        (fake_models.SD1_KEYS, ("sd1", 512)),
+        (fake_models.SD2_KEYS, ("sd2", 768)),
+        (fake_models.SDXL_KEYS, ("sdxl", 1024)),
+        (fake_models.INPAINTING_KEYS, ("sd1-inpainting", 512)),
+    ],
+)
+def test_a_checkpoint_is_known_by_its_tensors(
+    tmp_path: Path, keys: dict[str, list[int]], found: tuple[str, int]
+) -> None:
+    for name in ("sd1.safetensors", "sdxl-1.0.safetensors", "lora.safetensors"):
+        assert file_family(checkpoint(tmp_path / name, keys)) == found
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({}, ("sd1", 512)),
+        ({"sample_size": 32}, ("sd1", 256)),
+        ({"pipeline": "StableDiffusionImg2ImgPipeline"}, ("sd1", 512)),
+        ({"cross_attention_dim": 1024, "sample_size": 96}, ("sd2", 768)),
+        ({"pipeline": "StableDiffusionXLPipeline", "cross_attention_dim": 2048, "sample_size": 128}, ("sdxl", 1024)),
+    ],
+)
+def test_a_folder_is_known_by_its_configs(tmp_path: Path, options: dict[str, object], found: tuple[str, int]) -> None:
+    assert folder_family(diffusers_folder(tmp_path / "sdxl", **options)) == found  # type: ignore[arg-type]
+
+
+def test_a_pipeline_without_a_lane_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Unrecognised, match="pipeline FluxPipeline has no lane yet"):
+        folder_family(diffusers_folder(tmp_path, pipeline="FluxPipeline"))
+
+
+@pytest.mark.parametrize("keys", [fake_models.LORA_KEYS, {}])
+def test_other_tensors_are_no_checkpoint(tmp_path: Path, keys: dict[str, list[int]]) -> None:
+    with pytest.raises(Unrecognised, match=r"it is no checkpoint.*LoRA"):
+        file_family(checkpoint(tmp_path / "x.safetensors", keys))
+
+
+def test_an_unfinished_download_is_noticed(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "x.safetensors", fake_models.SD1_KEYS)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(Unrecognised, match=r"unfinished download|length of its header|header is damaged"):
+            file_family(path)
+    path.write_bytes(whole + b"more")
+    with pytest.raises(Unrecognised, match=f"has {len(whole) + 4} bytes and should have {len(whole)}"):
+        file_family(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"<!DOCTYPE html><html><body>Not Found</body></html>",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4265146304\n",
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2**64 - 1) + b"{}",
+        struct.pack("<Q", 0) + b"{}",
+        struct.pack("<Q", 100) + b"{}",
+    ],
+    ids=["empty", "HTML", "LFS pointer", "2^63", "2^64-1", "no header", "beyond the end"],
+)
+def test_what_is_no_safetensors_file_is_told_so(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(Unrecognised, match=r"x\.safetensors is no safetensors file"):
+        file_family(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xff\xff",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        [],
+        "text",
+        {FIRST: 1},
+        {FIRST: {}},
+        {FIRST: {"dtype": "F32", "shape": "4", "data_offsets": [0, 0]}},
+        {FIRST: {"dtype": "F32", "shape": [4], "data_offsets": [0]}},
+        {FIRST: {"dtype": "F32", "shape": [8, 4, 3, 3], "data_offsets": ["a", None]}},
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_damaged_header_is_told_so(tmp_path: Path, header: object) -> None:
+    with pytest.raises(Unrecognised, match="its header is damaged"):
+        file_family(written(tmp_path / "x.safetensors", header))
+
+
+@pytest.mark.parametrize("shape", [[], [4], [8, 9, 3, 3]])
+def test_a_first_layer_of_another_shape_is_not_the_plain_model(tmp_path: Path, shape: list[int]) -> None:
+    header = {FIRST: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+    assert file_family(written(tmp_path / "x.safetensors", header))[0] == "sd1-inpainting"
+
+
+def test_metadata_is_no_tensor(tmp_path: Path) -> None:
+    path = written(tmp_path / "x.safetensors", {"__metadata__": {"ss_network_dim": "8"}})
+    assert safetensors_header(path) == {}
+
+
+def test_a_file_that_is_not_there_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(Unrecognised, match=r"x\.safetensors cannot be read: No such file"):
+        file_family(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json"])
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_a_folder_with_a_damaged_config_is_told_so(tmp_path: Path, name: str, content: bytes | None) -> None:
+    path = diffusers_folder(tmp_path / "model") / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(Unrecognised, match=rf"{path.parent.name}/{path.name} (cannot be read|is no JSON object)"):
+        folder_family(tmp_path / "model")
+
+
+def test_a_folder_needs_its_weights_whole(tmp_path: Path) -> None:
+    weights = diffusers_folder(tmp_path / "model") / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(Unrecognised, match=r"diffusion_pytorch_model\.safetensors is no safetensors file"):
+        folder_family(tmp_path / "model")
+    weights.unlink()
+    with pytest.raises(Unrecognised, match="its unet/ holds no safetensors weights"):
+        folder_family(tmp_path / "model")
+
+
+@given(content=st.binary(max_size=200))
+def test_no_bytes_at_all_break_it(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(Unrecognised):
+        file_family(path)

@@ -1,0 +1,91 @@
+"""Settings from flags, the environment and ``.env``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from diffusion_api import settings
+from diffusion_api.errors import Misconfigured
+
+
+@pytest.fixture(autouse=True)
+def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty working folder, and no setting in the environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(settings.PREFIX)]:
+        monkeypatch.delenv(name)
+
+
+def test_defaults_are_those_of_the_manual() -> None:
+    found = settings.load()
+    assert (found.host, found.port, found.engine, found.device) == ("127.0.0.1", 8000, "diffusers", "auto")
+    assert (found.max_steps, found.max_attempts, found.grace) == (150, 3, 30)
+    assert found.models_dir == Path("stable_diffusion/models")
+    assert (found.queue_dir, found.outputs_dir) == (Path("queue"), Path("outputs"))
+    assert found.loras_dir == Path("stable_diffusion/loras")
+    assert found.upscalers_dir == Path("stable_diffusion/upscalers")
+
+
+def test_a_flag_beats_the_environment_which_beats_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("DIFFUSION_API_PORT=1\nDIFFUSION_API_HOST=a\nDIFFUSION_API_ENGINE=stub\n")
+    monkeypatch.setenv("DIFFUSION_API_PORT", "2")
+    monkeypatch.setenv("DIFFUSION_API_HOST", "b")
+    flags = {"port": 3, "host": None}
+    found = settings.load(**flags)
+    assert (found.port, found.host, found.engine, found.device) == (3, "b", "stub", "auto")
+    sources = settings.sources(found, flags)
+    assert sources["port"] == "flag"
+    assert sources["host"] == "DIFFUSION_API_HOST"
+    assert sources["engine"] == ".env"
+    assert sources["device"] == "default"
+    assert sources.keys() == settings.Settings.model_fields.keys()
+
+
+def test_variables_of_others_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("HF_HOME=/somewhere\nPORT=1\nDIFFUSION_API_UNKNOWN=1\n")
+    monkeypatch.setenv("PORT", "2")
+    monkeypatch.setenv("DIFFUSION_API_NOPE", "2")
+    assert settings.load().port == 8000
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "x"),
+        ("PORT", "65536"),
+        ("PORT", "-1"),
+        ("ENGINE", "torch"),
+        ("DEVICE", "tpu"),
+        ("LOG_LEVEL", "loud"),
+        ("MAX_ATTEMPTS", "0"),
+        ("GRACE", "-1"),
+        ("MAX_BODY", "10"),
+        ("SHIPPED_MODELS", "perhaps"),
+    ],
+)
+def test_a_wrong_value_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(settings.PREFIX + name, value)
+    with pytest.raises(ValidationError) as caught:
+        settings.load()
+    assert caught.value.errors()[0]["loc"] == (name.lower(),)
+
+
+def test_folders_are_made_and_may_be_there_already(tmp_path: Path) -> None:
+    found = settings.load(home=tmp_path / "new" / "home")
+    for _ in range(2):
+        found.create_folders()
+    made = sorted(p.relative_to(found.home).as_posix() for p in found.home.rglob("*"))
+    assert made == [
+        *("outputs", "queue", "stable_diffusion"),
+        *("stable_diffusion/loras", "stable_diffusion/models", "stable_diffusion/upscalers"),
+    ]
+
+
+def test_a_folder_that_cannot_be_made_is_a_matter_of_the_operator(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(Misconfigured, match=r"home .*file: .* cannot be made: Not a directory"):
+        settings.load(home=tmp_path / "file").create_folders()

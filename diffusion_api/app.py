@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi_offline import FastAPIOffline
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -35,7 +36,7 @@ def create_app(
     shutdown: Callable[[], None] = lambda: None,
 ) -> App:
     """The app around a service. ``startup`` and ``shutdown`` run with the app's life; both may block for a while."""
-    app = FastAPI(
+    app = FastAPIOffline(
         title="Diffusion API",
         version=__version__,
         description=DESCRIPTION,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from diffusion_api.engine.base import Engine, Finished
-from diffusion_api.errors import DiffusionApiError, DiskFull, Interrupted, OperatorError, QueueUnusable
+from diffusion_api.errors import DiffusionApiError, DiskFull, Interrupted, OperatorError, QueueUnusable, TooLarge
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.base import Control, Queue
 from diffusion_api.schema.job import Job, Result
@@ -106,6 +106,8 @@ class Worker:
         except (DiskFull, QueueUnusable) as error:
             log.error("job %s: its end cannot be written, trying again: %s", job.id, error)
             return False
+        except TooLarge as error:
+            return self._committed(control, job.failed(type(error).__name__, str(error)))
         if job.error:
             log.warning("job %s %s: %s", job.id, job.state, job.error.message)
         else:

@@ -1,8 +1,10 @@
-"""What many tests share: a running service."""
+"""What many tests share: a running service, a disk that is soon full."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fake_models import diffusers_folder
@@ -22,3 +24,17 @@ def stub_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     diffusers_folder(models / "small", sample_size=8)
     with serving(home, max_body=2**20, max_prompt=2000) as server:
         yield server
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 96 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96k", "none", folder], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

@@ -50,6 +50,7 @@ HOMES = {
     "peft": ("engine",),
     "spandrel": ("engine",),
     "fastapi": ("dialects", "app", "access"),
+    "fastapi_offline": ("app",),
     "starlette": ("dialects", "app", "access"),
 }
 

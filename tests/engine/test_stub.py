@@ -108,11 +108,12 @@ for event in StubEngine().run(asked, interrupted=lambda: False):
 
 
 def test_a_job_stops_at_the_step_at_which_it_is_told_to() -> None:
-    seen = []
+    looks = iter([False] * 5)
+    running = StubEngine().run(request(steps=100), interrupted=lambda: next(looks, True))
+    seen = [next(running) for _ in range(6)]
+    assert seen[-1].step == 5  # type: ignore[union-attr]
     with pytest.raises(Interrupted, match="while it ran"):
-        for event in StubEngine().run(request(steps=100), interrupted=lambda: len(seen) > 5):
-            seen.append(event)
-    assert len(seen) == 6
+        next(running)
 
 
 def test_jobs_run_one_after_the_other_and_a_waiting_one_can_be_stopped() -> None:

@@ -159,7 +159,7 @@ def test_a_request_has_no_wrong_values(change: dict[str, Any]) -> None:
         Txt2Img(**FIELDS | change)
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS])
+@pytest.mark.parametrize("name", list(FIELDS))
 def test_a_request_has_no_holes(name: str) -> None:
     with pytest.raises(ValidationError):
         Txt2Img(**{key: value for key, value in FIELDS.items() if key != name})

@@ -1,0 +1,272 @@
+"""A worker on a real queue: what becomes of the jobs that it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from serving import eventually
+
+from diffusion_api.engine.base import DeviceReport, Engine, Event, Finished
+from diffusion_api.engine.stub import StubEngine
+from diffusion_api.errors import DeviceUnusable, ModelUnreadable
+from diffusion_api.outputs import Outputs
+from diffusion_api.queues.base import Queue, Snapshot
+from diffusion_api.queues.file import FileQueue
+from diffusion_api.schema.job import Job, Progress, State
+from diffusion_api.schema.request import Output, Request, Txt2Img
+from diffusion_api.worker import Worker
+
+NewWorker = Callable[..., Worker]
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[Queue]:
+    """A queue on disk."""
+    queue = FileQueue(tmp_path / "queue")
+    yield queue
+    queue.close()
+
+
+@pytest.fixture
+def new_worker(queue: Queue, tmp_path: Path) -> Iterator[NewWorker]:
+    """Starts workers of that queue, with the stub engine if no other is given; they are stopped in the end."""
+    workers: list[Worker] = []
+
+    def start(engine: Engine | None = None, **options: Any) -> Worker:
+        worker = Worker(queue, engine or StubEngine(), Outputs(tmp_path / "outputs"), **options)
+        workers.append(worker)
+        worker.start()
+        return worker
+
+    yield start
+    for worker in workers:
+        worker.stop(grace=0)
+
+
+class Faulty:
+    """An engine that does in each run what it was given to do; it may not be ready either."""
+
+    def __init__(self, run: Callable[[], Iterator[Event]] | None = None, unusable: str | None = None) -> None:
+        self._run, self._unusable = run, unusable
+        self.closed = False
+
+    def start(self) -> None:
+        """Nothing to load."""
+
+    def wait(self) -> None:
+        """Ready, or never."""
+        if self._unusable:
+            raise DeviceUnusable(self._unusable)
+
+    def run(self, request: Request, *, interrupted: Callable[[], bool]) -> Iterator[Event]:
+        """What it was given."""
+        assert self._run is not None
+        return self._run()
+
+    def report(self) -> DeviceReport | None:
+        """Not known."""
+        return None
+
+    def close(self) -> None:
+        """Remember it."""
+        self.closed = True
+
+
+def new_job(prompt: str = "a lighthouse", **fields: Any) -> Job:
+    plain: dict[str, Any] = {
+        "model": "small",
+        "negative_prompt": "",
+        "steps": 4,
+        "guidance_scale": 7.0,
+        "width": 64,
+        "height": 64,
+        "sampler": "euler",
+        "schedule": "karras",
+        "seed": 1,
+        "output": Output(),
+    }
+    payload = fields.pop("payload", {})
+    return Job(request=Txt2Img(prompt=prompt, **plain | fields), payload=payload)
+
+
+def found(queue: Queue, job: Job) -> Snapshot:
+    snapshot = queue.get(job.id)
+    assert snapshot is not None
+    return snapshot
+
+
+def ended(queue: Queue, job: Job) -> Job:
+    eventually(lambda: found(queue, job).state.terminal, "the job to end")
+    return found(queue, job).job
+
+
+def running(queue: Queue, job: Job) -> None:
+    eventually(lambda: found(queue, job).state is State.PROCESSING, "the job to run")
+
+
+def test_a_job_is_run_saved_and_committed(queue: Queue, new_worker: NewWorker, tmp_path: Path) -> None:
+    job = new_job(count=2)
+    queue.enqueue(job)
+    new_worker()
+    done = ended(queue, job)
+    assert (done.state, done.attempts, done.error) == (State.DONE, 1, None)
+    assert done.started is not None
+    assert done.finished is not None
+    assert done.created <= done.started <= done.finished
+    assert done.result is not None
+    assert 0 < done.result.seconds < 60
+    assert [image.seed for image in done.result.images] == [1, 2]
+    assert all((tmp_path / image.path).is_file() for image in done.result.images)
+
+
+def test_an_error_of_ours_is_told_in_its_own_words(queue: Queue, new_worker: NewWorker) -> None:
+    def run() -> Iterator[Event]:
+        yield Progress()
+        raise ModelUnreadable("model 'small' cannot be read: no such tensor")
+
+    job = new_job()
+    queue.enqueue(job)
+    new_worker(Faulty(run))
+    failed = ended(queue, job)
+    assert (failed.state, failed.attempts) == (State.ERROR, 1)
+    assert failed.error is not None
+    assert (failed.error.kind, failed.error.message) == (
+        "ModelUnreadable",
+        "model 'small' cannot be read: no such tensor",
+    )
+
+
+def test_any_other_error_fails_its_job_only_and_keeps_its_text_in_the_log(
+    queue: Queue, new_worker: NewWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, good = new_job("stub:fail"), new_job()
+    for job in (bad, good):
+        queue.enqueue(job)
+    new_worker()
+    failed = ended(queue, bad)
+    assert failed.error is not None
+    assert (failed.error.kind, failed.error.message) == (
+        "InternalError",
+        "the engine failed: RuntimeError; the log has the details",
+    )
+    assert "the stub engine was told to fail" in caplog.text
+    assert ended(queue, good).state is State.DONE
+
+
+def test_an_engine_that_ends_without_a_picture_fails_the_job(queue: Queue, new_worker: NewWorker) -> None:
+    job = new_job()
+    queue.enqueue(job)
+    new_worker(Faulty(lambda: iter([Progress()])))
+    assert ended(queue, job).state is State.ERROR
+
+
+def test_what_the_engine_warns_of_is_kept(queue: Queue, new_worker: NewWorker) -> None:
+    image = np.zeros((64, 64, 3), np.uint8)
+    job = new_job()
+    queue.enqueue(job)
+    new_worker(Faulty(lambda: iter([Progress(), Finished(images=(image,), seeds=(1,), warnings=("low memory",))])))
+    assert ended(queue, job).warnings == ("low memory",)
+
+
+def test_a_running_job_is_cancelled_between_two_steps(queue: Queue, new_worker: NewWorker) -> None:
+    job = new_job("stub:seconds=0.02", steps=1000)
+    queue.enqueue(job)
+    new_worker()
+    running(queue, job)
+    queue.cancel(job.id)
+    assert ended(queue, job).state is State.CANCELLED
+
+
+def test_a_job_that_waits_for_the_device_is_cancelled(queue: Queue, new_worker: NewWorker) -> None:
+    first, second = new_job("stub:seconds=0.02", steps=1000), new_job()
+    for job in (first, second):
+        queue.enqueue(job)
+    new_worker()
+    running(queue, first)
+    eventually(lambda: found(queue, second).state is State.LOADING, "the second job to be claimed")
+    queue.cancel(second.id)
+    assert ended(queue, second).state is State.CANCELLED
+    assert found(queue, second).job.attempts == 0
+    assert found(queue, first).state is State.PROCESSING
+    queue.cancel(first.id)
+
+
+def test_a_job_may_finish_within_the_grace(queue: Queue, new_worker: NewWorker) -> None:
+    first, second = new_job("stub:seconds=0.05", steps=10), new_job()
+    for job in (first, second):
+        queue.enqueue(job)
+    worker = new_worker()
+    running(queue, first)
+    worker.stop(grace=30)
+    assert found(queue, first).state is State.DONE
+    waiting = found(queue, second).job
+    assert (waiting.state, waiting.attempts) == (State.QUEUED, 0)
+
+
+def test_a_job_beyond_the_grace_goes_back_and_burns_no_attempt(queue: Queue, new_worker: NewWorker) -> None:
+    job = new_job("stub:seconds=0.02", steps=1000)
+    queue.enqueue(job)
+    worker = new_worker()
+    running(queue, job)
+    worker.stop(grace=0.1)
+    waiting = found(queue, job).job
+    assert (waiting.state, waiting.attempts, waiting.started) == (State.QUEUED, 0, None)
+
+
+def test_a_worker_that_is_stopped_closes_its_engine(new_worker: NewWorker) -> None:
+    engine = Faulty()
+    new_worker(engine).stop(grace=0)
+    assert engine.closed
+
+
+def test_a_device_that_cannot_be_used_ends_the_process(
+    queue: Queue, new_worker: NewWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    died = threading.Event()
+    new_worker(Faulty(unusable="the driver is too old"), died=died.set)
+    assert died.wait(20)
+    assert "the driver is too old" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_a_full_disk_fails_the_job_once_there_is_room_to_say_so(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = FileQueue(small_disk / "queue")
+    job = new_job("stub:seconds=0.1")
+    queue.enqueue(job)
+    worker = Worker(queue, StubEngine(), Outputs(small_disk / "outputs"))
+    worker.start()
+    running(queue, job)
+    filler = small_disk / "filler"
+    with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 1024)
+    eventually(lambda: "its end cannot be written" in caplog.text, "the worker to complain")
+    assert found(queue, job).state is State.PROCESSING
+    filler.unlink()
+    failed = ended(queue, job)
+    worker.stop(grace=0)
+    assert failed.error is not None
+    assert failed.error.kind == "DiskFull"
+    queue.close()
+
+
+def test_a_result_too_large_for_a_record_fails_its_job_only(queue: Queue, new_worker: NewWorker) -> None:
+    died = threading.Event()
+    long: dict[str, Any] = {"prompt": "\1" * 20_000, "negative_prompt": "\1" * 20_000}
+    large, good = new_job(**long, count=16, width=8, height=8, payload={"x": "y" * 1_500_000}), new_job()
+    for job in (large, good):
+        queue.enqueue(job)
+    new_worker(died=died.set)
+    failed = ended(queue, large)
+    assert failed.error is not None
+    assert failed.error.kind == "TooLarge"
+    assert ended(queue, good).state is State.DONE
+    assert not died.is_set()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffusion_api import __version__, images, infotext
 from diffusion_api.catalog import samplers
-from diffusion_api.disk import write_whole
+from diffusion_api.disk import remove_abandoned, write_whole
 from diffusion_api.engine.base import Finished
 from diffusion_api.errors import DiskFull
 from diffusion_api.schema.job import Image, Job
@@ -24,6 +24,7 @@ class Outputs:
         self.folder = folder
         self._tmp = folder / ".tmp"
         self._tmp.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(self._tmp)
 
     def save(self, job: Job, finished: Finished) -> tuple[Image, ...]:
         """Encode and store the pictures of a job, durably. Raises DiskFull."""

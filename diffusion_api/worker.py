@@ -107,7 +107,8 @@ class Worker:
             log.error("job %s: its end cannot be written, trying again: %s", job.id, error)
             return False
         except TooLarge as error:
-            return self._committed(control, job.failed(type(error).__name__, str(error)))
+            bare = job.model_copy(update={"result": None})
+            return self._committed(control, bare.failed(type(error).__name__, str(error)))
         if job.error:
             log.warning("job %s %s: %s", job.id, job.state, job.error.message)
         else:

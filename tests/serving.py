@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds after which a test gives up waiting for what should take a moment."""
 
 
@@ -63,6 +64,11 @@ class Program:
     log_path: Path
     url: str = ""
 
+    @cached_property
+    def _client(self) -> httpx.Client:
+        limits = httpx.Limits(max_keepalive_connections=0)
+        return httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False, limits=limits)
+
     @property
     def log(self) -> str:
         """What it has written to stderr so far."""
@@ -78,8 +84,7 @@ class Program:
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         """The answer to a request on a connection of its own."""
-        with httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False) as client:
-            return client.request(method, path, **options)
+        return self._client.request(method, path, **options)
 
     def submit(self, **fields: Any) -> str:
         """Post a job that must be taken; its id."""

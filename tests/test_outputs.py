@@ -83,6 +83,13 @@ def test_a_picture_that_was_deleted_is_none(tmp_path: Path) -> None:
     assert outputs.read(image) is None
 
 
+def test_the_unfinished_files_of_a_process_that_died_are_removed(tmp_path: Path) -> None:
+    abandoned = Outputs(tmp_path / "outputs").folder / ".tmp" / "half"
+    abandoned.write_bytes(b"half a picture")
+    Outputs(tmp_path / "outputs")
+    assert not abandoned.exists()
+
+
 @pytest.mark.parametrize("path", ["../secret", "outputs/../../secret", "/etc/hostname", "outputs/.."])
 def test_nothing_outside_the_folder_is_read(tmp_path: Path, path: str) -> None:
     (tmp_path / "secret").write_bytes(b"secret")

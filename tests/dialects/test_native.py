@@ -220,7 +220,7 @@ def test_progress_rises_from_queued_to_done(stub_server: Program) -> None:
 
     def ended() -> bool:
         seen.append(stub_server.status(job_id))
-        return seen[-1]["state"] == "done"
+        return bool(seen[-1]["state"] == "done")
 
     eventually(ended, "the job to be done")
     states = list(dict.fromkeys(status["state"] for status in seen))

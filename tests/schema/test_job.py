@@ -83,7 +83,7 @@ def test_three_states_are_terminal() -> None:
 
 def test_a_job_does_not_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        new_job().state = State.DONE  # type: ignore[misc]
+        new_job().state = State.DONE
 
 
 @pytest.mark.parametrize(

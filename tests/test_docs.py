@@ -1,0 +1,64 @@
+"""What the documents say of the code is so."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from serving import ROOT
+
+from diffusion_api.dialects.native import Txt2ImgBody
+from diffusion_api.settings import Settings
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text("utf-8"))
+    assert [t for t in targets if not (page.parent / t).exists()] == []
+
+
+def test_the_operating_guide_names_every_setting() -> None:
+    text = (ROOT / "docs" / "operating.md").read_text("utf-8")
+    missing = [n for n in Settings.model_fields if not re.search(rf"`(DIFFUSION_API)?_{n.upper()}`", text)]
+    assert missing == []
+
+
+def test_the_operating_guide_names_no_setting_that_does_not_exist() -> None:
+    text = (ROOT / "docs" / "operating.md").read_text("utf-8")
+    named = set(re.findall(r"DIFFUSION_API_([A-Z_]+)", text))
+    assert {n.lower() for n in named} <= set(Settings.model_fields)
+
+
+def test_the_api_page_names_every_field() -> None:
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    assert [name for name in Txt2ImgBody.model_fields if f"`{name}`" not in text] == []
+
+
+def test_the_architecture_page_names_every_module_at_the_top() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    modules = {p.stem for p in (ROOT / "diffusion_api").glob("*.py")} - {"__init__"}
+    folders = {p.name for p in (ROOT / "diffusion_api").iterdir() if (p / "__init__.py").exists()}
+    assert [m for m in sorted(modules) if f"`{m}`" not in text] == []
+    assert [f for f in sorted(folders) if f"`{f}/`" not in text] == []
+
+
+def test_the_figures_of_the_readme_are_those_of_the_bench() -> None:
+    table = re.search(r"<!-- figures -->(.*)<!-- /figures -->", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert table
+    service = _figures("service")
+    startup = _figures("startup")
+    for figure in (service["ratio_median"], startup["import_above_fastapi_ms"], startup["hello_seconds_median"]):
+        assert str(figure) in table[1]
+
+
+def _figures(name: str) -> dict[str, object]:
+    figures: dict[str, object] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["figures"]
+    return figures
+
+
+def test_the_changelog_has_an_entry() -> None:
+    assert re.search(r"## .*\n+### Added\n+- ", (ROOT / "CHANGELOG.md").read_text("utf-8"))

@@ -1,0 +1,281 @@
+"""The life of a service: started, stopped, killed and started again, with jobs in hand."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from fake_models import diffusers_folder
+from serving import Program, environment, eventually, serving, started
+
+from diffusion_api.schema.job import Job, State, loads
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """An installation with one model of 64 pixels."""
+    folder = tmp_path / "home"
+    diffusers_folder(folder / "stable_diffusion" / "models" / "small", sample_size=8)
+    return folder
+
+
+def record(home: Path, job_id: str) -> Job:
+    """A job as it lies on disk, wherever it lies."""
+
+    def found() -> list[Path]:
+        return [path for path in (home / "queue").rglob(f"*{job_id}.json") if path.parent.name != "progress"]
+
+    (path,) = eventually(found, "the record")
+    return loads(path.read_bytes())
+
+
+def pictures(home: Path) -> list[str]:
+    return sorted(path.name for path in (home / "outputs").iterdir() if path.is_file())
+
+
+def slow(seconds: float, steps: int) -> dict[str, object]:
+    return {"prompt": f"stub:seconds={seconds}", "steps": steps, "seed": 1, "fileType": "png"}
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+# Starting
+
+
+def test_it_greets_with_a_command_that_works(home: Path) -> None:
+    with serving(home) as server:
+        assert server.process.stdout is not None
+        line = server.process.stdout.readline()
+        words = shlex.split(line)
+        assert words[:3] == ["curl", "-s", f"{server.url}/txt2img"]
+        body = json.loads(words[words.index("-d") + 1])
+        assert server.result(**body)["state"] == "done"
+
+
+def test_it_answers_while_its_engine_loads(home: Path) -> None:
+    with serving(home, engine="diffusers", device="cpu") as server:
+        assert server.get("/hello").json() == {"ok": True}
+        job_id = server.submit(prompt="a lighthouse")
+        status = server.status(job_id)
+        health = server.get("/health").json()
+        log = server.log
+        assert "engine ready" not in log
+        assert status["state"] == "queued"
+        assert health["queue"]["active_jobs"] == 1
+        assert "device_name" in health["gpu"]
+        eventually(lambda: "engine ready on" in server.log, "the engine to be ready")
+        # The model holds no weights: its job fails, in words that name no folder of the host.
+        assert "'small' cannot be read" in server.wait(job_id, "error")["error"]
+        assert str(home) not in server.status(job_id)["error"]
+        assert server.get("/health").json()["gpu"]["cuda_available"] is False
+        server.signal(signal.SIGTERM)
+        assert server.ended() == 0
+
+
+def test_a_file_of_settings_is_read(home: Path) -> None:
+    home.mkdir(parents=True, exist_ok=True)
+    (home / ".env").write_text("DIFFUSION_API_MAX_STEPS=3\n")
+    with serving(home) as server:
+        assert server.post(steps=4).json()["error"] == "steps is 4; it may be 1 to 3"
+
+
+def test_it_also_runs_under_uvicorn(home: Path) -> None:
+    command = [sys.executable, "-m", "uvicorn", "diffusion_api.asgi:app", "--port", "0"]
+    settings = environment(home=home, engine="stub", shipped_models=False)
+    with (home / "uvicorn.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=home, env=settings, stdout=log, stderr=log, text=True)
+    try:
+        found = eventually(
+            lambda: re.search(r"running on (http://\S+)", (home / "uvicorn.log").read_text()), "uvicorn to listen"
+        )
+        server = Program(process, home, home / "uvicorn.log", found[1])
+        assert server.result(prompt="a lighthouse")["state"] == "done"
+        server.signal(signal.SIGTERM)
+        server.ended()
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in (home / "uvicorn.log").read_text()
+
+
+# Stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_lets_the_running_job_finish(home: Path, number: signal.Signals) -> None:
+    with serving(home) as server:
+        job_id = server.submit(**slow(0.1, 10))
+        waiting = server.submit(**slow(0.1, 10))
+        server.wait(job_id, "processing")
+        server.signal(number)
+        assert server.ended() == 0
+    assert record(home, job_id).state is State.DONE
+    assert (record(home, waiting).state, record(home, waiting).attempts) == (State.QUEUED, 0)
+    assert pictures(home) == [f"{job_id}.png"]
+
+
+def test_an_idle_service_stops_at_once(home: Path) -> None:
+    with serving(home) as server, within(10):
+        server.signal(signal.SIGTERM)
+        assert server.ended() == 0
+
+
+def test_a_job_longer_than_the_grace_goes_back_and_is_done_after_the_next_start(home: Path) -> None:
+    with serving(home, grace=0.5) as server:
+        job_id = server.submit(**slow(0.02, 100))
+        server.wait(job_id, "processing")
+        with within(15):
+            server.signal(signal.SIGTERM)
+            assert server.ended() == 0
+    waiting = record(home, job_id)
+    assert (waiting.state, waiting.attempts) == (State.QUEUED, 0)
+    assert pictures(home) == []
+    with serving(home) as server:
+        server.wait(job_id)
+    assert (record(home, job_id).state, record(home, job_id).attempts) == (State.DONE, 1)
+    assert pictures(home) == [f"{job_id}.png"]
+
+
+def test_a_second_signal_ends_it_at_once(home: Path) -> None:
+    with serving(home) as server:
+        job_id = server.submit(**slow(0.1, 150))
+        server.wait(job_id, "processing")
+        server.signal(signal.SIGTERM)
+        eventually(lambda: "Shutting down" in server.log, "the first signal to be heard")
+        assert server.process.poll() is None
+        with within(10):
+            server.signal(signal.SIGTERM)
+            assert server.ended() == -signal.SIGTERM
+
+
+# Dying
+
+
+def test_a_job_survives_a_kill_and_is_run_again(home: Path) -> None:
+    with serving(home) as server:
+        job_id = server.submit(**slow(0.1, 12))
+        waiting = [server.submit(**slow(0, 1)) for _ in range(2)]
+        server.wait(job_id, "processing")
+        server.kill()
+    assert record(home, job_id).attempts == 1
+    with serving(home) as server:
+        status = server.wait(job_id)
+        for other in waiting:
+            assert server.wait(other)["state"] == "done"
+        undisturbed = server.result(**slow(0.1, 12))
+    assert (record(home, job_id).attempts, record(home, job_id).state) == (2, State.DONE)
+    assert len(pictures(home)) == 4
+    assert f"{job_id}.png" in pictures(home)
+    assert base64.b64decode(status["image"]) == base64.b64decode(undisturbed["image"])
+
+
+def test_a_job_that_kills_the_service_each_time_ends_and_the_next_one_runs(home: Path) -> None:
+    with serving(home, "--no-worker") as server:
+        deadly = server.submit(prompt="stub:die", steps=4)
+    for deaths in (1, 2, 3):
+        with started("serve", "--port", 0, home=home) as server:
+            assert server.ended() == -signal.SIGKILL
+        assert record(home, deadly).attempts == deaths
+    with serving(home) as server:
+        assert server.wait(deadly, "error")["error"] == "the service stopped 3 times while running this job"
+        assert server.result(prompt="a lighthouse")["state"] == "done"
+        assert server.process.poll() is None
+
+
+# Several processes
+
+
+def test_the_api_and_a_worker_share_a_folder(home: Path) -> None:
+    with serving(home, "--no-worker") as api:
+        job_id = api.submit(**slow(0.05, 20))
+        time.sleep(0.3)
+        assert api.status(job_id)["state"] == "queued"
+        assert "device_name" in api.get("/health").json()["gpu"]
+        with started("worker", home=home) as worker:
+            half = eventually(lambda: (s := api.status(job_id))["progress"] > 0 and s, "progress")
+            assert (half["state"], half["current_phase"]) == ("processing", "generation")
+            status = api.wait(job_id)
+            assert base64.b64decode(status["image"]) == (home / status["output_path"]).read_bytes()
+            failed = api.submit(prompt="stub:fail")
+            assert "the engine failed" in api.wait(failed, "error")["error"]
+            worker.signal(signal.SIGTERM)
+            assert worker.ended() == 0
+        later = api.submit(prompt="a lighthouse")
+        time.sleep(0.3)
+        assert api.status(later)["state"] == "queued"
+        assert api.get("/health").json()["queue"]["active_jobs"] == 1
+
+
+def test_a_stopped_worker_gives_its_job_back_and_a_killed_ones_is_taken_over(home: Path) -> None:
+    with serving(home, "--no-worker") as api:
+        job_id = api.submit(**slow(0.05, 40))
+        with started("worker", home=home, grace=0.1) as worker:
+            api.wait(job_id, "processing")
+            worker.signal(signal.SIGTERM)
+            assert worker.ended() == 0
+        assert (record(home, job_id).state, record(home, job_id).attempts) == (State.QUEUED, 0)
+        with started("worker", home=home) as worker:
+            api.wait(job_id, "processing")
+            with started("worker", home=home):
+                worker.kill()
+                assert api.wait(job_id)["state"] == "done"
+    assert record(home, job_id).attempts == 2
+
+
+def test_a_second_signal_ends_a_worker_at_once(home: Path) -> None:
+    with serving(home, "--no-worker") as api, started("worker", home=home) as worker:
+        job_id = api.submit(**slow(0.1, 150))
+        api.wait(job_id, "processing")
+        worker.signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert worker.process.poll() is None
+        with within(10):
+            worker.signal(signal.SIGINT)
+            assert worker.ended() == -signal.SIGINT
+
+
+def test_many_callers_at_once_get_a_picture_each(home: Path) -> None:
+    with serving(home) as server, httpx.Client(base_url=server.url, trust_env=False, timeout=60) as client:
+
+        def submit(seed: int) -> str:
+            answer = client.post("/txt2img", json={"steps": 1, "seed": seed})
+            assert answer.status_code == 200
+            job_id: str = answer.json()["job_id"]
+            return job_id
+
+        with ThreadPoolExecutor(8) as callers:
+            ids = list(callers.map(submit, range(40)))
+        assert len(set(ids)) == 40
+        statuses = [server.wait(job_id) for job_id in ids]
+    assert [status["seed"] for status in statuses] == list(range(40))
+    assert pictures(home) == sorted(f"{job_id}.jpg" for job_id in ids)
+    assert all(record(home, job_id).attempts == 1 for job_id in ids)
+
+
+def test_the_log_tells_of_each_job_and_holds_no_picture(home: Path) -> None:
+    with serving(home, log_level="debug") as server:
+        done = server.result(prompt="a lighthouse", image="data:image/png;base64," + "A" * 500)
+        failed = server.submit(prompt="stub:fail")
+        server.wait(failed, "error")
+        log = server.log
+    assert f"job {done['job_id']} done in" in log
+    assert f"job {failed} failed" in log
+    assert "AAAAAAAA" not in log
+    assert done["image"][:40] not in log

@@ -1,0 +1,157 @@
+"""The service below the dialects: limits, lookups and health."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_models import diffusers_folder
+
+from diffusion_api.catalog.library import Library
+from diffusion_api.engine.stub import StubEngine
+from diffusion_api.errors import InvalidRequest, NotFound, TooLarge, UnknownModel
+from diffusion_api.outputs import Outputs
+from diffusion_api.queues.file import FileQueue
+from diffusion_api.schema.job import Image, State, loads
+from diffusion_api.schema.request import Output, Txt2Img
+from diffusion_api.service import Service
+from diffusion_api.settings import Settings
+from diffusion_api.worker import Worker
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    """A service whose queue nobody works on. It has one model, ``small``."""
+    settings = Settings(home=tmp_path, max_steps=10, max_batch=2, max_pixels=128 * 128, max_prompt=100)
+    settings.create_folders()
+    diffusers_folder(settings.models_dir / "small")
+    queue = FileQueue(settings.queue_dir)
+    library = Library(settings.home, settings.models_dir)
+    yield Service(settings, library, queue, Outputs(settings.outputs_dir), StubEngine())
+    queue.close()
+
+
+def request(**fields: Any) -> Txt2Img:
+    plain: dict[str, Any] = {
+        "model": "small",
+        "prompt": "a lighthouse",
+        "negative_prompt": "",
+        "steps": 4,
+        "guidance_scale": 7.0,
+        "width": 64,
+        "height": 64,
+        "sampler": "euler",
+        "schedule": "karras",
+        "seed": 1,
+        "output": Output(),
+    }
+    return Txt2Img(**plain | fields)
+
+
+def test_a_submitted_job_is_on_disk_and_found(service: Service) -> None:
+    job = service.submit(request(), payload={"prompt": "a lighthouse"}, warnings=("w",), dialect="other")
+    (record,) = (service.settings.queue_dir / "queued").iterdir()
+    assert loads(record.read_bytes()) == job
+    snapshot = service.get(job.id)
+    assert snapshot.job == job
+    assert (snapshot.state, snapshot.position) == (State.QUEUED, 0)
+    assert (job.payload, job.warnings, job.dialect) == ({"prompt": "a lighthouse"}, ("w",), "other")
+
+
+def test_pictures_in_a_payload_are_not_kept(service: Service) -> None:
+    job = service.submit(request(), payload={"init": ["A" * 200], "mask": "data:image/png;base64,AA"})
+    assert job.payload == {"init": ["[BASE64_IMAGE_DATA_200_chars]"], "mask": "[BASE64_IMAGE_DATA_24_chars]"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"steps": 11}, InvalidRequest, "steps is 11; it may be 1 to 10"),
+        ({"count": 3}, InvalidRequest, "n is 3; it may be 1 to 2"),
+        ({"width": 136, "height": 128}, InvalidRequest, "136x128 = 17408 pixels; at most 16384 are allowed"),
+        ({"prompt": "x" * 101}, TooLarge, "prompt has 101 characters; at most 100 are allowed"),
+        ({"negative_prompt": "x" * 101}, TooLarge, "negative_prompt has 101 characters"),
+    ],
+    ids=str,
+)
+def test_a_job_beyond_the_operators_limits_is_refused(
+    service: Service, fields: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        service.submit(request(**fields), payload={})
+    assert list((service.settings.queue_dir / "queued").iterdir()) == []
+
+
+def test_a_job_at_the_operators_limits_is_taken(service: Service) -> None:
+    service.submit(request(steps=10, count=2, width=128, height=128, prompt="x" * 100), payload={})
+
+
+@pytest.mark.parametrize("job_id", ["", "x", "../x", "\0", "x" * 5000, str(uuid.uuid4())])
+def test_an_unknown_job_is_not_found(service: Service, job_id: str) -> None:
+    for look in (service.get, service.cancel):
+        with pytest.raises(NotFound) as caught:
+            look(job_id)
+        assert str(caught.value) == f"Job {job_id} not found"
+    assert list(service.watch(job_id, timeout=1)) == []
+
+
+def test_a_waiting_job_is_cancelled(service: Service) -> None:
+    job = service.submit(request(), payload={})
+    assert service.cancel(job.id).state is State.CANCELLED
+    assert service.health().active_jobs == 0
+
+
+def test_a_job_is_watched_to_its_end(service: Service, tmp_path: Path) -> None:
+    job = service.submit(request(prompt="stub:seconds=0.02"), payload={})
+    queue = FileQueue(tmp_path / "queue")
+    worker = Worker(queue, StubEngine(), Outputs(tmp_path / "outputs"))
+    worker.start()
+    states = [snapshot.state for snapshot in service.watch(job.id, timeout=30)]
+    worker.stop(grace=1)
+    queue.close()
+    assert states[0] in (State.QUEUED, State.LOADING)
+    assert states[-1] is State.DONE
+    (image,) = service.get(job.id).job.result.images  # type: ignore[union-attr]
+    assert service.image(image) == (tmp_path / image.path).read_bytes()
+
+
+def test_a_picture_that_is_gone_is_none(service: Service) -> None:
+    assert service.image(Image(path="outputs/x.png", width=8, height=8, seed=1, sha256="", infotext="")) is None
+
+
+def test_models_are_those_of_the_library(service: Service) -> None:
+    assert [model.name for model in service.models()] == ["small"]
+    assert service.model(None).name == service.model("SMALL").name == "small"
+    with pytest.raises(UnknownModel, match="one of small"):
+        service.model("nope")
+
+
+def test_health_counts_what_is_there(service: Service) -> None:
+    for name in ("one.safetensors", "two.pt", "notes.txt"):
+        (service.settings.loras_dir / name).touch()
+    jobs = [service.submit(request(), payload={}) for _ in range(3)]
+    service.cancel(jobs[0].id)
+    health = service.health()
+    assert (health.models, health.loras, health.active_jobs) == (1, 2, 2)
+    assert health.device is not None
+    assert health.device.name == "stub"
+    assert 0 < health.memory_available_gb < health.memory_total_gb
+    assert health.outputs_available
+    assert health.outputs_free_gb > 0
+
+
+def test_health_warns_of_what_is_missing(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    settings.create_folders()
+    queue, outputs = FileQueue(settings.queue_dir), Outputs(settings.outputs_dir)
+    service = Service(settings, Library(tmp_path, settings.models_dir), queue, outputs, None)
+    (settings.outputs_dir / ".tmp").rmdir()
+    settings.outputs_dir.rmdir()
+    settings.loras_dir.rmdir()
+    health = service.health()
+    assert {"No models found", "Outputs directory not accessible"} <= set(health.warnings)
+    assert (health.device, health.loras, health.outputs_available) == (None, 0, False)
+    queue.close()

@@ -64,13 +64,13 @@ def train(run: Run, network: Network, material: Material, steps: int) -> Network
         zeroed = [not any(words) and rng.random() < model.blank for words in zip(*chunks, strict=True)]
         z, time_ids = framed(model, material.latents[size][pick], generator)
         x, target, t = noised(z, alphas[: model.timesteps], generator)
-        weight = (1 / alphas[t]).clamp(max=40 if step < 0.65 * steps else 15).view(-1, 1, 1, 1).to(run.device)
+        weight = emphasis(t, alphas).to(run.device)
         with run.autocast():
             conditioning = network.conditioning(chunks, time_ids, zeroed)
             x = x.to(run.device, memory_format=torch.channels_last)
             predicted = network.predict(x, t.to(run.device), conditioning)
         error = (predicted.float() - target.to(run.device)).square()
-        loss = (error * weight).mean() / weight.mean()
+        loss = (error * weight).mean()
         optimizer.param_groups[0]["lr"] = RATE * cosine_tail(step, steps)
         optimizer.zero_grad()
         loss.backward()
@@ -128,18 +128,35 @@ def noised(z: Tensor, alphas: Tensor, generator: torch.Generator) -> tuple[Tenso
     """Noised latents, the epsilon to predict, and timesteps.
 
     scaled_linear leaves sqrt(alpha_bar) = 0.068 of the signal at t = 999: enough for a network to read a flat colour off a
-    large picture, which pure noise at sampling time does not carry (Lin et al. 2024, arXiv:2305.08891). So part of the
-    noisiest samples carry less of their signal, with the target that still leads to the right picture.
+    large picture, and a place too, which pure noise at sampling time does not carry (Lin et al. 2024, arXiv:2305.08891). It
+    then takes the noise's word for it, not the prompt's. So most of the noisiest samples carry less of their signal or none,
+    with the target that still leads to the right picture.
     """
     batch, timesteps = len(z), len(alphas)
     t = torch.randint(0, timesteps, (batch,), generator=generator)
-    high = torch.randint(timesteps // 2, timesteps, (batch,), generator=generator)
-    t = torch.where(torch.rand(batch, generator=generator) < 0.25, high, t)
+    high = torch.randint(timesteps * 7 // 10, timesteps, (batch,), generator=generator)
+    t = torch.where(torch.rand(batch, generator=generator) < 0.45, high, t)
     noise = torch.randn(z.shape, generator=generator)
     a = alphas[t].view(-1, 1, 1, 1)
-    hide = torch.rand(batch, generator=generator) * (torch.rand(batch, generator=generator) < 0.6) * (t > 850)
+    hide = (torch.rand(batch, generator=generator) * 2).clamp(max=1)  # all of it for half of them
+    hide = hide * (torch.rand(batch, generator=generator) < 0.75) * (t > 850)
     noise = noise - hide.view(-1, 1, 1, 1) * (a / (1 - a)).sqrt() * z
     return a.sqrt() * z + (1 - a).sqrt() * noise, noise, t
+
+
+def emphasis(t: Tensor, alphas: Tensor) -> Tensor:
+    """How much each sample's error counts, (batch, 1, 1, 1), 1 on average.
+
+    In the loss of epsilon an error of the picture counts alpha_bar / (1 - alpha_bar): next to nothing where shape and place are
+    decided. 1 / alpha_bar makes up for it (the loss of v: Salimans, Ho 2022, arXiv:2202.00512). Half of the whole goes to the
+    noisy samples, which decide what is drawn, and half to the others, which decide how well.
+    """
+    weight = (1 / alphas[t]).clamp(max=200)
+    noisy = t >= 600
+    for part in (noisy, ~noisy):
+        if part.any():
+            weight[part] /= weight[part].sum()
+    return (weight * len(t) / 2).view(-1, 1, 1, 1)
 
 
 @torch.no_grad()

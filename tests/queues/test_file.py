@@ -812,19 +812,6 @@ def test_a_limit_of_the_system_leaves_nothing(root: Path, queue: FileQueue, nurs
     assert names(root, "tmp") == names(root, "queued") == []
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=96k", "none", folder], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 def fill(folder: Path) -> None:
     """Leave no room on the disk of that folder."""
     with (folder / "filler").open("ab", buffering=0) as filler, contextlib.suppress(OSError):

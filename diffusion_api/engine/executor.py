@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CLOSING = 30.0
+"""Seconds that the device thread may take to end."""
+
 
 @dataclass
 class Task:
@@ -80,8 +83,9 @@ class Executor:
         return self._device.report() if self._device else None
 
     def close(self) -> None:
-        """End the device thread after the job in hand."""
+        """End the device thread after the job in hand; a thread that is still in torch when Python ends aborts the process."""
         self._tasks.put(None)
+        self._thread.join(CLOSING)
 
     def _main(self) -> None:
         try:

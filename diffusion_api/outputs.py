@@ -6,7 +6,7 @@ import errno
 import hashlib
 from pathlib import Path
 
-from diffusion_api import __version__, images, infotext
+from diffusion_api import __version__
 from diffusion_api.catalog import samplers
 from diffusion_api.disk import remove_abandoned, write_whole
 from diffusion_api.engine.base import Finished
@@ -38,6 +38,8 @@ class Outputs:
             return None
 
     def _save_one(self, job: Job, finished: Finished, number: int) -> Image:
+        from diffusion_api import images, infotext  # NumPy and Pillow: a third of the time until the service answers
+
         request, pixels, seed = job.request, finished.images[number], finished.seeds[number]
         text = infotext.for_txt2img(
             request,

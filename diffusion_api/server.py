@@ -17,7 +17,6 @@ from diffusion_api.app import App, create_app
 from diffusion_api.catalog.library import Library
 from diffusion_api.engine.base import Engine
 from diffusion_api.engine.executor import Executor
-from diffusion_api.engine.stub import StubEngine
 from diffusion_api.errors import Misconfigured
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.base import Queue
@@ -43,6 +42,8 @@ def build_library(settings: Settings) -> Library:
 def build_engine(settings: Settings, library: Library) -> Engine:
     """What makes the pictures."""
     if settings.engine == "stub":
+        from diffusion_api.engine.stub import StubEngine
+
         return StubEngine()
     return Executor(library, device=settings.device, tokenizer=DATA / "clip")
 

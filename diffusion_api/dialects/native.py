@@ -151,7 +151,7 @@ def mount(app: FastAPI, service: Service) -> None:
     router = APIRouter(route_class=ErrorRoute)
 
     @router.get("/hello", tags=["service"], summary="Is it up?")
-    def hello() -> HelloBody:
+    async def hello() -> HelloBody:  # on the event loop: it answers even when every thread is busy
         return HelloBody()
 
     @router.get("/health", tags=["service"], summary="How the box is")

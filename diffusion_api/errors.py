@@ -6,14 +6,16 @@
     │   │   ├── UnknownModel
     │   │   ├── UnknownSampler
     │   │   └── InvalidImage
-    │   ├── NotFound                no such job (any more), no such picture
+    │   ├── NotFound                no such job, no such picture
+    │   ├── Gone                    there was one, and its time is over
     │   ├── Conflict                the job is in no state for that
     │   └── TooLarge                body, picture or job beyond the operator's limits
     ├── OperatorError           the person who runs the box must act
     │   ├── Misconfigured           a setting or a folder is wrong; the service does not start
     │   ├── DeviceUnusable          a GPU is there but cannot be used
     │   ├── ModelUnreadable         a file under the model folders is broken or of no known kind
-    │   └── QueueUnusable           the queue's folder cannot be written
+    │   ├── QueueUnusable           the queue's folder cannot be written
+    │   └── DeviceLost              the device works no more until the process starts again
     └── Unavailable             nobody's fault; try again later
         ├── DiskFull
         ├── QueueFull
@@ -58,7 +60,11 @@ class InvalidImage(InvalidRequest):
 
 
 class NotFound(CallerError):
-    """No such thing, or no longer."""
+    """No such thing."""
+
+
+class Gone(CallerError):
+    """There was such a thing, and it was kept for as long as the operator wants."""
 
 
 class Conflict(CallerError):
@@ -87,6 +93,10 @@ class ModelUnreadable(OperatorError):
 
 class QueueUnusable(OperatorError):
     """The queue's folder cannot be read or written."""
+
+
+class DeviceLost(OperatorError):
+    """The device answers every call with an error until the process starts again."""
 
 
 class Unavailable(DiffusionApiError):

@@ -25,6 +25,7 @@ MAX_SIDE = 65_536
 
 STATUS: tuple[tuple[type[errors.DiffusionApiError], int], ...] = (
     (errors.NotFound, 404),
+    (errors.Gone, 410),
     (errors.Conflict, 409),
     (errors.TooLarge, 413),
     (errors.CallerError, 400),

@@ -68,7 +68,11 @@ class Failure(Frozen):
 
 
 class Job(Frozen):
-    """One job. ``payload`` is the body as the client sent it (pictures replaced); times are epoch seconds."""
+    """One job. ``payload`` is the body as the client sent it (pictures replaced); times are epoch seconds.
+
+    ``deadline`` is the seconds that it may run, ``webhook`` the URL that is told of its end. ``boot`` is the boot of the
+    machine in which the last attempt was charged; a ``suspect`` was in hand when a worker died, so it runs alone.
+    """
 
     version: int = VERSION
     id: str = Field(default_factory=lambda: str(uuid.uuid4()))
@@ -78,9 +82,13 @@ class Job(Frozen):
     warnings: tuple[str, ...] = ()
     caller: str = ""
     priority: int = Field(default=0, ge=-9, le=9)
+    deadline: float | None = Field(default=None, gt=0)
+    webhook: str | None = None
     created: float = Field(default_factory=time.time)
     state: State = State.QUEUED
     attempts: int = 0
+    boot: str = ""
+    suspect: bool = False
     started: float | None = None
     finished: float | None = None
     result: Result | None = None

@@ -1,14 +1,27 @@
-"""Requests for the shipped model, and what an engine answers."""
+"""Requests, plain ones and ones for the shipped model, and what an engine answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from diffusion_api.engine.base import Engine, Event, Finished, Pixels
 from diffusion_api.schema.request import Output, Txt2Img
 
 Draw = Callable[..., Pixels]
 """``draw(prompt, steps=…)`` → the picture."""
+
+
+FIELDS: dict[str, Any] = dict(
+    model="small", prompt="a lighthouse", negative_prompt="", steps=4, guidance_scale=7.0, width=64, height=64,
+    sampler="euler", schedule="karras", seed=1, output=Output(),
+)  # fmt: skip
+"""A valid request, field by field, for tests that draw nothing or have the stub engine draw."""
+
+
+def plain(**changes: Any) -> Txt2Img:
+    """``FIELDS`` with changes."""
+    return Txt2Img(**FIELDS | changes)
 
 
 def request(prompt: str = "a large red circle on a blue background", **changes: object) -> Txt2Img:

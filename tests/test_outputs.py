@@ -8,30 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from asking import plain
 
 from diffusion_api import __version__, images, infotext
 from diffusion_api.engine.base import Finished
 from diffusion_api.errors import DiskFull
 from diffusion_api.outputs import Outputs
 from diffusion_api.schema.job import Image, Job
-from diffusion_api.schema.request import Output, Txt2Img
+from diffusion_api.schema.request import Output
 
 
 def new_job(**fields: Any) -> Job:
-    plain: dict[str, Any] = {
-        "model": "small",
-        "prompt": "a lighthouse",
-        "negative_prompt": "fog",
-        "steps": 4,
-        "guidance_scale": 7.5,
-        "width": 64,
-        "height": 48,
-        "sampler": "dpmpp_2m",
-        "schedule": "karras",
-        "seed": 7,
-        "output": Output(format="png"),
-    }
-    return Job(request=Txt2Img(**plain | fields))
+    changes = {"guidance_scale": 7.5, "height": 48, "sampler": "dpmpp_2m", "seed": 7, "output": Output(format="png")}
+    return Job(request=plain(negative_prompt="fog", **changes | fields))
 
 
 def pictures(job: Job) -> Finished:

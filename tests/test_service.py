@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asking import plain
 from fake_models import diffusers_folder
 
 from diffusion_api.catalog.library import Library
@@ -16,7 +17,6 @@ from diffusion_api.errors import InvalidRequest, NotFound, TooLarge, UnknownMode
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.schema.job import Image, State, loads
-from diffusion_api.schema.request import Output, Txt2Img
 from diffusion_api.service import Service
 from diffusion_api.settings import Settings
 from diffusion_api.worker import Worker
@@ -34,25 +34,8 @@ def service(tmp_path: Path) -> Iterator[Service]:
     queue.close()
 
 
-def request(**fields: Any) -> Txt2Img:
-    plain: dict[str, Any] = {
-        "model": "small",
-        "prompt": "a lighthouse",
-        "negative_prompt": "",
-        "steps": 4,
-        "guidance_scale": 7.0,
-        "width": 64,
-        "height": 64,
-        "sampler": "euler",
-        "schedule": "karras",
-        "seed": 1,
-        "output": Output(),
-    }
-    return Txt2Img(**plain | fields)
-
-
 def test_a_submitted_job_is_on_disk_and_found(service: Service) -> None:
-    job = service.submit(request(), payload={"prompt": "a lighthouse"}, warnings=("w",), dialect="other")
+    job = service.submit(plain(), payload={"prompt": "a lighthouse"}, warnings=("w",), dialect="other")
     (record,) = (service.settings.queue_dir / "queued").iterdir()
     assert loads(record.read_bytes()) == job
     snapshot = service.get(job.id)
@@ -62,7 +45,7 @@ def test_a_submitted_job_is_on_disk_and_found(service: Service) -> None:
 
 
 def test_pictures_in_a_payload_are_not_kept(service: Service) -> None:
-    job = service.submit(request(), payload={"init": ["A" * 200], "mask": "data:image/png;base64,AA"})
+    job = service.submit(plain(), payload={"init": ["A" * 200], "mask": "data:image/png;base64,AA"})
     assert job.payload == {"init": ["[BASE64_IMAGE_DATA_200_chars]"], "mask": "[BASE64_IMAGE_DATA_24_chars]"}
 
 
@@ -81,12 +64,12 @@ def test_a_job_beyond_the_operators_limits_is_refused(
     service: Service, fields: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        service.submit(request(**fields), payload={})
+        service.submit(plain(**fields), payload={})
     assert list((service.settings.queue_dir / "queued").iterdir()) == []
 
 
 def test_a_job_at_the_operators_limits_is_taken(service: Service) -> None:
-    service.submit(request(steps=10, count=2, width=128, height=128, prompt="x" * 100), payload={})
+    service.submit(plain(steps=10, count=2, width=128, height=128, prompt="x" * 100), payload={})
 
 
 @pytest.mark.parametrize("job_id", ["", "x", "../x", "\0", "x" * 5000, str(uuid.uuid4())])
@@ -99,13 +82,13 @@ def test_an_unknown_job_is_not_found(service: Service, job_id: str) -> None:
 
 
 def test_a_waiting_job_is_cancelled(service: Service) -> None:
-    job = service.submit(request(), payload={})
+    job = service.submit(plain(), payload={})
     assert service.cancel(job.id).state is State.CANCELLED
     assert service.health().active_jobs == 0
 
 
 def test_a_job_is_watched_to_its_end(service: Service, tmp_path: Path) -> None:
-    job = service.submit(request(prompt="stub:seconds=0.02"), payload={})
+    job = service.submit(plain(prompt="stub:seconds=0.02"), payload={})
     queue = FileQueue(tmp_path / "queue")
     worker = Worker(queue, StubEngine(), Outputs(tmp_path / "outputs"))
     worker.start()
@@ -132,7 +115,7 @@ def test_models_are_those_of_the_library(service: Service) -> None:
 def test_health_counts_what_is_there(service: Service) -> None:
     for name in ("one.safetensors", "two.pt", "notes.txt"):
         (service.settings.loras_dir / name).touch()
-    jobs = [service.submit(request(), payload={}) for _ in range(3)]
+    jobs = [service.submit(plain(), payload={}) for _ in range(3)]
     service.cancel(jobs[0].id)
     health = service.health()
     assert (health.models, health.loras, health.active_jobs) == (1, 2, 2)

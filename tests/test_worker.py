@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from asking import plain
 from serving import eventually
 
 from diffusion_api.engine.base import DeviceReport, Engine, Event, Finished
@@ -19,7 +20,7 @@ from diffusion_api.outputs import Outputs
 from diffusion_api.queues.base import Queue, Snapshot
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.schema.job import Job, Progress, State
-from diffusion_api.schema.request import Output, Request, Txt2Img
+from diffusion_api.schema.request import Request
 from diffusion_api.worker import Worker
 
 NewWorker = Callable[..., Worker]
@@ -79,20 +80,8 @@ class Faulty:
 
 
 def new_job(prompt: str = "a lighthouse", **fields: Any) -> Job:
-    plain: dict[str, Any] = {
-        "model": "small",
-        "negative_prompt": "",
-        "steps": 4,
-        "guidance_scale": 7.0,
-        "width": 64,
-        "height": 64,
-        "sampler": "euler",
-        "schedule": "karras",
-        "seed": 1,
-        "output": Output(),
-    }
     payload = fields.pop("payload", {})
-    return Job(request=Txt2Img(prompt=prompt, **plain | fields), payload=payload)
+    return Job(request=plain(prompt=prompt, **fields), payload=payload)
 
 
 def found(queue: Queue, job: Job) -> Snapshot:

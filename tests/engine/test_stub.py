@@ -11,29 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from asking import plain
 from serving import ROOT, environment
 
 from diffusion_api.engine.base import Engine, Event, Finished
 from diffusion_api.engine.stub import StubEngine
 from diffusion_api.errors import Interrupted
 from diffusion_api.schema.job import Progress, State
-from diffusion_api.schema.request import Output, Txt2Img
+from diffusion_api.schema.request import Txt2Img
 
 
 def request(prompt: str = "a lighthouse", **fields: Any) -> Txt2Img:
-    plain: dict[str, Any] = {
-        "model": "small",
-        "negative_prompt": "",
-        "steps": 4,
-        "guidance_scale": 7.0,
-        "width": 64,
-        "height": 48,
-        "sampler": "euler",
-        "schedule": "karras",
-        "seed": 1,
-        "output": Output(),
-    }
-    return Txt2Img(prompt=prompt, **plain | fields)
+    return plain(prompt=prompt, height=48, **fields)
 
 
 def events(asked: Txt2Img, interrupted: Callable[[], bool] = lambda: False) -> list[Event]:

@@ -8,24 +8,12 @@ import uuid
 from typing import Any
 
 import pytest
+from asking import FIELDS, plain
 from pydantic import ValidationError
 
 from diffusion_api.schema.job import VERSION, Image, Job, Result, State, UnreadableRecord, dumps, loads
 from diffusion_api.schema.request import MAX_SEED, Output, Txt2Img
 
-FIELDS: dict[str, Any] = {
-    "model": "small",
-    "prompt": "a lighthouse 🦀",
-    "negative_prompt": "",
-    "steps": 4,
-    "guidance_scale": 7.0,
-    "width": 64,
-    "height": 64,
-    "sampler": "euler",
-    "schedule": "karras",
-    "seed": 1,
-    "output": Output(),
-}
 RESULT = Result(
     images=(Image(path="outputs/x.jpg", width=64, height=64, seed=1, sha256="00", infotext="a"),),
     seconds=1.5,
@@ -35,7 +23,7 @@ RESULT = Result(
 
 
 def new_job(**fields: Any) -> Job:
-    return Job(request=Txt2Img(**FIELDS), **fields)
+    return Job(request=plain(prompt="a lighthouse 🦀"), **fields)
 
 
 def test_a_new_job_waits() -> None:
@@ -133,7 +121,7 @@ def test_a_record_of_a_newer_release_is_told_so() -> None:
 
 
 def test_the_seeds_follow_each_other_and_go_round() -> None:
-    assert Txt2Img(**FIELDS | {"seed": MAX_SEED - 1, "count": 3}).seeds == (MAX_SEED - 1, MAX_SEED, 0)
+    assert plain(seed=MAX_SEED - 1, count=3).seeds == (MAX_SEED - 1, MAX_SEED, 0)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def noised(z: Tensor, alphas: Tensor, generator: torch.Generator) -> tuple[Tenso
     scaled_linear leaves sqrt(alpha_bar) = 0.068 of the signal at t = 999: enough for a network to read a flat colour off a
     large picture, and a place too, which pure noise at sampling time does not carry (Lin et al. 2024, arXiv:2305.08891). It
     then takes the noise's word for it, not the prompt's. So most of the noisiest samples carry less of their signal or none,
-    with the target that still leads to the right picture.
+    and some carry another picture's, with the target that still leads to the right one.
     """
     batch, timesteps = len(z), len(alphas)
     t = torch.randint(0, timesteps, (batch,), generator=generator)
@@ -139,8 +139,11 @@ def noised(z: Tensor, alphas: Tensor, generator: torch.Generator) -> tuple[Tenso
     noise = torch.randn(z.shape, generator=generator)
     a = alphas[t].view(-1, 1, 1, 1)
     hide = (torch.rand(batch, generator=generator) * 2).clamp(max=1)  # all of it for half of them
-    hide = hide * (torch.rand(batch, generator=generator) < 0.75) * (t > 850)
-    noise = noise - hide.view(-1, 1, 1, 1) * (a / (1 - a)).sqrt() * z
+    hide = hide * (torch.rand(batch, generator=generator) < 0.75) * (t > 820)
+    false = (torch.rand(batch, generator=generator) < 0.3) & (t > 880)
+    hide = torch.where(false, 1.0, hide).view(-1, 1, 1, 1)
+    other = z.roll(1, 0) * false.view(-1, 1, 1, 1)
+    noise = noise + (a / (1 - a)).sqrt() * (other - hide * z)
     return a.sqrt() * z + (1 - a).sqrt() * noise, noise, t
 
 

@@ -40,15 +40,15 @@ PARAPHRASES = (
 )
 
 
-@pytest.mark.parametrize(("size", "share"), [(128, 0.95), (256, 0.75)])  # 0.95 at 256 px is still to come
-def test_held_out_prompts_are_followed(draw: Draw, size: int, share: float) -> None:
+@pytest.mark.parametrize("size", [128, 256])
+def test_held_out_prompts_are_followed(draw: Draw, size: int) -> None:
     wrong = []
     for number, prompt in enumerate(PROMPTS):
         shown = seen(draw(prompt, width=size, height=size, seed=number))
         if not shown.agrees(asked(prompt)):
             wrong.append(f"{prompt}: {shown}")
     assert len(PROMPTS) >= 40
-    assert len(wrong) <= (1 - share) * len(PROMPTS) + 1e-9, wrong
+    assert len(wrong) <= 0.05 * len(PROMPTS), wrong
 
 
 def test_most_held_out_prompts_get_their_very_shape(draw: Draw) -> None:

@@ -15,9 +15,10 @@ from diffusion_api.schema.request import Request
 
 if TYPE_CHECKING:
     from diffusion_api.catalog.library import Library, Model
-    from diffusion_api.engine.base import DeviceReport, Engine
+    from diffusion_api.engine.base import Engine
     from diffusion_api.outputs import Outputs
     from diffusion_api.queues.base import Queue, Snapshot
+    from diffusion_api.schema.report import DeviceReport, WorkerReport
     from diffusion_api.settings import Settings
 
 GIB = 2**30
@@ -38,6 +39,7 @@ class Health:
     models: int
     loras: int
     device: DeviceReport | None
+    workers: tuple[WorkerReport, ...]
     warnings: tuple[str, ...]
 
 
@@ -102,6 +104,7 @@ class Service:
         settings = self.settings
         disk = shutil.disk_usage(settings.home)
         counts = self._queue.counts()
+        workers = self._queue.workers()
         outputs_available = settings.outputs_dir.is_dir() and os.access(settings.outputs_dir, os.W_OK)
         free = disk.free / GIB
         models = len(self._library.models())
@@ -124,7 +127,8 @@ class Service:
             active_jobs=counts[State.QUEUED] + counts[State.PROCESSING],
             models=models,
             loras=_count_files(settings.loras_dir),
-            device=self._engine.report() if self._engine else None,
+            device=self._engine.report() if self._engine else next((w.device for w in workers if w.device), None),
+            workers=tuple(workers),
             warnings=tuple(text for wrong, text in found if wrong),
         )
 

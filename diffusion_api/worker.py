@@ -11,6 +11,7 @@ from collections.abc import Callable
 from diffusion_api.engine.base import Engine, Finished
 from diffusion_api.errors import DiffusionApiError, DiskFull, Interrupted, OperatorError, QueueUnusable, TooLarge
 from diffusion_api.outputs import Outputs
+from diffusion_api.presence import Presence
 from diffusion_api.queues.base import Control, Queue
 from diffusion_api.schema.job import Job, Result
 
@@ -30,9 +31,16 @@ class Worker:
     """Serves a queue with an engine, on a thread of its own."""
 
     def __init__(
-        self, queue: Queue, engine: Engine, outputs: Outputs, *, died: Callable[[], None] | None = None
+        self,
+        queue: Queue,
+        engine: Engine,
+        outputs: Outputs,
+        *,
+        died: Callable[[], None] | None = None,
+        restarts: int = 0,
     ) -> None:
         self._queue, self._engine, self._outputs = queue, engine, outputs
+        self._presence = Presence(queue, engine, restarts)
         self._died = died or (lambda: os._exit(EXIT_WORKER_DIED))
         self._deadline: float | None = None
         self._thread = threading.Thread(target=self._main, name="worker", daemon=True)
@@ -52,6 +60,7 @@ class Worker:
     def _main(self) -> None:
         try:
             self._engine.wait()
+            self._presence.tell()
             if self._deadline is None:
                 self._queue.serve(self.handle, slots=SLOTS)
         except OperatorError as error:
@@ -63,6 +72,10 @@ class Worker:
 
     def handle(self, job: Job, control: Control) -> None:
         """Run one claimed job to its end: exactly one commit or release."""
+        with self._presence.holding(job.id):
+            self._handle(job, control)
+
+    def _handle(self, job: Job, control: Control) -> None:
         ended = self._execute(job, control)
         if ended is None:
             log.info("job %s goes back to the queue: the service is stopping", job.id)
@@ -87,6 +100,7 @@ class Worker:
                 if not admitted:
                     admitted, began = True, time.monotonic()
                     job = control.started()
+                self._presence.moved()
                 if isinstance(event, Finished):
                     return job.succeeded(self._result(job, event, began), event.warnings)
                 control.progress(event)

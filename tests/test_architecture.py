@@ -24,6 +24,7 @@ LAYERS = (
     ("access", "users"),
     ("service",),
     ("worker",),
+    ("presence",),
     ("webhooks", "fetch"),
     ("queues",),
     ("outputs", "blobs"),

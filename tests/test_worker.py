@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +14,14 @@ import pytest
 from asking import plain
 from serving import eventually
 
-from diffusion_api.engine.base import DeviceReport, Engine, Event, Finished
+from diffusion_api.engine.base import Engine, Event, Finished
 from diffusion_api.engine.stub import StubEngine
 from diffusion_api.errors import DeviceUnusable, ModelUnreadable
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.base import Queue, Snapshot
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.schema.job import Job, Progress, State
+from diffusion_api.schema.report import DeviceReport
 from diffusion_api.schema.request import Request
 from diffusion_api.worker import Worker
 
@@ -206,6 +208,21 @@ def test_a_job_beyond_the_grace_goes_back_and_burns_no_attempt(queue: Queue, new
     worker.stop(grace=0.1)
     waiting = found(queue, job).job
     assert (waiting.state, waiting.attempts, waiting.started) == (State.QUEUED, 0, None)
+
+
+def test_a_worker_reports_what_it_has_in_hand_and_when_it_last_moved(queue: Queue, new_worker: NewWorker) -> None:
+    new_worker(restarts=2)
+    (idle,) = eventually(queue.workers, "a report")
+    assert (idle.state, idle.jobs, idle.restarts, idle.pid) == ("idle", (), 2, os.getpid())
+    assert idle.device.name == "stub"
+    job = new_job("stub:seconds=0.02", steps=1000)
+    queue.enqueue(job)
+    running(queue, job)
+    (first,) = queue.workers()
+    assert (first.state, first.jobs) == ("running", (job.id,))
+    eventually(lambda: queue.workers()[0].event > first.event, "a step to be reported")
+    queue.cancel(job.id)
+    eventually(lambda: queue.workers()[0].state == "idle", "the job to leave its hands")
 
 
 def test_a_worker_that_is_stopped_closes_its_engine(new_worker: NewWorker) -> None:

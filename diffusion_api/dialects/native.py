@@ -20,11 +20,12 @@ from diffusion_api.schema.request import Output, Txt2Img
 
 if TYPE_CHECKING:
     from diffusion_api.queues.base import Snapshot
+    from diffusion_api.schema.report import WorkerReport
     from diffusion_api.service import Service
 
 FILE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png"}
 DEFAULT_SAMPLER = "DPM++ 2M"
-UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or runs in another process"}
+UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or no worker runs"}
 
 
 class LoraBody(BaseModel):
@@ -284,6 +285,7 @@ def _health(service: Service) -> dict[str, Any]:
             "disk_usage_percent": health.disk_usage_percent,
         },
         "gpu": health.device.facts if health.device else UNKNOWN_DEVICE,
+        "workers": [_worker(report) for report in health.workers],
         "models": {"count": health.models, "directory": _shown(settings.models_dir, settings.home)},
         "loras": {"count": health.loras, "directory": _shown(settings.loras_dir, settings.home)},
         "queue": {"active_jobs": health.active_jobs, "directory": _shown(settings.queue_dir, settings.home)},
@@ -296,6 +298,17 @@ def _health(service: Service) -> dict[str, Any]:
     if health.warnings:
         answer["warnings"] = list(health.warnings)
     return answer
+
+
+def _worker(report: WorkerReport) -> dict[str, Any]:
+    """A worker as callers see it: nothing of the host, and no id, since who has a job's id may have its picture."""
+    return {
+        "state": report.state,
+        "device_name": report.device.name if report.device else None,
+        "jobs": len(report.jobs),
+        "seconds_since_event": round(report.quiet, 1),
+        "restarts": report.restarts,
+    }
 
 
 def _shown(folder: Path, home: Path) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from diffusion_api.schema.job import Job, Progress, State
+from diffusion_api.schema.report import WorkerReport
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ class Queue(ABC):
     def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
         """Snapshots as they change, the present one first; ends after a terminal one or ``timeout`` seconds."""
 
+    @abstractmethod
+    def workers(self) -> list[WorkerReport]:
+        """The last word of every worker that serves this queue now."""
+
     # worker half
 
     @abstractmethod
@@ -90,6 +95,10 @@ class Queue(ABC):
         Before the first claim, jobs of workers that died are recovered: queued again, or ended when their attempts are
         used up. ``wants`` lets the worker leave a job for later or for another.
         """
+
+    @abstractmethod
+    def report(self, report: WorkerReport) -> None:
+        """Let others see how this worker is, for as long as it serves. Never raises."""
 
     @abstractmethod
     def stop(self) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from diffusion_api import disk
 from diffusion_api.errors import DiskFull, QueueUnusable, TooLarge
+from diffusion_api.queues._file import reports
 from diffusion_api.queues._file.places import (
     MAX_RECORD,
     Folder,
@@ -31,6 +32,7 @@ from diffusion_api.queues._file.places import (
 from diffusion_api.queues._file.workers import Recovery, Worker
 from diffusion_api.queues.base import Control, Handler, Queue, Snapshot
 from diffusion_api.schema.job import Job, Progress, State, UnreadableRecord, dumps
+from diffusion_api.schema.report import WorkerReport
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class FileQueue(Queue):
         self._recover_every = recover_every
         self._claims: dict[str, _Claim] = {}
         self._worker: Worker | None = None
+        self._report: WorkerReport | None = None
         self._stopped = False
         self._closed = False
         self._event = threading.Condition()
@@ -153,6 +156,7 @@ class FileQueue(Queue):
             raise RuntimeError("this queue is being served already")
         with _as_queue_errors():
             worker = self._worker = Worker(self._places)
+        self._tell()
         failures: list[BaseException] = []
         threads = [
             threading.Thread(
@@ -174,6 +178,16 @@ class FileQueue(Queue):
             self._leave()
         if failures:
             raise failures[0]
+
+    def report(self, report: WorkerReport) -> None:
+        """Let others see how the worker of this instance is, for as long as it serves. Never raises."""
+        self._report = report
+        self._tell()
+
+    @_as_queue_errors()
+    def workers(self) -> list[WorkerReport]:
+        """What the workers say that serve this folder now, in whatever process. Raises QueueUnusable."""
+        return reports.of_the_living(self._places)
 
     def stop(self) -> None:
         """Claim nothing more; :meth:`serve` returns once the jobs in hand have ended or were released."""
@@ -377,6 +391,12 @@ class FileQueue(Queue):
             self._claims.clear()
 
     # telling each other
+
+    def _tell(self) -> None:
+        worker, report = self._worker, self._report
+        if worker and report:
+            with self._places.tolerated("report"):
+                worker.tell(report)
 
     def _announce(self, *, arrival: bool = False) -> None:
         with self._event:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from diffusion_api.queues.base import Control, Handler, Queue, Snapshot
 from diffusion_api.schema.job import Job, Progress, State
+from diffusion_api.schema.report import WorkerReport
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class MemoryQueue(Queue):
         self._sequence = itertools.count()
         self._event = threading.Condition()
         self._changes = 0
+        self._report: WorkerReport | None = None
         self._serving = False
         self._stopped = False
         self._closed = False
@@ -111,6 +113,10 @@ class MemoryQueue(Queue):
                 return
             self._wait(seen, left)
 
+    def workers(self) -> list[WorkerReport]:
+        """What the one worker says, while it serves."""
+        return [self._report] if self._serving and self._report else []
+
     # worker half
 
     def serve(self, handle: Handler, *, wants: Callable[[Job], bool] = lambda job: True, slots: int = 1) -> None:
@@ -138,6 +144,10 @@ class MemoryQueue(Queue):
             self._serving = False
         if failures:
             raise failures[0]
+
+    def report(self, report: WorkerReport) -> None:
+        """Let others see how the worker is, for as long as it serves."""
+        self._report = report
 
     def stop(self) -> None:
         """Claim nothing more; :meth:`serve` returns once the jobs in hand have ended or were released."""

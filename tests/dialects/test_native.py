@@ -483,7 +483,7 @@ def test_health_tells_real_numbers(stub_server: Program) -> None:
     (stub_server.home / "stable_diffusion" / "loras" / "one.safetensors").touch()
     health = stub_server.get("/health").json()
     assert health.keys() - {"warnings"} == {
-        *("status", "timestamp", "version", "system", "gpu", "models", "loras", "queue", "outputs"),
+        *("status", "timestamp", "version", "system", "gpu", "workers", "models", "loras", "queue", "outputs"),
     }
     assert health["status"] == ("warning" if "warnings" in health else "healthy")
     assert abs(health["timestamp"] - time.time()) < 60
@@ -493,6 +493,9 @@ def test_health_tells_real_numbers(stub_server: Program) -> None:
     assert 0 < system["memory_percent"] < 100
     assert 0 < system["disk_usage_percent"] <= 100
     assert health["gpu"] == {"cuda_available": False, "mps_available": False, "device_name": "stub"}
+    (worker,) = health["workers"]
+    assert worker.keys() == {"state", "device_name", "jobs", "seconds_since_event", "restarts"}
+    assert (worker["device_name"], worker["restarts"]) == ("stub", 0)
     assert health["models"] == {"count": 2, "directory": "stable_diffusion/models"}
     assert health["loras"] == {"count": 1, "directory": "stable_diffusion/loras"}
     assert health["queue"]["directory"] == "queue"

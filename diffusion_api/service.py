@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffusion_api.errors import InvalidRequest, NotFound, TooLarge
 from diffusion_api.schema.job import Image, Job, State
@@ -52,19 +52,16 @@ class Service:
         self.settings = settings
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
 
-    def submit(
-        self, request: Request, *, payload: dict[str, Any], warnings: tuple[str, ...] = (), dialect: str = "native"
-    ) -> Job:
-        """Store a job; when this returns it is on disk. Pictures in its payload are left out.
-
-        Raises InvalidRequest, TooLarge, DiskFull, QueueUnusable.
+    def submit(self, job: Job) -> Job:
+        """Store a new job; when this returns it is on disk. The job as stored: without the pictures in its payload, and
+        with the operator's deadline if it had none. Raises InvalidRequest, TooLarge, DiskFull, QueueUnusable.
         """
         from diffusion_api.images import sanitized
 
-        self._check(request)
-        job = Job(request=request, payload=sanitized(payload), warnings=warnings, dialect=dialect)
-        self._queue.enqueue(job)
-        return job
+        self._check(job.request)
+        stored = job.model_copy(update={"payload": sanitized(job.payload), "deadline": self._deadline(job)})
+        self._queue.enqueue(stored)
+        return stored
 
     def get(self, job_id: str) -> Snapshot:
         """The job as it stands. Raises NotFound."""
@@ -131,6 +128,15 @@ class Service:
             workers=tuple(workers),
             warnings=tuple(text for wrong, text in found if wrong),
         )
+
+    def _deadline(self, job: Job) -> float | None:
+        """Seconds that the job may run, within what the operator allows. Raises InvalidRequest."""
+        longest = self.settings.max_seconds
+        if longest and job.deadline and job.deadline > longest:
+            raise InvalidRequest(
+                f"deadline is {job.deadline:g}; at most {longest:g} seconds are allowed", field="deadline"
+            )
+        return job.deadline or longest or None
 
     def _check(self, request: Request) -> None:
         """The operator's limits, before anything is written."""

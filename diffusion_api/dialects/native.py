@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, FastAPI
+from fastapi import APIRouter, Body, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_api import __version__
 from diffusion_api.catalog import samplers
-from diffusion_api.dialects._base import ErrorRoute, build, resolve_seed, round_size
+from diffusion_api.dialects._base import ErrorRoute, build, caller_of, resolve_seed, round_size
 from diffusion_api.errors import InvalidRequest
-from diffusion_api.schema.job import State
+from diffusion_api.schema.job import Job, State
 from diffusion_api.schema.request import Output, Txt2Img
 
 if TYPE_CHECKING:
@@ -90,6 +90,14 @@ class Txt2ImgBody(BaseModel):
     hires: HiresBody | None = None
     refiner_checkpoint: str | None = None
     refiner_switch_at: float | None = None
+    priority: int | None = Field(default=None, ge=-9, le=9, description="higher runs first; 0 when left out")
+    deadline: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that the job may run; the operator's when left out",
+    )
+    webhook: str | None = Field(default=None, description="URL that is told of the job's end")
 
 
 class SubmittedBody(BaseModel):
@@ -144,12 +152,21 @@ class HelloBody(BaseModel):
     ok: bool = True
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in (400, 413, 503)}
+RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
+
+
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The refusals of a route, for its documentation; all have one body."""
+    expected: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorBody, "headers": RETRY_AFTER} if status in (503, 507) else {"model": ErrorBody}
+        for status in statuses
+    }
+    return expected | {"default": {"model": ErrorBody, "description": "Any other refusal"}}
 
 
 def mount(app: FastAPI, service: Service) -> None:
     """Add the routes of this dialect."""
-    router = APIRouter(route_class=ErrorRoute)
+    router = APIRouter(route_class=ErrorRoute, responses=_refusals())
 
     @router.get("/hello", tags=["service"], summary="Is it up?")
     async def hello() -> HelloBody:  # on the event loop: it answers even when every thread is busy
@@ -164,14 +181,27 @@ def mount(app: FastAPI, service: Service) -> None:
         rows = [ModelBody(name=m.name, label=m.label, type=m.type, path=m.shown_path) for m in service.models()]
         return ModelsBody(models=rows)
 
-    @router.post("/txt2img", tags=["jobs"], summary="A picture from words", responses=REFUSALS)
-    def txt2img(body: Annotated[Txt2ImgBody, Body()]) -> SubmittedBody:
+    @router.post(
+        "/txt2img", tags=["jobs"], summary="A picture from words", responses=_refusals(400, 413, 503, 507)
+    )  # fmt: skip
+    def txt2img(body: Annotated[Txt2ImgBody, Body()], http: Request) -> SubmittedBody:
         request, warnings = to_request(body, service)
-        job = service.submit(request, payload=body.model_dump(exclude_unset=True), warnings=tuple(warnings))
+        job = service.submit(
+            build(
+                Job,
+                request=request,
+                payload=body.model_dump(exclude_unset=True),
+                warnings=tuple(warnings),
+                caller=caller_of(http),
+                priority=_given(body.priority, 0),
+                deadline=body.deadline,
+                webhook=body.webhook,
+            )
+        )
         return SubmittedBody(job_id=job.id, seed=request.seed, warnings=warnings)
 
     @router.get(
-        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses={404: {"model": ErrorBody}},
+        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=_refusals(404, 503),
         response_model=StatusBody,
     )  # fmt: skip
     def queue(job_id: str) -> dict[str, Any]:

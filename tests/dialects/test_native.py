@@ -14,6 +14,7 @@ from PIL import Image
 from serving import Program, eventually
 
 from diffusion_api import images, infotext
+from diffusion_api.schema.job import loads
 
 STATUS_KEYS = {"status", "job_id", "progress", "current_phase", "state", "error"}
 FINISHED_KEYS = {
@@ -339,10 +340,19 @@ def test_what_is_ignored_is_told(stub_server: Program, fields: dict[str, Any], w
         {"hires": None, "loras": None, "refiner_checkpoint": None, "refiner_switch_at": None},
         {"loras": [], "hires": {}, "refiner_switch_at": 0.8},
         {"model": None, "width": None, "n": None, "fileType": None, "negative_prompt": None, "cfg_scale": None},
+        {"priority": None, "deadline": None, "webhook": None},
     ],
 )
 def test_what_asks_for_nothing_is_taken_in_silence(stub_server: Program, fields: dict[str, Any]) -> None:
     assert stub_server.post(steps=1, **fields).json()["warnings"] == []
+
+
+def test_what_is_asked_beside_the_picture_is_in_the_record(stub_server: Program) -> None:
+    job_id = stub_server.submit(model="small", steps=1, priority="-3", deadline=600, webhook="https://example.org/x")
+    stub_server.wait(job_id)
+    job = loads((stub_server.home / "queue" / "done" / f"{job_id}.json").read_bytes())
+    assert (job.priority, job.deadline, job.webhook) == (-3, 600, "https://example.org/x")
+    assert (job.caller, job.dialect) == ("127.0.0.1", "native")
 
 
 # What is refused
@@ -380,13 +390,20 @@ def test_what_asks_for_nothing_is_taken_in_silence(stub_server: Program, fields:
         ({"jpeg_quality": 101}, ["jpeg_quality is 101", "less than or equal to 100"]),
         ({"seed": 2**32}, ["seed is 4294967296", "0 to 4294967295"]),
         ({"seed": "x"}, ["seed is 'x'", "integer"]),
+        ({"priority": 10}, ["priority is 10", "less than or equal to 9"]),
+        ({"priority": -10}, ["priority is -10", "greater than or equal to -9"]),
+        ({"priority": "high"}, ["priority is 'high'", "integer"]),
+        ({"deadline": 0}, ["deadline is 0", "greater than 0"]),
+        ({"deadline": float("inf")}, ["deadline is inf", "finite"]),
         ({"prompt": 5}, ["prompt is 5", "string"]),
         ({"prompt": ["a"]}, ["prompt is ['a']", "string"]),
         ({"prompt": "\ud800"}, ["not valid Unicode"]),
         ({"\ud800": 1}, ["unicode"]),
         ({"mystery": "\ud800"}, ["not valid Unicode"]),
         ({"loras": "one"}, ["loras is 'one'", "list"]),
-        ({"loras": [{"scale": 1}]}, ["loras.0", "name is missing"]),
+        ({"loras": [{"scale": 1}]}, ["loras.0.name is missing"]),
+        ({"loras": ["one", 5]}, ["loras.1 is 5: "]),
+        ({"loras": [{"name": "one", "scale": "x"}]}, ["loras.0.scale is 'x'", "number"]),
         ({"hires": {"enabled": True}}, ["hires is not supported"]),
         ({"hires": {"enabled": False, "scale": "x"}}, ["hires.scale is 'x'", "number"]),
         ([{"prompt": "x"}], ["the body is [{'prompt': 'x'}]", "dictionary"]),
@@ -400,6 +417,7 @@ def test_a_refusal_names_the_field_the_value_and_the_choices(
 ) -> None:
     message = refused(stub_server, fields)
     assert [word for word in words if word not in message] == []
+    assert "Body" not in message
 
 
 def test_a_prompt_beyond_the_limit_is_refused(stub_server: Program) -> None:
@@ -531,6 +549,24 @@ def test_the_api_documents_itself(stub_server: Program) -> None:
     assert docs.headers["content-type"].startswith("text/html")
     paths = stub_server.get("/openapi.json").json()["paths"]
     assert {"/txt2img", "/queue/{job_id}", "/models", "/health", "/hello"} <= paths.keys()
+
+
+def test_the_documentation_knows_the_real_refusals(stub_server: Program) -> None:
+    document = stub_server.get("/openapi.json").json()
+    assert "ValidationError" not in json.dumps(document)
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            bodies = {
+                status: answer["content"]["application/json"]["schema"]
+                for status, answer in operation["responses"].items()
+                if not status.startswith("2")
+            }
+            refusals = {status for status, schema in bodies.items() if schema["$ref"].endswith("/ErrorBody")}
+            assert refusals >= {"default"}, (method, path)
+            assert refusals == bodies.keys(), (method, path)
+    expected = document["paths"]["/txt2img"]["post"]["responses"]
+    assert {"400", "413", "503", "507"} <= expected.keys()
+    assert "Retry-After" in expected["503"]["headers"]
 
 
 def test_the_examples_of_the_documentation_are_taken(stub_server: Program) -> None:

@@ -71,12 +71,22 @@ class Queue(ABC):
         """Cancel: a waiting job ends at once, a running one is told so; a finished one stays. None if unknown."""
 
     @abstractmethod
-    def jobs(self, states: frozenset[State] | None = None) -> list[Job]:
-        """Records in these states (all by default): waiting ones in the order they will run, finished ones newest first."""
+    def jobs(self, states: frozenset[State] | None = None, *, limit: int | None = None) -> list[Job]:
+        """Records in these states (all by default): waiting ones in the order they will run, finished ones newest first.
+
+        With a ``limit``, no more than so many: the first.
+        """
 
     @abstractmethod
     def counts(self) -> dict[State, int]:
         """How many jobs are QUEUED, PROCESSING (claimed), DONE, ERROR and CANCELLED."""
+
+    @abstractmethod
+    def changed(self, since: int, timeout: float) -> int:
+        """Wait until something has changed after the mark ``since``, at most ``timeout`` seconds; the present mark.
+
+        What another process changes may be noticed only by looking.
+        """
 
     @abstractmethod
     def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:

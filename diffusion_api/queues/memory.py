@@ -78,7 +78,7 @@ class MemoryQueue(Queue):
             self._announce()
             return self.get(job_id)
 
-    def jobs(self, states: frozenset[State] | None = None) -> list[Job]:
+    def jobs(self, states: frozenset[State] | None = None, *, limit: int | None = None) -> list[Job]:
         """Running jobs, with the state of their progress; then waiting ones, next first; then ended, newest first."""
         with self._event:
             entries = list(self._entries.values())
@@ -86,7 +86,7 @@ class MemoryQueue(Queue):
             waiting = [e.job for e in sorted(entries, key=lambda e: e.order) if e.waits]
             ended = [e.job for e in entries if e.job.state.terminal]
         ended.sort(key=lambda job: job.finished or job.created, reverse=True)
-        return [job for job in running + waiting + ended if states is None or job.state in states]
+        return [job for job in running + waiting + ended if states is None or job.state in states][:limit]
 
     def counts(self) -> dict[State, int]:
         """How many jobs are in each state."""
@@ -95,6 +95,11 @@ class MemoryQueue(Queue):
             for entry in self._entries.values():
                 counts[State.PROCESSING if entry.claim else entry.job.state] += 1
         return counts
+
+    def changed(self, since: int, timeout: float) -> int:
+        """Wait until something has changed after the mark ``since``, at most ``timeout`` seconds; the present mark."""
+        self._wait(since, timeout)
+        return self._changes
 
     def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
         """Snapshots as they change, the present one first; ends after a terminal one, ``timeout`` seconds or close."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from diffusion_api.errors import InvalidRequest, NotFound, TooLarge
 from diffusion_api.schema.job import Image, Job, State
 from diffusion_api.schema.request import Request
+from diffusion_api.waiters import Waiters
 
 if TYPE_CHECKING:
     from diffusion_api.catalog.library import Library, Model
@@ -51,6 +52,7 @@ class Service:
     ) -> None:
         self.settings = settings
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
+        self._waiters = Waiters(queue)
 
     def submit(self, job: Job) -> Job:
         """Store a new job; when this returns it is on disk. The job as stored: without the pictures in its payload, and
@@ -69,6 +71,10 @@ class Service:
         if snapshot is None:
             raise NotFound(f"Job {job_id} not found")
         return snapshot
+
+    async def wait(self, job_id: str, seconds: float) -> None:
+        """Return when the job has ended or there is none, or after ``seconds``. No thread is held meanwhile."""
+        await self._waiters.ended(job_id, seconds)
 
     def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
         """Snapshots as the job changes, for at most ``timeout`` seconds."""

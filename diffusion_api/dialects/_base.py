@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 from collections.abc import Callable, Coroutine
@@ -100,6 +101,22 @@ class ErrorRoute(APIRoute):
 def caller_of(request: Request) -> str:
     """Who asks, as fairness between callers counts them: the address, until there are credentials."""
     return request.client.host if request.client else ""
+
+
+async def hears(request: Request, waiting: Coroutine[Any, Any, None]) -> bool:
+    """Wait for something on behalf of a caller: False once the caller has hung up, and the waiting ends with that."""
+    tasks = asyncio.ensure_future(waiting), asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].done()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def build(kind: type[Built], **fields: Any) -> Built:

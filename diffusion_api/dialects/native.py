@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, FastAPI, Request
+from fastapi import APIRouter, Body, FastAPI, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_api import __version__
 from diffusion_api.catalog import samplers
-from diffusion_api.dialects._base import ErrorRoute, build, caller_of, resolve_seed, round_size
+from diffusion_api.dialects._base import ErrorRoute, build, caller_of, hears, resolve_seed, round_size
 from diffusion_api.errors import InvalidRequest
 from diffusion_api.schema.job import Job, State
 from diffusion_api.schema.request import Output, Txt2Img
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 FILE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png"}
 DEFAULT_SAMPLER = "DPM++ 2M"
 UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or no worker runs"}
+NOBODY = 499
+"""Status of an answer that nobody will read, as the caller has hung up."""
 
 
 class LoraBody(BaseModel):
@@ -164,6 +168,17 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return expected | {"default": {"model": ErrorBody, "description": "Any other refusal"}}
 
 
+Wait = Annotated[
+    float,
+    Query(
+        ge=0,
+        le=60,
+        allow_inf_nan=False,
+        description="answer when the job has ended, or after so many seconds as it then stands",
+    ),
+]
+
+
 def mount(app: FastAPI, service: Service) -> None:
     """Add the routes of this dialect."""
     router = APIRouter(route_class=ErrorRoute, responses=_refusals())
@@ -201,11 +216,13 @@ def mount(app: FastAPI, service: Service) -> None:
         return SubmittedBody(job_id=job.id, seed=request.seed, warnings=warnings)
 
     @router.get(
-        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=_refusals(404, 503),
+        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=_refusals(400, 404, 503),
         response_model=StatusBody,
     )  # fmt: skip
-    def queue(job_id: str) -> dict[str, Any]:
-        return _status(service.get(job_id), service)
+    async def queue(job_id: str, http: Request, wait: Wait = 0) -> Response:
+        if wait and not await hears(http, service.wait(job_id, wait)):
+            return Response(status_code=NOBODY)
+        return await run_in_threadpool(lambda: JSONResponse(_status(service.get(job_id), service)))
 
     app.include_router(router)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -9,6 +10,7 @@ import time
 import uuid
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 from serving import Program, eventually
@@ -248,12 +250,79 @@ def test_a_waiting_job_tells_its_position(stub_server: Program) -> None:
         stub_server.wait(job_id)
 
 
+def test_who_waits_for_a_job_is_answered_when_it_ends(stub_server: Program) -> None:
+    job_id = stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=8)
+    began = time.monotonic()
+    waited = stub_server.get(f"/queue/{job_id}?wait=60")
+    assert time.monotonic() - began < 45
+    assert waited.status_code == 200
+    assert waited.json()["state"] == "done"
+    assert waited.json() == stub_server.status(job_id)
+    assert waited.json() == stub_server.get(f"/queue/{job_id}?wait=60").json()
+
+
+def test_who_waits_for_too_short_a_time_gets_the_job_as_it_stands(stub_server: Program) -> None:
+    job_id = stub_server.submit(prompt="stub:seconds=0.2", model="small", steps=10)
+    began = time.monotonic()
+    status = stub_server.get(f"/queue/{job_id}?wait=0.5").json()
+    assert time.monotonic() - began >= 0.5
+    assert status["state"] in ("queued", "loading", "processing")
+    assert status.keys() == stub_server.status(job_id).keys()
+    stub_server.wait(job_id)
+
+
+@pytest.mark.parametrize(
+    ("wait", "words"), [("61", "less than or equal to 60"), ("-1", "greater than"), ("nan", "finite"), ("x", "number")]
+)
+def test_waiting_has_its_limits(stub_server: Program, wait: str, words: str) -> None:
+    message = refusal(stub_server.get(f"/queue/x?wait={wait}"), 400)
+    assert message.startswith(f"wait is '{wait}'")
+    assert words in message
+
+
+def test_nobody_waits_for_an_unknown_job(stub_server: Program) -> None:
+    began = time.monotonic()
+    assert refusal(stub_server.get("/queue/x?wait=60"), 404) == "Job x not found"
+    assert time.monotonic() - began < 45
+
+
+def test_five_hundred_wait_at_once_and_take_no_thread_each(stub_server: Program) -> None:
+    job_id = stub_server.submit(prompt="stub:seconds=0.3", model="small", steps=20)
+    others = [stub_server.submit(model="small", steps=1) for _ in range(10)]
+    asked = [job_id] * 400 + others * 10
+    host, port = stub_server.url.removeprefix("http://").split(":")
+
+    async def poll(job_id: str) -> dict[str, Any]:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"GET /queue/{job_id}?wait=60 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        assert head.startswith(b"HTTP/1.1 200")
+        status: dict[str, Any] = json.loads(body)
+        return status
+
+    async def poll_all() -> list[dict[str, Any]]:
+        polls = [asyncio.create_task(poll(asked_id)) for asked_id in asked]
+        await asyncio.sleep(1)
+        assert not any(poll.done() for poll in polls)
+        threads = await asyncio.to_thread(lambda: psutil.Process(stub_server.process.pid).num_threads())
+        assert threads < 100
+        # The others are still served.
+        for path in ("/hello", "/health", f"/queue/{job_id}"):
+            assert (await asyncio.to_thread(stub_server.get, path)).status_code == 200
+        return await asyncio.gather(*polls)
+
+    answers = asyncio.run(poll_all())
+    assert [answer["job_id"] for answer in answers] == asked
+    assert {answer["state"] for answer in answers} == {"done"}
+
+
 def test_a_job_that_failed_says_why_and_nothing_of_the_host(stub_server: Program) -> None:
     job_id = stub_server.submit(prompt="stub:fail", model="small", steps=2)
     status = stub_server.wait(job_id, "error")
     assert status.keys() == STATUS_KEYS
     assert (status["status"], status["state"], status["current_phase"]) == ("success", "error", "error")
-    assert status["error"] == "the engine failed: RuntimeError; the log has the details"
+    assert status["error"] == f"the engine failed: RuntimeError; the log has the details under job {job_id}"
     assert "Traceback" in stub_server.log
     assert stub_server.result(model="small", steps=1)["state"] == "done"
 

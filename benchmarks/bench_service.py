@@ -21,6 +21,7 @@ from results import write
 
 from diffusion_api import server
 from diffusion_api.outputs import Outputs
+from diffusion_api.schema.job import Job
 from diffusion_api.schema.request import Output, Txt2Img
 from diffusion_api.service import Service
 from diffusion_api.settings import DATA, Settings
@@ -64,7 +65,7 @@ def main() -> None:
                 height=SIZE, sampler="euler", schedule="default", seed=seed, output=Output(format="png"),
             )  # fmt: skip
             began = time.perf_counter()
-            job = service.submit(request, payload={})
+            job = service.submit(Job(request=request))
             last = list(service.watch(job.id, 600))[-1]
             seconds = time.perf_counter() - began
             assert last.job.result, last.job.error

@@ -111,6 +111,21 @@ def lock(path: Path) -> int | None:
     return fd if _taken(fd) else None
 
 
+def is_locked(path: Path) -> bool:
+    """True while someone holds the lock of this file. Looking is shared: those who look do not meet each other."""
+    try:
+        fd = os.open(path, _READ)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def remove_abandoned(tmp: Path) -> None:
     """Remove the unfinished files of writers that died.
 

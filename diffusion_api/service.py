@@ -7,17 +7,19 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffusion_api.errors import InvalidRequest, NotFound, TooLarge
 from diffusion_api.schema.job import Image, Job, State
 from diffusion_api.schema.request import Request
+from diffusion_api.waiters import Waiters
 
 if TYPE_CHECKING:
     from diffusion_api.catalog.library import Library, Model
-    from diffusion_api.engine.base import DeviceReport, Engine
+    from diffusion_api.engine.base import Engine
     from diffusion_api.outputs import Outputs
     from diffusion_api.queues.base import Queue, Snapshot
+    from diffusion_api.schema.report import DeviceReport, WorkerReport
     from diffusion_api.settings import Settings
 
 GIB = 2**30
@@ -38,6 +40,7 @@ class Health:
     models: int
     loras: int
     device: DeviceReport | None
+    workers: tuple[WorkerReport, ...]
     warnings: tuple[str, ...]
 
 
@@ -49,20 +52,18 @@ class Service:
     ) -> None:
         self.settings = settings
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
+        self._waiters = Waiters(queue)
 
-    def submit(
-        self, request: Request, *, payload: dict[str, Any], warnings: tuple[str, ...] = (), dialect: str = "native"
-    ) -> Job:
-        """Store a job; when this returns it is on disk. Pictures in its payload are left out.
-
-        Raises InvalidRequest, TooLarge, DiskFull, QueueUnusable.
+    def submit(self, job: Job) -> Job:
+        """Store a new job; when this returns it is on disk. The job as stored: without the pictures in its payload, and
+        with the operator's deadline if it had none. Raises InvalidRequest, TooLarge, DiskFull, QueueUnusable.
         """
         from diffusion_api.images import sanitized
 
-        self._check(request)
-        job = Job(request=request, payload=sanitized(payload), warnings=warnings, dialect=dialect)
-        self._queue.enqueue(job)
-        return job
+        self._check(job.request)
+        stored = job.model_copy(update={"payload": sanitized(job.payload), "deadline": self._deadline(job)})
+        self._queue.enqueue(stored)
+        return stored
 
     def get(self, job_id: str) -> Snapshot:
         """The job as it stands. Raises NotFound."""
@@ -70,6 +71,10 @@ class Service:
         if snapshot is None:
             raise NotFound(f"Job {job_id} not found")
         return snapshot
+
+    async def wait(self, job_id: str, seconds: float) -> None:
+        """Return when the job has ended or there is none, or after ``seconds``. No thread is held meanwhile."""
+        await self._waiters.ended(job_id, seconds)
 
     def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
         """Snapshots as the job changes, for at most ``timeout`` seconds."""
@@ -102,6 +107,7 @@ class Service:
         settings = self.settings
         disk = shutil.disk_usage(settings.home)
         counts = self._queue.counts()
+        workers = self._queue.workers()
         outputs_available = settings.outputs_dir.is_dir() and os.access(settings.outputs_dir, os.W_OK)
         free = disk.free / GIB
         models = len(self._library.models())
@@ -124,9 +130,19 @@ class Service:
             active_jobs=counts[State.QUEUED] + counts[State.PROCESSING],
             models=models,
             loras=_count_files(settings.loras_dir),
-            device=self._engine.report() if self._engine else None,
+            device=self._engine.report() if self._engine else next((w.device for w in workers if w.device), None),
+            workers=tuple(workers),
             warnings=tuple(text for wrong, text in found if wrong),
         )
+
+    def _deadline(self, job: Job) -> float | None:
+        """Seconds that the job may run, within what the operator allows. Raises InvalidRequest."""
+        longest = self.settings.max_seconds
+        if longest and job.deadline and job.deadline > longest:
+            raise InvalidRequest(
+                f"deadline is {job.deadline:g}; at most {longest:g} seconds are allowed", field="deadline"
+            )
+        return job.deadline or longest or None
 
     def _check(self, request: Request) -> None:
         """The operator's limits, before anything is written."""

@@ -35,6 +35,7 @@ class Settings(BaseSettings):
     max_steps: int = Field(default=150, ge=1, description="steps of one job")
     max_pixels: int = Field(default=2048 * 2048, ge=64, description="width x height of one picture")
     max_batch: int = Field(default=16, ge=1, description="pictures of one job")
+    max_seconds: float = Field(default=0, ge=0, description="seconds that one job may run; 0 is no limit")
     max_prompt: int = Field(default=20_000, ge=1, description="characters of a prompt")
     max_body: int = Field(default=64 * 2**20, ge=1024, description="bytes of a request body")
 

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import threading
 import time
 from collections.abc import Callable
 
-from diffusion_api.engine.base import Engine, Finished
-from diffusion_api.errors import DiffusionApiError, DiskFull, Interrupted, OperatorError, QueueUnusable, TooLarge
+from diffusion_api.engine.base import PATIENCE, Engine, Finished
+from diffusion_api.errors import (
+    DeviceLost,
+    DiffusionApiError,
+    DiskFull,
+    Interrupted,
+    OperatorError,
+    QueueUnusable,
+    TooLarge,
+)
 from diffusion_api.outputs import Outputs
+from diffusion_api.pace import Pace
+from diffusion_api.presence import Presence
 from diffusion_api.queues.base import Control, Queue
-from diffusion_api.schema.job import Job, Result
+from diffusion_api.schema.job import Job, Result, State
 
 log = logging.getLogger(__name__)
 
 SLOTS = 2
 """Jobs in hand: one on the device, and one that is being saved or waits to be next."""
+
+HUNG = 10.0
+"""Seconds beyond its deadline without a word from the device, after which a job's step counts as one that never ends."""
+
+BREATH = 5.0
+"""Seconds beyond the grace that a step has to come to its end."""
+
+WATCH_EVERY = 1.0
+RELEASING = 2.0
+"""Seconds that the other jobs in hand have to go back to the queue before the process starts again."""
 
 RETRY = 2.0
 """Seconds between two tries to write the end of a job."""
@@ -26,34 +48,102 @@ EXIT_WORKER_DIED = 70
 """Exit code of a process whose worker thread broke: its lock must drop, so that its jobs are recovered."""
 
 
+class _Hand:
+    """A job in hand. Times are monotonic."""
+
+    def __init__(self, job: Job, control: Control) -> None:
+        self.job, self.control = job, control
+        self.on_device = False
+        self.heard = 0.0
+        """When the device last told something of it."""
+        self.due = math.inf
+        """When it must have left the device."""
+
+    @property
+    def overdue(self) -> bool:
+        """True once it has run for longer than its deadline allows."""
+        return time.monotonic() > self.due
+
+    @property
+    def hung(self) -> bool:
+        """True when it is overdue and does not even come to the end of its step."""
+        return time.monotonic() - max(self.due, self.heard) > HUNG
+
+    def enters(self, job: Job) -> None:
+        """The job, charged, has the device from now on."""
+        self.job, self.heard = job, time.monotonic()
+        self.due = self.heard + (job.deadline or math.inf)
+        self.on_device = True
+
+    def leaves(self) -> None:
+        """The device is free for the next."""
+        self.on_device, self.due = False, math.inf
+
+    def past_deadline(self) -> Job:
+        """The job, ended by its deadline."""
+        return self.job.failed("DeadlinePassed", f"the deadline of {self.job.deadline:g} s passed")
+
+
 class Worker:
-    """Serves a queue with an engine, on a thread of its own."""
+    """Serves a queue with an engine, on a thread of its own.
+
+    ``died`` ends this process when the worker broke, ``restart`` starts it again, with a reason, when only that can mend
+    the device. Both happen with jobs still in hand only if those are for the queue's recovery.
+    """
 
     def __init__(
-        self, queue: Queue, engine: Engine, outputs: Outputs, *, died: Callable[[], None] | None = None
+        self,
+        queue: Queue,
+        engine: Engine,
+        outputs: Outputs,
+        *,
+        pace: Pace | None = None,
+        died: Callable[[], None] | None = None,
+        restart: Callable[[str], None] | None = None,
+        restarts: int = 0,
     ) -> None:
-        self._queue, self._engine, self._outputs = queue, engine, outputs
+        self._queue, self._engine, self._outputs, self._pace = queue, engine, outputs, pace
+        self._presence = Presence(queue, engine, restarts)
         self._died = died or (lambda: os._exit(EXIT_WORKER_DIED))
+        self._restart = restart or (lambda reason: self._died())
+        self._hands: dict[str, _Hand] = {}
+        self._stopping = False
+        self._device_lost = threading.Lock()  # taken by the job that lost it, for good
         self._deadline: float | None = None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._main, name="worker", daemon=True)
+        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
         """Begin: the engine loads, then jobs are claimed."""
         self._engine.start()
         self._thread.start()
+        self._watchdog.start()
 
     def stop(self, grace: float) -> None:
         """Claim nothing more. The running job may take ``grace`` seconds to finish, then it is queued again. Blocks."""
-        self._deadline = time.monotonic() + grace
-        self._queue.stop()
-        self._thread.join(grace + 5)
+        self._stopping = True
+        self._end_by(time.monotonic() + grace)
+        self._thread.join(grace + BREATH)
+        for hand in list(self._hands.values()):
+            log.warning("job %s goes back to the queue in the middle of a step that does not end", hand.job.id)
+            with contextlib.suppress(DiffusionApiError):
+                hand.control.release()
+        self._ended.set()
         self._engine.close()
+
+    def _end_by(self, deadline: float) -> None:
+        self._deadline = deadline
+        self._queue.stop()
 
     def _main(self) -> None:
         try:
             self._engine.wait()
+            self._presence.tell()
             if self._deadline is None:
                 self._queue.serve(self.handle, slots=SLOTS)
+        except DeviceLost as error:
+            self._start_again(str(error))
         except OperatorError as error:
             log.critical("the service cannot run jobs and ends: %s", error)
             self._died()
@@ -61,43 +151,101 @@ class Worker:
             log.critical("the worker stopped; this process ends so that its jobs are recovered", exc_info=True)
             self._died()
 
+    def _start_again(self, reason: str) -> None:
+        log.critical("the worker must start again: %s", reason)
+        if not self._stopping:
+            self._restart(reason)
+
+    def _watch(self) -> None:
+        """End a job whose step hangs beyond its deadline, and with it the process that can no longer be used."""
+        while not self._ended.wait(WATCH_EVERY):
+            for hand in list(self._hands.values()):
+                if hand.hung:
+                    self._end_by(time.monotonic())
+                    self._committed(hand.control, hand.past_deadline())
+                    self._let_others_go()
+                    self._start_again(f"job {hand.job.id} hangs in a step")
+                    return
+
+    def _let_others_go(self) -> None:
+        """Wait until the jobs that have not begun are back in the queue, so that they need no recovery."""
+        until = time.monotonic() + RELEASING
+        while len(self._hands) > 1 and time.monotonic() < until:
+            time.sleep(PATIENCE)
+
     def handle(self, job: Job, control: Control) -> None:
-        """Run one claimed job to its end: exactly one commit or release."""
-        ended = self._execute(job, control)
+        """Run one claimed job to its end: exactly one commit or release.
+
+        Raises DeviceLost with neither: the job that lost the device may do so each time, so it is left to the queue's
+        recovery, which counts.
+        """
+        with self._presence.holding(job.id):
+            hand = self._hands[job.id] = _Hand(job, control)
+            try:
+                self._handle(hand)
+            finally:
+                del self._hands[job.id]
+
+    def _handle(self, hand: _Hand) -> None:
+        ended = self._execute(hand)
         if ended is None:
-            log.info("job %s goes back to the queue: the service is stopping", job.id)
-            control.release()
+            log.info("job %s goes back to the queue: the service is stopping", hand.job.id)
+            hand.control.release()
             return
-        while not self._committed(control, ended) and self._deadline is None:
+        while not self._committed(hand.control, ended) and self._deadline is None:
             time.sleep(RETRY)
 
-    def _execute(self, job: Job, control: Control) -> Job | None:
+    def _execute(self, hand: _Hand) -> Job | None:
         """The job as it ended, or None when it was stopped through no fault of its own."""
-        admitted = False
+        control = hand.control
 
         def interrupted() -> bool:
-            stopping = self._deadline is not None and (not admitted or time.monotonic() > self._deadline)
-            return stopping or control.cancelled
+            stopping = self._deadline is not None and (not hand.on_device or time.monotonic() > self._deadline)
+            return stopping or control.cancelled or hand.overdue
 
-        began = time.monotonic()
         try:
-            if interrupted():
-                raise Interrupted("stopped before it began")
-            for event in self._engine.run(job.request, interrupted=interrupted):
-                if not admitted:
-                    admitted, began = True, time.monotonic()
-                    job = control.started()
-                if isinstance(event, Finished):
-                    return job.succeeded(self._result(job, event, began), event.warnings)
-                control.progress(event)
-            raise RuntimeError("the engine ended without a picture")
+            return self._run(hand, interrupted)
         except Interrupted:
-            return job.cancelled() if control.cancelled else None
+            if control.cancelled:
+                return hand.job.cancelled()
+            return hand.past_deadline() if hand.overdue else None
+        except DeviceLost:
+            if not self._device_lost.acquire(blocking=False):
+                return None  # another job lost it, and this one met what was left
+            self._end_by(time.monotonic())
+            raise
         except DiffusionApiError as error:
-            return job.failed(type(error).__name__, str(error))
+            if error.__cause__:
+                log.warning("job %s failed", hand.job.id, exc_info=error)
+            return hand.job.failed(type(error).__name__, str(error))
         except Exception as error:  # whatever a model or a library raised fails this job and nothing else
-            log.exception("job %s failed", job.id)
-            return job.failed("InternalError", f"the engine failed: {type(error).__name__}; the log has the details")
+            log.exception("job %s failed", hand.job.id)
+            reason = f"the engine failed: {type(error).__name__}; the log has the details under job {hand.job.id}"
+            return hand.job.failed("InternalError", reason)
+        finally:
+            hand.leaves()
+
+    def _run(self, hand: _Hand, interrupted: Callable[[], bool]) -> Job:
+        """The job with its pictures saved. Raises what the engine raises."""
+        if interrupted():
+            raise Interrupted("stopped before it began")
+        began: float | None = None
+        first: tuple[float, float] | None = None
+        for event in self._engine.run(hand.job.request, interrupted=interrupted):
+            hand.heard = time.monotonic()
+            self._presence.moved()
+            if began is None:
+                hand.enters(hand.control.started())
+                began = hand.heard
+            if isinstance(event, Finished):
+                hand.leaves()  # now, as it is free for the next job while this one is saved
+                if self._pace and first:
+                    self._pace.learn(hand.job.request, hand.heard - first[0], share=1 - first[1])
+                return hand.job.succeeded(self._result(hand.job, event, began), event.warnings)
+            if first is None and event.state is State.PROCESSING:
+                first = hand.heard, event.fraction
+            hand.control.progress(event)
+        raise RuntimeError("the engine ended without a picture")
 
     def _committed(self, control: Control, job: Job) -> bool:
         """True once the record is written. A full or failing disk is waited for: the claim stays, so nothing is lost."""

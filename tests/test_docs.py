@@ -34,7 +34,7 @@ def test_the_operating_guide_names_no_setting_that_does_not_exist() -> None:
 
 
 def test_the_api_page_names_every_field() -> None:
-    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    text = (ROOT / "docs" / "native.md").read_text("utf-8")
     assert [name for name in Txt2ImgBody.model_fields if f"`{name}`" not in text] == []
 
 

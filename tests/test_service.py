@@ -16,7 +16,8 @@ from diffusion_api.engine.stub import StubEngine
 from diffusion_api.errors import InvalidRequest, NotFound, TooLarge, UnknownModel
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.file import FileQueue
-from diffusion_api.schema.job import Image, State, loads
+from diffusion_api.queues.memory import MemoryQueue
+from diffusion_api.schema.job import Image, Job, State, loads
 from diffusion_api.service import Service
 from diffusion_api.settings import Settings
 from diffusion_api.worker import Worker
@@ -34,8 +35,12 @@ def service(tmp_path: Path) -> Iterator[Service]:
     queue.close()
 
 
+def new_job(**fields: Any) -> Job:
+    return Job(request=plain(), **fields)
+
+
 def test_a_submitted_job_is_on_disk_and_found(service: Service) -> None:
-    job = service.submit(plain(), payload={"prompt": "a lighthouse"}, warnings=("w",), dialect="other")
+    job = service.submit(new_job(payload={"prompt": "a lighthouse"}, warnings=("w",), dialect="other"))
     (record,) = (service.settings.queue_dir / "queued").iterdir()
     assert loads(record.read_bytes()) == job
     snapshot = service.get(job.id)
@@ -45,7 +50,7 @@ def test_a_submitted_job_is_on_disk_and_found(service: Service) -> None:
 
 
 def test_pictures_in_a_payload_are_not_kept(service: Service) -> None:
-    job = service.submit(plain(), payload={"init": ["A" * 200], "mask": "data:image/png;base64,AA"})
+    job = service.submit(new_job(payload={"init": ["A" * 200], "mask": "data:image/png;base64,AA"}))
     assert job.payload == {"init": ["[BASE64_IMAGE_DATA_200_chars]"], "mask": "[BASE64_IMAGE_DATA_24_chars]"}
 
 
@@ -64,12 +69,23 @@ def test_a_job_beyond_the_operators_limits_is_refused(
     service: Service, fields: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        service.submit(plain(**fields), payload={})
+        service.submit(Job(request=plain(**fields)))
     assert list((service.settings.queue_dir / "queued").iterdir()) == []
 
 
 def test_a_job_at_the_operators_limits_is_taken(service: Service) -> None:
-    service.submit(plain(steps=10, count=2, width=128, height=128, prompt="x" * 100), payload={})
+    service.submit(Job(request=plain(steps=10, count=2, width=128, height=128, prompt="x" * 100)))
+
+
+def test_a_job_may_not_run_longer_than_the_operator_allows(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, max_seconds=60)
+    queue = MemoryQueue()
+    service = Service(settings, Library(tmp_path, settings.models_dir), queue, Outputs(tmp_path / "outputs"), None)
+    with pytest.raises(InvalidRequest, match="deadline is 61; at most 60 seconds are allowed"):
+        service.submit(new_job(deadline=61))
+    assert queue.jobs() == []
+    assert [service.submit(new_job(deadline=asked)).deadline for asked in (None, 5, 60)] == [60, 5, 60]
+    assert [job.deadline for job in queue.jobs()] == [60, 5, 60]
 
 
 @pytest.mark.parametrize("job_id", ["", "x", "../x", "\0", "x" * 5000, str(uuid.uuid4())])
@@ -82,13 +98,13 @@ def test_an_unknown_job_is_not_found(service: Service, job_id: str) -> None:
 
 
 def test_a_waiting_job_is_cancelled(service: Service) -> None:
-    job = service.submit(plain(), payload={})
+    job = service.submit(new_job())
     assert service.cancel(job.id).state is State.CANCELLED
     assert service.health().active_jobs == 0
 
 
 def test_a_job_is_watched_to_its_end(service: Service, tmp_path: Path) -> None:
-    job = service.submit(plain(prompt="stub:seconds=0.02"), payload={})
+    job = service.submit(Job(request=plain(prompt="stub:seconds=0.02")))
     queue = FileQueue(tmp_path / "queue")
     worker = Worker(queue, StubEngine(), Outputs(tmp_path / "outputs"))
     worker.start()
@@ -115,7 +131,7 @@ def test_models_are_those_of_the_library(service: Service) -> None:
 def test_health_counts_what_is_there(service: Service) -> None:
     for name in ("one.safetensors", "two.pt", "notes.txt"):
         (service.settings.loras_dir / name).touch()
-    jobs = [service.submit(plain(), payload={}) for _ in range(3)]
+    jobs = [service.submit(new_job()) for _ in range(3)]
     service.cancel(jobs[0].id)
     health = service.health()
     assert (health.models, health.loras, health.active_jobs) == (1, 2, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +14,15 @@ import pytest
 from asking import plain
 from serving import eventually
 
-from diffusion_api.engine.base import DeviceReport, Engine, Event, Finished
+from diffusion_api import worker as worker_module
+from diffusion_api.engine.base import Engine, Event, Finished
 from diffusion_api.engine.stub import StubEngine
-from diffusion_api.errors import DeviceUnusable, ModelUnreadable
+from diffusion_api.errors import DeviceLost, DeviceUnusable, ModelUnreadable
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.base import Queue, Snapshot
 from diffusion_api.queues.file import FileQueue
-from diffusion_api.schema.job import Job, Progress, State
+from diffusion_api.schema.job import Failure, Job, Progress, State
+from diffusion_api.schema.report import DeviceReport
 from diffusion_api.schema.request import Request
 from diffusion_api.worker import Worker
 
@@ -79,9 +82,10 @@ class Faulty:
         self.closed = True
 
 
-def new_job(prompt: str = "a lighthouse", **fields: Any) -> Job:
-    payload = fields.pop("payload", {})
-    return Job(request=plain(prompt=prompt, **fields), payload=payload)
+def new_job(
+    prompt: str = "a lighthouse", *, payload: dict[str, Any] | None = None, deadline: float | None = None, **fields: Any
+) -> Job:
+    return Job(request=plain(prompt=prompt, **fields), payload=payload or {}, deadline=deadline)
 
 
 def found(queue: Queue, job: Job) -> Snapshot:
@@ -142,9 +146,10 @@ def test_any_other_error_fails_its_job_only_and_keeps_its_text_in_the_log(
     assert failed.error is not None
     assert (failed.error.kind, failed.error.message) == (
         "InternalError",
-        "the engine failed: RuntimeError; the log has the details",
+        f"the engine failed: RuntimeError; the log has the details under job {bad.id}",
     )
     assert "the stub engine was told to fail" in caplog.text
+    assert "Traceback" in caplog.text
     assert ended(queue, good).state is State.DONE
 
 
@@ -208,10 +213,150 @@ def test_a_job_beyond_the_grace_goes_back_and_burns_no_attempt(queue: Queue, new
     assert (waiting.state, waiting.attempts, waiting.started) == (State.QUEUED, 0, None)
 
 
+def test_a_worker_reports_what_it_has_in_hand_and_when_it_last_moved(queue: Queue, new_worker: NewWorker) -> None:
+    new_worker(restarts=2)
+    (idle,) = eventually(queue.workers, "a report")
+    assert (idle.state, idle.jobs, idle.restarts, idle.pid) == ("idle", (), 2, os.getpid())
+    assert idle.device.name == "stub"
+    job = new_job("stub:seconds=0.02", steps=1000)
+    queue.enqueue(job)
+    running(queue, job)
+    (first,) = queue.workers()
+    assert (first.state, first.jobs) == ("running", (job.id,))
+    eventually(lambda: queue.workers()[0].event > first.event, "a step to be reported")
+    queue.cancel(job.id)
+    eventually(lambda: queue.workers()[0].state == "idle", "the job to leave its hands")
+
+
 def test_a_worker_that_is_stopped_closes_its_engine(new_worker: NewWorker) -> None:
     engine = Faulty()
     new_worker(engine).stop(grace=0)
     assert engine.closed
+
+
+# Deadlines
+
+
+def test_a_job_ends_at_the_first_step_after_its_deadline(queue: Queue, new_worker: NewWorker) -> None:
+    job, following = new_job("stub:seconds=0.02", steps=5000, deadline=0.2), new_job()
+    for each in (job, following):
+        queue.enqueue(each)
+    new_worker()
+    failed = ended(queue, job)
+    assert (failed.state, failed.error) == (
+        State.ERROR,
+        Failure(kind="DeadlinePassed", message="the deadline of 0.2 s passed"),
+    )
+    assert ended(queue, following).state is State.DONE
+
+
+def test_a_deadline_counts_from_the_start_of_the_job(queue: Queue, new_worker: NewWorker) -> None:
+    first, second = new_job("stub:seconds=0.05", steps=20), new_job(deadline=0.9)
+    for job in (first, second):
+        queue.enqueue(job)
+    new_worker()
+    eventually(lambda: found(queue, second).state is State.LOADING, "the second job to wait for the device")
+    assert ended(queue, second).state is State.DONE
+    assert found(queue, first).job.result.seconds > 0.9  # type: ignore[union-attr]
+
+
+def test_a_step_that_hangs_beyond_the_deadline_ends_its_job_and_starts_the_worker_again(
+    monkeypatch: pytest.MonkeyPatch, queue: Queue, new_worker: NewWorker
+) -> None:
+    monkeypatch.setattr(worker_module, "BREATH", 0.2)
+    monkeypatch.setattr(worker_module, "HUNG", 0.3)
+    monkeypatch.setattr(worker_module, "WATCH_EVERY", 0.05)
+    hanging, waiting = new_job("stub:seconds=3600", deadline=0.1), new_job()
+    for job in (hanging, waiting):
+        queue.enqueue(job)
+    reasons: list[str] = []
+    new_worker(restart=reasons.append)
+    eventually(lambda: found(queue, waiting).state is State.LOADING, "the second job to wait for the device")
+    failed = ended(queue, hanging)
+    assert failed.error == Failure(kind="DeadlinePassed", message="the deadline of 0.1 s passed")
+    eventually(lambda: reasons, "the worker to ask for a new start")
+    assert reasons == [f"job {hanging.id} hangs in a step"]
+    back = found(queue, waiting).job
+    assert (back.state, back.attempts) == (State.QUEUED, 0)
+
+
+def test_a_job_of_long_steps_that_come_to_an_end_is_no_hung_one(
+    monkeypatch: pytest.MonkeyPatch, queue: Queue, new_worker: NewWorker
+) -> None:
+    monkeypatch.setattr(worker_module, "WATCH_EVERY", 0.05)
+    job = new_job("stub:seconds=0.5", steps=50, deadline=0.1)
+    queue.enqueue(job)
+    reasons: list[str] = []
+    new_worker(restart=reasons.append)
+    assert ended(queue, job).error == Failure(kind="DeadlinePassed", message="the deadline of 0.1 s passed")
+    assert reasons == []
+
+
+# A device that is lost
+
+
+class Fragile(StubEngine):
+    """Loses its device at the first step of a job whose prompt says so, and has none from then on."""
+
+    lost = False
+
+    def run(self, request: Request, *, interrupted: Callable[[], bool]) -> Iterator[Event]:
+        for event in super().run(request, interrupted=interrupted):
+            if self.lost or (isinstance(event, Progress) and event.step and "lose" in request.prompt):
+                self.lost = True
+                raise DeviceLost("the device was lost: illegal memory access")
+            yield event
+
+
+def lost_or_ended(folder: Path, job: Job, engine: Engine) -> bool:
+    """Serve the queue, as a new process would, until the device is lost (True) or the job has ended."""
+    queue, lost = FileQueue(folder / "queue"), threading.Event()
+    worker = Worker(queue, engine, Outputs(folder / "outputs"), restart=lambda reason: lost.set())
+    worker.start()
+    eventually(lambda: lost.is_set() or found(queue, job).state.terminal, "the device to be lost, or the job to end")
+    worker.stop(grace=0)
+    queue.close()
+    return lost.is_set()
+
+
+def test_a_lost_device_puts_the_jobs_back_and_starts_the_worker_again(
+    queue: Queue, new_worker: NewWorker, tmp_path: Path
+) -> None:
+    losing, waiting = new_job("lose stub:seconds=0.3"), new_job()
+    for job in (losing, waiting):
+        queue.enqueue(job)
+    reasons: list[str] = []
+    new_worker(Fragile(), restart=reasons.append)
+    eventually(lambda: reasons, "the worker to ask for a new start")
+    assert reasons == ["the device was lost: illegal memory access"]
+    # The one that lost it keeps its attempt, as it may lose it each time; the other has nothing to do with it.
+    assert [found(queue, job).job.attempts for job in (losing, waiting)] == [1, 0]
+    for job, attempts in ((losing, 2), (waiting, 1)):
+        assert not lost_or_ended(tmp_path, job, StubEngine())
+        assert (found(queue, job).state, found(queue, job).job.attempts) == (State.DONE, attempts)
+
+
+def test_a_job_that_loses_the_device_each_time_ends_when_its_attempts_are_used_up(queue: Queue, tmp_path: Path) -> None:
+    job = new_job("lose")
+    queue.enqueue(job)
+    assert [lost_or_ended(tmp_path, job, Fragile()) for _ in range(4)] == [True, True, True, False]
+    failed = found(queue, job).job
+    assert (failed.state, failed.attempts) == (State.ERROR, 3)
+
+
+# The end of the process
+
+
+def test_a_stop_gives_back_a_job_whose_step_does_not_end(
+    monkeypatch: pytest.MonkeyPatch, queue: Queue, new_worker: NewWorker
+) -> None:
+    monkeypatch.setattr(worker_module, "BREATH", 0.2)
+    job = new_job("stub:seconds=3600", steps=1)
+    queue.enqueue(job)
+    worker = new_worker()
+    eventually(lambda: found(queue, job).job.attempts, "the job to be on the device")
+    worker.stop(grace=0.1)
+    assert (found(queue, job).job.state, found(queue, job).job.attempts) == (State.QUEUED, 0)
 
 
 def test_a_device_that_cannot_be_used_ends_the_process(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 from collections.abc import Callable, Coroutine
@@ -22,6 +23,8 @@ Built = TypeVar("Built", bound=BaseModel)
 
 MAX_SIDE = 65_536
 """Pixels. No codec writes longer sides; the operator's own limit is on the area."""
+
+SECTIONS = ("body", "path", "query", "header")
 
 STATUS: tuple[tuple[type[errors.DiffusionApiError], int], ...] = (
     (errors.NotFound, 404),
@@ -47,9 +50,9 @@ def error_body(message: str) -> dict[str, str]:
     return {"status": "error", "detail": message, "error": message}
 
 
-def explain(error: dict[str, Any]) -> str:
-    """One pydantic error in a sentence with the field, the value and what was expected."""
-    where = ".".join(str(part) for part in error["loc"] if part not in ("body", "path", "query"))
+def explain(error: dict[str, Any], body: Any = None) -> str:
+    """One pydantic error in a sentence with the field, the value and what was expected. ``body`` is what was sent."""
+    where = ".".join(str(part) for part in _as_written(error, body))
     if error["type"] == "json_invalid":
         return f"the body is no JSON: {error.get('ctx', {}).get('error', error['msg'])}"
     if isinstance(error.get("input"), bytes):
@@ -60,6 +63,19 @@ def explain(error: dict[str, Any]) -> str:
     value = repr(error.get("input"))
     shown = value if len(value) <= 80 else value[:77] + "..."
     return f"{where or 'the body'} is {shown}: {message}"
+
+
+def _as_written(error: dict[str, Any], body: Any) -> list[str | int]:
+    """The way to a field in the caller's words: pydantic puts the names of our types between them."""
+    section, *path = error["loc"] if error["loc"] and error["loc"][0] in SECTIONS else ("", *error["loc"])
+    if section != "body":
+        return path
+    written: list[str | int] = []
+    for part in path:
+        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and part in range(len(body))):
+            written.append(part)
+            body = body[part]
+    return [*written, path[-1]] if error["type"] == "missing" and path else written
 
 
 class ErrorRoute(APIRoute):
@@ -73,13 +89,34 @@ class ErrorRoute(APIRoute):
             try:
                 return await handler(request)
             except RequestValidationError as error:
-                return JSONResponse(error_body("; ".join(explain(e) for e in error.errors()[:5])), 400)
+                return JSONResponse(error_body("; ".join(explain(e, error.body) for e in error.errors()[:5])), 400)
             except errors.DiffusionApiError as error:
                 status = status_of(error)
                 headers = {"Retry-After": "10"} if status in (503, 507) else None
                 return JSONResponse(error_body(str(error)), status, headers)
 
         return answer
+
+
+def caller_of(request: Request) -> str:
+    """Who asks, as fairness between callers counts them: the address, until there are credentials."""
+    return request.client.host if request.client else ""
+
+
+async def hears(request: Request, waiting: Coroutine[Any, Any, None]) -> bool:
+    """Wait for something on behalf of a caller: False once the caller has hung up, and the waiting ends with that."""
+    tasks = asyncio.ensure_future(waiting), asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].done()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def build(kind: type[Built], **fields: Any) -> Built:

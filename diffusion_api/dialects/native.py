@@ -8,23 +8,28 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, FastAPI
+from fastapi import APIRouter, Body, FastAPI, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_api import __version__
 from diffusion_api.catalog import samplers
-from diffusion_api.dialects._base import ErrorRoute, build, resolve_seed, round_size
+from diffusion_api.dialects._base import ErrorRoute, build, caller_of, hears, resolve_seed, round_size
 from diffusion_api.errors import InvalidRequest
-from diffusion_api.schema.job import State
+from diffusion_api.schema.job import Job, State
 from diffusion_api.schema.request import Output, Txt2Img
 
 if TYPE_CHECKING:
     from diffusion_api.queues.base import Snapshot
+    from diffusion_api.schema.report import WorkerReport
     from diffusion_api.service import Service
 
 FILE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png"}
 DEFAULT_SAMPLER = "DPM++ 2M"
-UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or runs in another process"}
+UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or no worker runs"}
+NOBODY = 499
+"""Status of an answer that nobody will read, as the caller has hung up."""
 
 
 class LoraBody(BaseModel):
@@ -89,6 +94,14 @@ class Txt2ImgBody(BaseModel):
     hires: HiresBody | None = None
     refiner_checkpoint: str | None = None
     refiner_switch_at: float | None = None
+    priority: int | None = Field(default=None, ge=-9, le=9, description="higher runs first; 0 when left out")
+    deadline: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that the job may run; the operator's when left out",
+    )
+    webhook: str | None = Field(default=None, description="URL that is told of the job's end")
 
 
 class SubmittedBody(BaseModel):
@@ -143,12 +156,32 @@ class HelloBody(BaseModel):
     ok: bool = True
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in (400, 413, 503)}
+RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
+
+
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The refusals of a route, for its documentation; all have one body."""
+    expected: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorBody, "headers": RETRY_AFTER} if status in (503, 507) else {"model": ErrorBody}
+        for status in statuses
+    }
+    return expected | {"default": {"model": ErrorBody, "description": "Any other refusal"}}
+
+
+Wait = Annotated[
+    float,
+    Query(
+        ge=0,
+        le=60,
+        allow_inf_nan=False,
+        description="answer when the job has ended, or after so many seconds as it then stands",
+    ),
+]
 
 
 def mount(app: FastAPI, service: Service) -> None:
     """Add the routes of this dialect."""
-    router = APIRouter(route_class=ErrorRoute)
+    router = APIRouter(route_class=ErrorRoute, responses=_refusals())
 
     @router.get("/hello", tags=["service"], summary="Is it up?")
     async def hello() -> HelloBody:  # on the event loop: it answers even when every thread is busy
@@ -163,18 +196,33 @@ def mount(app: FastAPI, service: Service) -> None:
         rows = [ModelBody(name=m.name, label=m.label, type=m.type, path=m.shown_path) for m in service.models()]
         return ModelsBody(models=rows)
 
-    @router.post("/txt2img", tags=["jobs"], summary="A picture from words", responses=REFUSALS)
-    def txt2img(body: Annotated[Txt2ImgBody, Body()]) -> SubmittedBody:
+    @router.post(
+        "/txt2img", tags=["jobs"], summary="A picture from words", responses=_refusals(400, 413, 503, 507)
+    )  # fmt: skip
+    def txt2img(body: Annotated[Txt2ImgBody, Body()], http: Request) -> SubmittedBody:
         request, warnings = to_request(body, service)
-        job = service.submit(request, payload=body.model_dump(exclude_unset=True), warnings=tuple(warnings))
+        job = service.submit(
+            build(
+                Job,
+                request=request,
+                payload=body.model_dump(exclude_unset=True),
+                warnings=tuple(warnings),
+                caller=caller_of(http),
+                priority=_given(body.priority, 0),
+                deadline=body.deadline,
+                webhook=body.webhook,
+            )
+        )
         return SubmittedBody(job_id=job.id, seed=request.seed, warnings=warnings)
 
     @router.get(
-        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses={404: {"model": ErrorBody}},
+        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=_refusals(400, 404, 503),
         response_model=StatusBody,
     )  # fmt: skip
-    def queue(job_id: str) -> dict[str, Any]:
-        return _status(service.get(job_id), service)
+    async def queue(job_id: str, http: Request, wait: Wait = 0) -> Response:
+        if wait and not await hears(http, service.wait(job_id, wait)):
+            return Response(status_code=NOBODY)
+        return await run_in_threadpool(lambda: JSONResponse(_status(service.get(job_id), service)))
 
     app.include_router(router)
 
@@ -284,6 +332,7 @@ def _health(service: Service) -> dict[str, Any]:
             "disk_usage_percent": health.disk_usage_percent,
         },
         "gpu": health.device.facts if health.device else UNKNOWN_DEVICE,
+        "workers": [_worker(report) for report in health.workers],
         "models": {"count": health.models, "directory": _shown(settings.models_dir, settings.home)},
         "loras": {"count": health.loras, "directory": _shown(settings.loras_dir, settings.home)},
         "queue": {"active_jobs": health.active_jobs, "directory": _shown(settings.queue_dir, settings.home)},
@@ -296,6 +345,17 @@ def _health(service: Service) -> dict[str, Any]:
     if health.warnings:
         answer["warnings"] = list(health.warnings)
     return answer
+
+
+def _worker(report: WorkerReport) -> dict[str, Any]:
+    """A worker as callers see it: nothing of the host, and no id, since who has a job's id may have its picture."""
+    return {
+        "state": report.state,
+        "device_name": report.device.name if report.device else None,
+        "jobs": len(report.jobs),
+        "seconds_since_event": round(report.quiet, 1),
+        "restarts": report.restarts,
+    }
 
 
 def _shown(folder: Path, home: Path) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from diffusion_api.errors import Interrupted
 from diffusion_api.schema.job import Progress
+from diffusion_api.schema.report import DeviceReport
 from diffusion_api.schema.request import Request
 
 if TYPE_CHECKING:
@@ -36,15 +37,6 @@ Event = Progress | Finished
 
 PATIENCE = 0.05
 """Seconds between two looks at ``interrupted`` while a job waits for the device."""
-
-
-@dataclass(frozen=True)
-class DeviceReport:
-    """What the engine runs on. ``facts`` are the keys of ``gpu`` in ``GET /health``."""
-
-    name: str
-    kind: str
-    facts: dict[str, bool | int | float | str] = field(default_factory=dict)
 
 
 class Admission:

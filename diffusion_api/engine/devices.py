@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from diffusion_api.engine.base import DeviceReport
 from diffusion_api.errors import DeviceUnusable
+from diffusion_api.schema.report import DeviceReport
 
 MIB = 2**20
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_api.catalog.library import Library
-from diffusion_api.engine.base import Admission, DeviceReport, Event, Finished
+from diffusion_api.engine.base import Admission, Event, Finished
 from diffusion_api.errors import DeviceUnusable, Interrupted
 from diffusion_api.schema.job import Progress, State
+from diffusion_api.schema.report import DeviceReport
 from diffusion_api.schema.request import Request
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from diffusion_api.engine.base import Admission, DeviceReport, Event, Finished
+from diffusion_api.engine.base import Admission, Event, Finished
 from diffusion_api.errors import Interrupted
 from diffusion_api.schema.job import Progress, State
+from diffusion_api.schema.report import DeviceReport
 from diffusion_api.schema.request import Request
 
 HOOK = re.compile(r"stub:(\w+)(?:=([\d.]+))?")

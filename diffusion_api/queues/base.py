@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from diffusion_api.schema.job import Job, Progress, State
+from diffusion_api.schema.report import WorkerReport
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,30 @@ class Queue(ABC):
         """Cancel: a waiting job ends at once, a running one is told so; a finished one stays. None if unknown."""
 
     @abstractmethod
-    def jobs(self, states: frozenset[State] | None = None) -> list[Job]:
-        """Records in these states (all by default): waiting ones in the order they will run, finished ones newest first."""
+    def jobs(self, states: frozenset[State] | None = None, *, limit: int | None = None) -> list[Job]:
+        """Records in these states (all by default): waiting ones in the order they will run, finished ones newest first.
+
+        With a ``limit``, no more than so many: the first.
+        """
 
     @abstractmethod
     def counts(self) -> dict[State, int]:
         """How many jobs are QUEUED, PROCESSING (claimed), DONE, ERROR and CANCELLED."""
 
     @abstractmethod
+    def changed(self, since: int, timeout: float) -> int:
+        """Wait until something has changed after the mark ``since``, at most ``timeout`` seconds; the present mark.
+
+        What another process changes may be noticed only by looking.
+        """
+
+    @abstractmethod
     def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
         """Snapshots as they change, the present one first; ends after a terminal one or ``timeout`` seconds."""
+
+    @abstractmethod
+    def workers(self) -> list[WorkerReport]:
+        """The last word of every worker that serves this queue now."""
 
     # worker half
 
@@ -90,6 +105,10 @@ class Queue(ABC):
         Before the first claim, jobs of workers that died are recovered: queued again, or ended when their attempts are
         used up. ``wants`` lets the worker leave a job for later or for another.
         """
+
+    @abstractmethod
+    def report(self, report: WorkerReport) -> None:
+        """Let others see how this worker is, for as long as it serves. Never raises."""
 
     @abstractmethod
     def stop(self) -> None:

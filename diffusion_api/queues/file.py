@@ -18,6 +18,7 @@ from pathlib import Path
 
 from diffusion_api import disk
 from diffusion_api.errors import DiskFull, QueueUnusable, TooLarge
+from diffusion_api.queues._file import reports
 from diffusion_api.queues._file.places import (
     MAX_RECORD,
     Folder,
@@ -31,6 +32,7 @@ from diffusion_api.queues._file.places import (
 from diffusion_api.queues._file.workers import Recovery, Worker
 from diffusion_api.queues.base import Control, Handler, Queue, Snapshot
 from diffusion_api.schema.job import Job, Progress, State, UnreadableRecord, dumps
+from diffusion_api.schema.report import WorkerReport
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class FileQueue(Queue):
         self._recover_every = recover_every
         self._claims: dict[str, _Claim] = {}
         self._worker: Worker | None = None
+        self._report: WorkerReport | None = None
         self._stopped = False
         self._closed = False
         self._event = threading.Condition()
@@ -102,17 +105,17 @@ class FileQueue(Queue):
         return self._cancel(job_id)
 
     @_as_queue_errors()
-    def jobs(self, states: frozenset[State] | None = None) -> list[Job]:
+    def jobs(self, states: frozenset[State] | None = None, *, limit: int | None = None) -> list[Job]:
         """Running jobs, with the state of their progress; then waiting ones, next first; then ended, newest first."""
         wanted = frozenset(State) if states is None else states
-        waiting = self._waiting_jobs() if State.QUEUED in wanted else []
+        waiting = self._waiting_jobs(limit) if State.QUEUED in wanted else []
         running = self._running_jobs() if wanted & {State.LOADING, State.PROCESSING} else []
         ended = [job for state in _ENDS if state in wanted for job in self._ended_jobs(state)]
         ended.sort(key=lambda job: job.finished or job.created, reverse=True)
         moved_on = {job.id for job in ended}
         running = [job for job in running if job.id not in moved_on and job.state in wanted]
         moved_on.update(job.id for job in running)
-        return running + [job for job in waiting if job.id not in moved_on] + ended
+        return (running + [job for job in waiting if job.id not in moved_on] + ended)[:limit]
 
     @_as_queue_errors()
     def counts(self) -> dict[State, int]:
@@ -123,6 +126,14 @@ class FileQueue(Queue):
             State.PROCESSING: sum(1 for _ in self._places.claimed()),
             **{state: len(self._places.ended(state)) for state in _ENDS},
         }
+
+    def changed(self, since: int, timeout: float) -> int:
+        """Wait until something has changed after the mark ``since``, at most ``timeout`` seconds; the present mark.
+
+        What another process changes is noticed only by looking.
+        """
+        self._wait_for_change(since, timeout)
+        return self._changes
 
     def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
         """Snapshots as they change, the present one first; ends after a terminal one, ``timeout`` seconds or close."""
@@ -153,6 +164,7 @@ class FileQueue(Queue):
             raise RuntimeError("this queue is being served already")
         with _as_queue_errors():
             worker = self._worker = Worker(self._places)
+        self._tell()
         failures: list[BaseException] = []
         threads = [
             threading.Thread(
@@ -174,6 +186,16 @@ class FileQueue(Queue):
             self._leave()
         if failures:
             raise failures[0]
+
+    def report(self, report: WorkerReport) -> None:
+        """Let others see how the worker of this instance is, for as long as it serves. Never raises."""
+        self._report = report
+        self._tell()
+
+    @_as_queue_errors()
+    def workers(self) -> list[WorkerReport]:
+        """What the workers say that serve this folder now, in whatever process. Raises QueueUnusable."""
+        return reports.of_the_living(self._places)
 
     def stop(self) -> None:
         """Claim nothing more; :meth:`serve` returns once the jobs in hand have ended or were released."""
@@ -230,9 +252,9 @@ class FileQueue(Queue):
                 return Snapshot(job), self._places.ended_path(state, job_id)
         return None
 
-    def _waiting_jobs(self) -> list[Job]:
+    def _waiting_jobs(self, limit: int | None) -> list[Job]:
         self._places.waiting.sync(now=True)
-        return [job for name in self._places.waiting.names() if (job := self._places.read_waiting(name))]
+        return [job for name in self._places.waiting.names()[:limit] if (job := self._places.read_waiting(name))]
 
     def _running_jobs(self) -> list[Job]:
         ids = [job_id for _, job_id in self._places.claimed()]
@@ -377,6 +399,12 @@ class FileQueue(Queue):
             self._claims.clear()
 
     # telling each other
+
+    def _tell(self) -> None:
+        worker, report = self._worker, self._report
+        if worker and report:
+            with self._places.tolerated("report"):
+                worker.tell(report)
 
     def _announce(self, *, arrival: bool = False) -> None:
         with self._event:

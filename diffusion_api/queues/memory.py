@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from diffusion_api.queues.base import Control, Handler, Queue, Snapshot
 from diffusion_api.schema.job import Job, Progress, State
+from diffusion_api.schema.report import WorkerReport
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class MemoryQueue(Queue):
         self._sequence = itertools.count()
         self._event = threading.Condition()
         self._changes = 0
+        self._report: WorkerReport | None = None
         self._serving = False
         self._stopped = False
         self._closed = False
@@ -76,7 +78,7 @@ class MemoryQueue(Queue):
             self._announce()
             return self.get(job_id)
 
-    def jobs(self, states: frozenset[State] | None = None) -> list[Job]:
+    def jobs(self, states: frozenset[State] | None = None, *, limit: int | None = None) -> list[Job]:
         """Running jobs, with the state of their progress; then waiting ones, next first; then ended, newest first."""
         with self._event:
             entries = list(self._entries.values())
@@ -84,7 +86,7 @@ class MemoryQueue(Queue):
             waiting = [e.job for e in sorted(entries, key=lambda e: e.order) if e.waits]
             ended = [e.job for e in entries if e.job.state.terminal]
         ended.sort(key=lambda job: job.finished or job.created, reverse=True)
-        return [job for job in running + waiting + ended if states is None or job.state in states]
+        return [job for job in running + waiting + ended if states is None or job.state in states][:limit]
 
     def counts(self) -> dict[State, int]:
         """How many jobs are in each state."""
@@ -93,6 +95,11 @@ class MemoryQueue(Queue):
             for entry in self._entries.values():
                 counts[State.PROCESSING if entry.claim else entry.job.state] += 1
         return counts
+
+    def changed(self, since: int, timeout: float) -> int:
+        """Wait until something has changed after the mark ``since``, at most ``timeout`` seconds; the present mark."""
+        self._wait(since, timeout)
+        return self._changes
 
     def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
         """Snapshots as they change, the present one first; ends after a terminal one, ``timeout`` seconds or close."""
@@ -110,6 +117,10 @@ class MemoryQueue(Queue):
             if snapshot.state.terminal or left <= 0 or self._closed:
                 return
             self._wait(seen, left)
+
+    def workers(self) -> list[WorkerReport]:
+        """What the one worker says, while it serves."""
+        return [self._report] if self._serving and self._report else []
 
     # worker half
 
@@ -138,6 +149,10 @@ class MemoryQueue(Queue):
             self._serving = False
         if failures:
             raise failures[0]
+
+    def report(self, report: WorkerReport) -> None:
+        """Let others see how the worker is, for as long as it serves."""
+        self._report = report
 
     def stop(self) -> None:
         """Claim nothing more; :meth:`serve` returns once the jobs in hand have ended or were released."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -9,11 +10,13 @@ import time
 import uuid
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 from serving import Program, eventually
 
 from diffusion_api import images, infotext
+from diffusion_api.schema.job import loads
 
 STATUS_KEYS = {"status", "job_id", "progress", "current_phase", "state", "error"}
 FINISHED_KEYS = {
@@ -247,12 +250,79 @@ def test_a_waiting_job_tells_its_position(stub_server: Program) -> None:
         stub_server.wait(job_id)
 
 
+def test_who_waits_for_a_job_is_answered_when_it_ends(stub_server: Program) -> None:
+    job_id = stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=8)
+    began = time.monotonic()
+    waited = stub_server.get(f"/queue/{job_id}?wait=60")
+    assert time.monotonic() - began < 45
+    assert waited.status_code == 200
+    assert waited.json()["state"] == "done"
+    assert waited.json() == stub_server.status(job_id)
+    assert waited.json() == stub_server.get(f"/queue/{job_id}?wait=60").json()
+
+
+def test_who_waits_for_too_short_a_time_gets_the_job_as_it_stands(stub_server: Program) -> None:
+    job_id = stub_server.submit(prompt="stub:seconds=0.2", model="small", steps=10)
+    began = time.monotonic()
+    status = stub_server.get(f"/queue/{job_id}?wait=0.5").json()
+    assert time.monotonic() - began >= 0.5
+    assert status["state"] in ("queued", "loading", "processing")
+    assert status.keys() == stub_server.status(job_id).keys()
+    stub_server.wait(job_id)
+
+
+@pytest.mark.parametrize(
+    ("wait", "words"), [("61", "less than or equal to 60"), ("-1", "greater than"), ("nan", "finite"), ("x", "number")]
+)
+def test_waiting_has_its_limits(stub_server: Program, wait: str, words: str) -> None:
+    message = refusal(stub_server.get(f"/queue/x?wait={wait}"), 400)
+    assert message.startswith(f"wait is '{wait}'")
+    assert words in message
+
+
+def test_nobody_waits_for_an_unknown_job(stub_server: Program) -> None:
+    began = time.monotonic()
+    assert refusal(stub_server.get("/queue/x?wait=60"), 404) == "Job x not found"
+    assert time.monotonic() - began < 45
+
+
+def test_five_hundred_wait_at_once_and_take_no_thread_each(stub_server: Program) -> None:
+    job_id = stub_server.submit(prompt="stub:seconds=0.3", model="small", steps=20)
+    others = [stub_server.submit(model="small", steps=1) for _ in range(10)]
+    asked = [job_id] * 400 + others * 10
+    host, port = stub_server.url.removeprefix("http://").split(":")
+
+    async def poll(job_id: str) -> dict[str, Any]:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"GET /queue/{job_id}?wait=60 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        assert head.startswith(b"HTTP/1.1 200")
+        status: dict[str, Any] = json.loads(body)
+        return status
+
+    async def poll_all() -> list[dict[str, Any]]:
+        polls = [asyncio.create_task(poll(asked_id)) for asked_id in asked]
+        await asyncio.sleep(1)
+        assert not any(poll.done() for poll in polls)
+        threads = await asyncio.to_thread(lambda: psutil.Process(stub_server.process.pid).num_threads())
+        assert threads < 100
+        # The others are still served.
+        for path in ("/hello", "/health", f"/queue/{job_id}"):
+            assert (await asyncio.to_thread(stub_server.get, path)).status_code == 200
+        return await asyncio.gather(*polls)
+
+    answers = asyncio.run(poll_all())
+    assert [answer["job_id"] for answer in answers] == asked
+    assert {answer["state"] for answer in answers} == {"done"}
+
+
 def test_a_job_that_failed_says_why_and_nothing_of_the_host(stub_server: Program) -> None:
     job_id = stub_server.submit(prompt="stub:fail", model="small", steps=2)
     status = stub_server.wait(job_id, "error")
     assert status.keys() == STATUS_KEYS
     assert (status["status"], status["state"], status["current_phase"]) == ("success", "error", "error")
-    assert status["error"] == "the engine failed: RuntimeError; the log has the details"
+    assert status["error"] == f"the engine failed: RuntimeError; the log has the details under job {job_id}"
     assert "Traceback" in stub_server.log
     assert stub_server.result(model="small", steps=1)["state"] == "done"
 
@@ -339,10 +409,19 @@ def test_what_is_ignored_is_told(stub_server: Program, fields: dict[str, Any], w
         {"hires": None, "loras": None, "refiner_checkpoint": None, "refiner_switch_at": None},
         {"loras": [], "hires": {}, "refiner_switch_at": 0.8},
         {"model": None, "width": None, "n": None, "fileType": None, "negative_prompt": None, "cfg_scale": None},
+        {"priority": None, "deadline": None, "webhook": None},
     ],
 )
 def test_what_asks_for_nothing_is_taken_in_silence(stub_server: Program, fields: dict[str, Any]) -> None:
     assert stub_server.post(steps=1, **fields).json()["warnings"] == []
+
+
+def test_what_is_asked_beside_the_picture_is_in_the_record(stub_server: Program) -> None:
+    job_id = stub_server.submit(model="small", steps=1, priority="-3", deadline=600, webhook="https://example.org/x")
+    stub_server.wait(job_id)
+    job = loads((stub_server.home / "queue" / "done" / f"{job_id}.json").read_bytes())
+    assert (job.priority, job.deadline, job.webhook) == (-3, 600, "https://example.org/x")
+    assert (job.caller, job.dialect) == ("127.0.0.1", "native")
 
 
 # What is refused
@@ -380,13 +459,20 @@ def test_what_asks_for_nothing_is_taken_in_silence(stub_server: Program, fields:
         ({"jpeg_quality": 101}, ["jpeg_quality is 101", "less than or equal to 100"]),
         ({"seed": 2**32}, ["seed is 4294967296", "0 to 4294967295"]),
         ({"seed": "x"}, ["seed is 'x'", "integer"]),
+        ({"priority": 10}, ["priority is 10", "less than or equal to 9"]),
+        ({"priority": -10}, ["priority is -10", "greater than or equal to -9"]),
+        ({"priority": "high"}, ["priority is 'high'", "integer"]),
+        ({"deadline": 0}, ["deadline is 0", "greater than 0"]),
+        ({"deadline": float("inf")}, ["deadline is inf", "finite"]),
         ({"prompt": 5}, ["prompt is 5", "string"]),
         ({"prompt": ["a"]}, ["prompt is ['a']", "string"]),
         ({"prompt": "\ud800"}, ["not valid Unicode"]),
         ({"\ud800": 1}, ["unicode"]),
         ({"mystery": "\ud800"}, ["not valid Unicode"]),
         ({"loras": "one"}, ["loras is 'one'", "list"]),
-        ({"loras": [{"scale": 1}]}, ["loras.0", "name is missing"]),
+        ({"loras": [{"scale": 1}]}, ["loras.0.name is missing"]),
+        ({"loras": ["one", 5]}, ["loras.1 is 5: "]),
+        ({"loras": [{"name": "one", "scale": "x"}]}, ["loras.0.scale is 'x'", "number"]),
         ({"hires": {"enabled": True}}, ["hires is not supported"]),
         ({"hires": {"enabled": False, "scale": "x"}}, ["hires.scale is 'x'", "number"]),
         ([{"prompt": "x"}], ["the body is [{'prompt': 'x'}]", "dictionary"]),
@@ -400,6 +486,7 @@ def test_a_refusal_names_the_field_the_value_and_the_choices(
 ) -> None:
     message = refused(stub_server, fields)
     assert [word for word in words if word not in message] == []
+    assert "Body" not in message
 
 
 def test_a_prompt_beyond_the_limit_is_refused(stub_server: Program) -> None:
@@ -483,7 +570,7 @@ def test_health_tells_real_numbers(stub_server: Program) -> None:
     (stub_server.home / "stable_diffusion" / "loras" / "one.safetensors").touch()
     health = stub_server.get("/health").json()
     assert health.keys() - {"warnings"} == {
-        *("status", "timestamp", "version", "system", "gpu", "models", "loras", "queue", "outputs"),
+        *("status", "timestamp", "version", "system", "gpu", "workers", "models", "loras", "queue", "outputs"),
     }
     assert health["status"] == ("warning" if "warnings" in health else "healthy")
     assert abs(health["timestamp"] - time.time()) < 60
@@ -493,6 +580,9 @@ def test_health_tells_real_numbers(stub_server: Program) -> None:
     assert 0 < system["memory_percent"] < 100
     assert 0 < system["disk_usage_percent"] <= 100
     assert health["gpu"] == {"cuda_available": False, "mps_available": False, "device_name": "stub"}
+    (worker,) = health["workers"]
+    assert worker.keys() == {"state", "device_name", "jobs", "seconds_since_event", "restarts"}
+    assert (worker["device_name"], worker["restarts"]) == ("stub", 0)
     assert health["models"] == {"count": 2, "directory": "stable_diffusion/models"}
     assert health["loras"] == {"count": 1, "directory": "stable_diffusion/loras"}
     assert health["queue"]["directory"] == "queue"
@@ -528,6 +618,24 @@ def test_the_api_documents_itself(stub_server: Program) -> None:
     assert docs.headers["content-type"].startswith("text/html")
     paths = stub_server.get("/openapi.json").json()["paths"]
     assert {"/txt2img", "/queue/{job_id}", "/models", "/health", "/hello"} <= paths.keys()
+
+
+def test_the_documentation_knows_the_real_refusals(stub_server: Program) -> None:
+    document = stub_server.get("/openapi.json").json()
+    assert "ValidationError" not in json.dumps(document)
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            bodies = {
+                status: answer["content"]["application/json"]["schema"]
+                for status, answer in operation["responses"].items()
+                if not status.startswith("2")
+            }
+            refusals = {status for status, schema in bodies.items() if schema["$ref"].endswith("/ErrorBody")}
+            assert refusals >= {"default"}, (method, path)
+            assert refusals == bodies.keys(), (method, path)
+    expected = document["paths"]["/txt2img"]["post"]["responses"]
+    assert {"400", "413", "503", "507"} <= expected.keys()
+    assert "Retry-After" in expected["503"]["headers"]
 
 
 def test_the_examples_of_the_documentation_are_taken(stub_server: Program) -> None:

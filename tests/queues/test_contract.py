@@ -15,6 +15,7 @@ from diffusion_api.queues.base import Control, Queue, Snapshot
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.schema.job import Job, Progress, Result, State
+from diffusion_api.schema.report import DeviceReport, WorkerReport
 
 QUEUES: dict[str, Callable[[Path], Queue]] = {
     "file": lambda home: FileQueue(home / "queue"),
@@ -496,3 +497,15 @@ def test_many_hands_do_each_job_once(queue: Queue, new_job: Any, serving: Any, e
         eventually(is_ended(queue, *given))
     assert sorted(done) == sorted(job.id for job in given)
     assert queue.counts()[State.DONE] == 100
+
+
+def test_a_worker_is_seen_for_as_long_as_it_serves(queue: Queue, serving: Any, eventually: Any) -> None:
+    report = WorkerReport(pid=1, device=DeviceReport("CPU", "cpu", {"cuda_available": False}), event=2.5, restarts=3)
+    queue.report(report)
+    assert queue.workers() == []
+    with serving(queue, lambda job, control: control.release()):
+        eventually(queue.workers)
+        assert queue.workers() == [report]
+        queue.report(report.model_copy(update={"jobs": ("a", "b")}))
+        assert [(seen.state, seen.jobs) for seen in queue.workers()] == [("running", ("a", "b"))]
+    assert queue.workers() == []

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diffusion_api import disk
+from diffusion_api.queues._file import reports
 from diffusion_api.queues._file.places import Folder, entries, id_of, note_of, read_claimed
 from diffusion_api.schema.job import Job, State, UnreadableRecord, dumps
+from diffusion_api.schema.report import WorkerReport
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +29,16 @@ class Worker:
     def __init__(self, places: Folder) -> None:
         self.guard = threading.RLock()
         self.present = True
+        self._places = places
         self._lock_path, self._fd = _new_lock(places.workers)
         self.folder = places.running / self._lock_path.stem
         self.folder.mkdir(mode=0o700)
         disk.fsync_dir(places.running)
+
+    def tell(self, report: WorkerReport) -> None:
+        """Let others see it. Raises OSError."""
+        if self.present:
+            reports.write(self._places, self._lock_path, report)
 
     def leave(self) -> None:
         """Let go of everything. A folder that still holds jobs stays, for whoever recovers them."""
@@ -39,6 +47,7 @@ class Worker:
                 return
             self.present = False
             with contextlib.suppress(OSError):
+                reports.path_of(self._lock_path).unlink(missing_ok=True)
                 self.folder.rmdir()
                 self._lock_path.unlink()
             os.close(self._fd)

@@ -1,0 +1,149 @@
+"""How long jobs take, learned from those that ran, and so when a waiting one will have ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import PositiveFloat, ValidationError
+
+from diffusion_api import disk
+from diffusion_api.catalog.samplers import SAMPLERS
+from diffusion_api.engine.plan import plan
+from diffusion_api.schema.job import State
+from diffusion_api.schema.request import Frozen, Request
+
+if TYPE_CHECKING:
+    from diffusion_api.queues.base import Queue, Snapshot
+
+log = logging.getLogger(__name__)
+
+NEWEST = 0.3
+"""Weight of the newest job against all before it."""
+
+MAX_FILE = 2**20
+LOOK_AHEAD = 64
+LOOK_EVERY = 1.0
+RUNNING = frozenset({State.LOADING, State.PROCESSING})
+
+
+class _Learned(Frozen):
+    version: int = 1
+    seconds: dict[str, PositiveFloat]
+
+
+class Pace:
+    """Seconds per unit of work by model, in a small file that the processes of one queue share.
+
+    It is a help and no truth: what cannot be read is learned again, what cannot be written is forgotten.
+    """
+
+    def __init__(self, path: Path, *, tmp: Path) -> None:
+        self._path, self._tmp = path, tmp
+        self._mutex = threading.Lock()
+        self._read_as: tuple[int, int] | None = None
+        self._seconds: dict[str, float] = {}
+
+    def learn(self, request: Request, seconds: float, *, share: float = 1.0) -> None:
+        """Take to heart that this share (0 to 1) of a job's work took so many seconds."""
+        if share <= 0 or seconds <= 0:
+            return
+        took = seconds / (share * work(request))
+        with self._mutex:
+            known = dict(self._known())
+            known[request.model] = took + (1 - NEWEST) * (known.get(request.model, took) - took)
+            record = _Learned(seconds=known).model_dump_json().encode()
+            try:
+                disk.write_whole(self._path, record, tmp=self._tmp, durable=False)
+            except OSError as error:
+                log.debug("the pace of %s is forgotten: %s", request.model, error.strerror)
+
+    def seconds(self, request: Request) -> float | None:
+        """How long a job will run; None when nothing was learned. A new model counts as the mean of the others."""
+        with self._mutex:
+            known = self._known()
+        if not known or request.sampler not in {row.name for row in SAMPLERS}:  # a record of another release
+            return None
+        return work(request) * known.get(request.model, sum(known.values()) / len(known))
+
+    def _known(self) -> dict[str, float]:
+        try:
+            status = os.stat(self._path)
+            read_as = (status.st_ino, status.st_mtime_ns)
+            if read_as != self._read_as:
+                data = disk.read_regular(self._path, MAX_FILE)
+                self._seconds, self._read_as = dict(_Learned.model_validate_json(data).seconds), read_as
+        except (OSError, disk.Unusable, ValidationError):
+            return {}
+        return self._seconds
+
+
+def work(request: Request) -> float:
+    """What a job costs: model evaluations times megapixels; guidance evaluates twice."""
+    passes = plan(request)
+    return sum(p.evaluations * p.width * p.height * (1 if p.guidance_scale == 1 else 2) for p in passes) / 1e6
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The jobs at one moment: seconds until each running one has ended, and until each of the next waiting ones."""
+
+    seen: float
+    running: dict[str, float]
+    waiting: tuple[float, ...]
+
+    def until_turn_of(self, position: int) -> float:
+        """Seconds until the job at that position begins; beyond those looked at, they are taken as the average."""
+        if position < len(self.waiting):
+            return self.waiting[position]
+        busy, last = self.waiting[0], self.waiting[-1]
+        return last + (position + 1 - len(self.waiting)) * (last - busy) / max(1, len(self.waiting) - 1)
+
+
+class Forecast:
+    """When the jobs of a queue will have ended. However many ask, the queue is looked at once a second."""
+
+    def __init__(self, queue: Queue, pace: Pace) -> None:
+        self._queue, self._pace = queue, pace
+        self._mutex = threading.Lock()
+        self._latest: _Line | None = None
+
+    def seconds_left(self, snapshot: Snapshot) -> float | None:
+        """Seconds until this job, which has not ended, will have; None when that cannot be known."""
+        own = self._pace.seconds(snapshot.job.request)
+        if own is None:
+            return None
+        line = self._line()
+        passed = time.monotonic() - line.seen
+        if snapshot.position is None:
+            return max(0.0, line.running.get(snapshot.job.id, own) - passed)
+        return max(0.0, line.until_turn_of(snapshot.position) - passed) + own
+
+    def _line(self) -> _Line:
+        with self._mutex:
+            if self._latest is None or time.monotonic() - self._latest.seen > LOOK_EVERY:
+                self._latest = self._look()
+            return self._latest
+
+    def _look(self) -> _Line:
+        claimed = filter(None, (self._queue.get(job.id) for job in self._queue.jobs(RUNNING)))
+        # One runs; the others that a worker holds wait for the device, as if they still stood in the queue.
+        begun = sorted(claimed, key=lambda s: s.job.started or float("inf"))
+        left = list(accumulate(self._left(snapshot) for snapshot in begun))
+        busy = left[-1] if left else 0.0
+        waiting = self._queue.jobs(frozenset({State.QUEUED}), limit=LOOK_AHEAD)
+        return _Line(
+            seen=time.monotonic(),
+            running={snapshot.job.id: seconds for snapshot, seconds in zip(begun, left, strict=True)},
+            waiting=tuple(accumulate((self._pace.seconds(job.request) or 0.0 for job in waiting), initial=busy)),
+        )
+
+    def _left(self, snapshot: Snapshot) -> float:
+        done = snapshot.progress.fraction if snapshot.progress else 0.0
+        return (1 - done) * (self._pace.seconds(snapshot.job.request) or 0.0)

@@ -1,0 +1,55 @@
+"""What a worker tells others of itself, through its queue."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffusion_api.engine.base import Engine
+from diffusion_api.queues.base import Queue
+from diffusion_api.schema.report import WorkerReport
+
+EVERY = 1.0
+"""Seconds between two reports that say only that a job moved."""
+
+
+class Presence:
+    """Reports a worker at each job's beginning and end, and once in a while when a job moves."""
+
+    def __init__(self, queue: Queue, engine: Engine, restarts: int) -> None:
+        self._queue, self._engine, self._restarts = queue, engine, restarts
+        self._jobs: list[str] = []
+        self._told = 0.0
+        self._guard = threading.Lock()
+
+    @contextmanager
+    def holding(self, job_id: str) -> Iterator[None]:
+        """Within, the job is in this worker's hands."""
+        self._jobs.append(job_id)
+        self.tell()
+        try:
+            yield
+        finally:
+            self._jobs.remove(job_id)
+            self.tell()
+
+    def moved(self) -> None:
+        """A job did a step."""
+        if time.monotonic() - self._told >= EVERY:
+            self.tell()
+
+    def tell(self) -> None:
+        """Report as things stand now."""
+        with self._guard:  # so that the last word is written last
+            self._told = time.monotonic()
+            report = WorkerReport(
+                pid=os.getpid(),
+                device=self._engine.report(),
+                jobs=tuple(self._jobs),
+                event=self._told,
+                restarts=self._restarts,
+            )
+            self._queue.report(report)

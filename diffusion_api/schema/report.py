@@ -1,0 +1,44 @@
+"""What a worker says of itself, and its engine of the device."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from diffusion_api.schema.request import Frozen
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """What the engine runs on. ``facts`` are the keys of ``gpu`` in ``GET /health``."""
+
+    name: str
+    kind: str
+    facts: dict[str, bool | int | float | str] = field(default_factory=dict)
+
+
+class WorkerReport(Frozen):
+    """A worker that serves a queue.
+
+    ``jobs`` are the ids in its hands. ``event`` is when one of them last moved (or the worker began), in seconds of the
+    machine's monotonic clock, which all processes share. ``restarts`` is how often its process had to begin again.
+    """
+
+    version: int = VERSION
+    pid: int
+    device: DeviceReport | None = None
+    jobs: tuple[str, ...] = ()
+    event: float
+    restarts: int = 0
+
+    @property
+    def state(self) -> str:
+        """``running`` with a job in hand, else ``idle``."""
+        return "running" if self.jobs else "idle"
+
+    @property
+    def quiet(self) -> float:
+        """Seconds since something last happened."""
+        return max(0.0, time.monotonic() - self.event)

@@ -23,6 +23,8 @@ Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
 Port = Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")]
 Home = Annotated[Path | None, typer.Option(help="Folder with stable_diffusion/, queue/ and outputs/.")]
 Engine = Annotated[str | None, typer.Option(help="diffusers, or stub: no model, for tests.")]
+Isolated = Annotated[bool | None, typer.Option(help="Run the jobs in a process of their own, which may crash.")]
+HandedOver = Annotated[str, typer.Option("--handover", hidden=True)]
 
 
 def main() -> None:
@@ -40,20 +42,23 @@ def serve(
     port: Port = None,
     home: Home = None,
     engine: Engine = None,
-    worker: Annotated[bool, typer.Option(help="Also run jobs in this process.")] = True,
+    isolated: Isolated = None,
+    worker: Annotated[bool, typer.Option(help="Also run jobs.")] = True,
 ) -> None:
     """Serve the API and run its jobs."""
     from diffusion_api.server import run
 
-    run(_settings(host=host, port=port, home=home, engine=engine), worker=worker)
+    settings = _settings(host=host, port=port, home=home, engine=engine, isolated=isolated)
+    run(settings, worker=worker)
 
 
 @app.command()
-def worker(home: Home = None, engine: Engine = None) -> None:
+def worker(home: Home = None, engine: Engine = None, handover: HandedOver = "{}") -> None:
     """Run jobs of a queue folder, without an API."""
+    from diffusion_api.restart import Handover
     from diffusion_api.server import work
 
-    work(_settings(home=home, engine=engine))
+    work(_settings(home=home, engine=engine), Handover.model_validate_json(handover))
 
 
 @app.command()
@@ -88,9 +93,11 @@ def doctor(home: Home = None) -> None:
 
 
 @app.command()
-def config(host: Host = None, port: Port = None, home: Home = None, engine: Engine = None) -> None:
+def config(
+    host: Host = None, port: Port = None, home: Home = None, engine: Engine = None, isolated: Isolated = None
+) -> None:
     """Print every setting, its value and where it came from."""
-    flags = {"host": host, "port": port, "home": home, "engine": engine}
+    flags = {"host": host, "port": port, "home": home, "engine": engine, "isolated": isolated}
     found = _settings(**flags)
     where = configuration.sources(found, flags)
     for name in type(found).model_fields:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
+import os
 import signal
 import socket
 import sys
@@ -21,8 +23,10 @@ from diffusion_api.errors import Misconfigured
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.base import Queue
 from diffusion_api.queues.file import FileQueue
+from diffusion_api.restart import Handover
 from diffusion_api.service import Service
 from diffusion_api.settings import DATA, Settings
+from diffusion_api.supervisor import Supervisor, die_with_supervisor
 from diffusion_api.worker import Worker
 
 if TYPE_CHECKING:
@@ -59,14 +63,20 @@ def build_app(settings: Settings, *, worker: bool = True) -> App:
     library, queue, outputs = build_library(settings), build_queue(settings), Outputs(settings.outputs_dir)
     if not worker:
         return create_app(Service(settings, library, queue, outputs, None), settings, shutdown=queue.close)
-    engine = build_engine(settings, library)
-    hand = Worker(queue, engine, outputs)
+    engine = None if settings.isolated else build_engine(settings, library)
+    hand = Worker(queue, engine, outputs) if engine else build_supervisor(settings)
 
     def stop() -> None:
         hand.stop(settings.grace)
         queue.close()
 
     return create_app(Service(settings, library, queue, outputs, engine), settings, startup=hand.start, shutdown=stop)
+
+
+def build_supervisor(settings: Settings) -> Supervisor:
+    """What keeps a worker process running on the same folder; it reads the same settings, but for flags of ours."""
+    flags = ("--home", str(settings.home), "--engine", settings.engine)
+    return Supervisor((sys.executable, "-m", "diffusion_api", "worker", *flags))
 
 
 def run(settings: Settings, *, worker: bool) -> None:
@@ -81,12 +91,15 @@ def run(settings: Settings, *, worker: bool) -> None:
     server.run(sockets=[listener])
 
 
-def work(settings: Settings) -> None:
-    """Run jobs until told to stop."""
-    configure_logging(settings)
+def work(settings: Settings, handover: Handover) -> None:
+    """Run jobs until told to stop, or until our supervisor is gone."""
+    configure_logging(settings, mark=f" [worker {os.getpid()}]")
+    if handover.lifeline is not None:
+        die_with_supervisor(handover.lifeline)
     settings.create_folders()
     queue = build_queue(settings)
-    hand = Worker(queue, build_engine(settings, build_library(settings)), Outputs(settings.outputs_dir))
+    engine = build_engine(settings, build_library(settings))
+    hand = Worker(queue, engine, Outputs(settings.outputs_dir), restarts=handover.restarts)
     told = threading.Event()
     for number in STOPPING:
         signal.signal(number, lambda *_: told.set())
@@ -127,11 +140,12 @@ class Server(uvicorn.Server):
             print(self.greeting, flush=True)
 
 
-def configure_logging(settings: Settings) -> None:
-    """Lines to stderr, time and level first."""
+def configure_logging(settings: Settings, mark: str = "") -> None:
+    """Lines to stderr, time and level first, then the mark; also where Python was when native code crashes."""
+    faulthandler.enable()
     logging.basicConfig(
         level=settings.log_level.upper(),
-        format="%(asctime)s [%(levelname)s] %(message)s",
+        format=f"%(asctime)s [%(levelname)s]{mark} %(message)s",
         stream=sys.stderr,
         force=True,
     )

@@ -29,6 +29,10 @@ class Settings(BaseSettings):
     model: str | None = Field(default=None, description="model of requests that name none")
     shipped_models: bool = Field(default=True, description="list the models that come with the package")
 
+    isolated: bool = Field(
+        default=False, description="run the jobs in a process of their own, kept running by this one"
+    )
+
     max_attempts: int = Field(default=3, ge=1, description="how often a job may be started before it ends as an error")
     grace: float = Field(default=30, ge=0, description="seconds that a running job may go on when the service stops")
 

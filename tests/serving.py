@@ -15,10 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 120.0
 """Seconds after which a test gives up waiting for what should take a moment."""
+
+
+MODES = {"in-process": (), "isolated": ("--isolated",)}
+"""The two ways in which ``serve`` runs jobs, as arguments."""
 
 
 def environment(**settings: object) -> dict[str, str]:
@@ -114,6 +119,17 @@ class Program:
     def result(self, **fields: Any) -> dict[str, Any]:
         """Post a job and wait for its end."""
         return self.wait(self.submit(**fields))
+
+    def worker(self) -> psutil.Process:
+        """The process that runs the jobs of an isolated service, once it serves the queue."""
+
+        def found() -> psutil.Process | None:
+            serving = self.get("/health").json()["workers"]
+            children = psutil.Process(self.process.pid).children()
+            return children[0] if serving and len(children) == 1 else None
+
+        worker: psutil.Process = eventually(found, "the worker process")
+        return worker
 
     def signal(self, number: int) -> None:
         """Send a signal to this one process."""

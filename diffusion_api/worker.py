@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from diffusion_api.engine.base import Engine, Finished
+from diffusion_api.engine.base import Engine, Finished, Stop
 from diffusion_api.errors import DiffusionApiError, DiskFull, Interrupted, OperatorError, QueueUnusable, TooLarge
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.base import Control, Queue
@@ -75,15 +75,15 @@ class Worker:
         """The job as it ended, or None when it was stopped through no fault of its own."""
         admitted = False
 
-        def interrupted() -> bool:
+        def stop() -> Stop | None:
             stopping = self._deadline is not None and (not admitted or time.monotonic() > self._deadline)
-            return stopping or control.cancelled
+            return Stop.NOW if stopping or control.cancelled else None
 
         began = time.monotonic()
         try:
-            if interrupted():
+            if stop():
                 raise Interrupted("stopped before it began")
-            for event in self._engine.run(job.request, interrupted=interrupted):
+            for event in self._engine.run(job.request, stop=stop):
                 if not admitted:
                     admitted, began = True, time.monotonic()
                     job = control.started()

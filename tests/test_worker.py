@@ -13,7 +13,7 @@ import pytest
 from asking import plain
 from serving import eventually
 
-from diffusion_api.engine.base import DeviceReport, Engine, Event, Finished
+from diffusion_api.engine.base import DeviceReport, Engine, Event, Finished, StopAsked
 from diffusion_api.engine.stub import StubEngine
 from diffusion_api.errors import DeviceUnusable, ModelUnreadable
 from diffusion_api.outputs import Outputs
@@ -65,7 +65,7 @@ class Faulty:
         if self._unusable:
             raise DeviceUnusable(self._unusable)
 
-    def run(self, request: Request, *, interrupted: Callable[[], bool]) -> Iterator[Event]:
+    def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
         """What it was given."""
         assert self._run is not None
         return self._run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from diffusion_api.catalog.library import Library
 from diffusion_api.engine.base import Admission, DeviceReport, Event, Finished, Stop, StopAsked, out_of_memory
-from diffusion_api.errors import DeviceLost, DeviceUnusable, Interrupted, OutOfMemory
+from diffusion_api.errors import DeviceLost, DeviceUnusable, DiffusionApiError, Interrupted, OutOfMemory
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.request import Request
+from diffusion_api.settings import keep_offline
 
 if TYPE_CHECKING:
     from diffusion_api.engine.denoise import Asks
@@ -93,6 +95,7 @@ class Executor:
         self._thread.join(CLOSING)
 
     def _main(self) -> None:
+        keep_offline()
         try:
             import torch
             from diffusers.utils import logging as diffusers_logging
@@ -108,6 +111,10 @@ class Executor:
             weights = Weights(self._library, self._device, self._tokenizer)
         except DeviceUnusable as error:
             self._unusable = error
+            return
+        except Exception as error:  # without an answer here, jobs would wait for this thread for ever
+            log.critical("the engine cannot start", exc_info=True)
+            self._unusable = DeviceUnusable(f"the engine cannot start: {type(error).__name__}; the log has the details")
             return
         finally:
             self._ready.set()
@@ -127,6 +134,7 @@ class Executor:
             outcome = self._drive(asks, task)
         except Exception as error:  # the job fails, whatever it was; the device thread lives on for the next one
             outcome = self._explained(error, task.request, device)
+            _forget_tensors(error)
         finally:
             asks.close()
         if isinstance(outcome, OutOfMemory):
@@ -134,14 +142,11 @@ class Executor:
         task.events.put(outcome)
 
     def _explained(self, error: Exception, request: Request, device: Device) -> Exception:
-        """The error in the words of the tree, where it is one of the device's.
-
-        When memory ran out it is a new one, since a traceback keeps the tensors of its frames alive.
-        """
+        """The error in the words of the tree, where it is one of the device's."""
         from diffusion_api.engine.devices import is_out_of_memory
 
-        if isinstance(error, OutOfMemory):
-            return OutOfMemory(str(error))
+        if isinstance(error, DiffusionApiError):
+            return error
         if is_out_of_memory(error):
             log.warning("out of memory", exc_info=error)
             return out_of_memory(request)
@@ -172,3 +177,10 @@ class Executor:
                 answer = question.lane.predict(latents, question.timestep, torch.cat(question.conditionings))
             else:
                 answer = question.work()
+
+
+def _forget_tensors(error: BaseException) -> None:
+    """Let go of what the frames in a traceback hold: whoever keeps the error would keep the memory of its job."""
+    traceback.clear_frames(error.__traceback__)
+    if error.__context__ is not None:
+        _forget_tensors(error.__context__)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,12 +14,13 @@ import torch
 from asking import Draw, events, finished, request
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from ldm_layout import write_checkpoint
+from serving import ROOT, environment
 
 from diffusion_api.engine.base import Finished, Stop
 from diffusion_api.engine.executor import Executor
 from diffusion_api.errors import Interrupted, ModelUnreadable, UnknownModel
 from diffusion_api.schema.job import Progress, State
-from diffusion_api.settings import DATA
+from diffusion_api.settings import DATA, OFFLINE
 
 SHAPES = DATA / "models" / "shapes"
 
@@ -138,6 +141,28 @@ def test_nothing_happens_on_the_device_before_the_second_event_is_asked_for(exec
     assert next(run) == Progress(state=State.LOADING, phase="loading")
     run.close()  # type: ignore[attr-defined]
     assert isinstance(events(executor, request(steps=1))[-1], Finished)
+
+
+def test_the_libraries_fetch_nothing_and_run_no_code_of_a_model() -> None:
+    program = """
+import sys
+from pathlib import Path
+from diffusion_api.catalog.library import Library
+from diffusion_api.engine.executor import Executor
+assert not {"torch", "diffusers", "huggingface_hub"} & set(sys.modules)
+engine = Executor(Library(Path("."), Path(".")), device="cpu", tokenizer=Path("."))
+engine.start()
+engine.wait()
+from diffusers.utils.constants import DIFFUSERS_DISABLE_REMOTE_CODE
+from huggingface_hub.constants import is_offline_mode
+print(DIFFUSERS_DISABLE_REMOTE_CODE, is_offline_mode())
+engine.close()
+"""
+    bare = {name: value for name, value in environment().items() if name not in OFFLINE}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=bare, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 def _fresh(executor: Executor, name: str) -> str:

@@ -9,7 +9,9 @@
     │   ├── NotFound                no such job, no such picture
     │   ├── Gone                    there was one, and its time is over
     │   ├── Conflict                the job is in no state for that
-    │   └── TooLarge                body, picture or job beyond the operator's limits
+    │   ├── TooLarge                body, picture or job beyond the operator's limits
+    │   ├── OutOfMemory             the job needs more memory than there is
+    │   └── NotFinite               the model's numbers overflowed: there is no picture
     ├── OperatorError           the person who runs the box must act
     │   ├── Misconfigured           a setting or a folder is wrong; the service does not start
     │   ├── DeviceUnusable          a GPU is there but cannot be used
@@ -73,6 +75,14 @@ class Conflict(CallerError):
 
 class TooLarge(CallerError):
     """Beyond the operator's limits."""
+
+
+class OutOfMemory(CallerError):
+    """The job needs more memory than the device or the machine has."""
+
+
+class NotFinite(CallerError):
+    """The model's numbers overflowed into NaN or infinity: there is no picture in them."""
 
 
 class OperatorError(DiffusionApiError):

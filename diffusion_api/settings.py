@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from diffusion_api.errors import Misconfigured
 
 DATA = Path(__file__).parent / "data"
 PREFIX = "DIFFUSION_API_"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"}
 
 
 class Settings(BaseSettings):
@@ -75,6 +77,11 @@ class Settings(BaseSettings):
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise Misconfigured(f"home {self.home}: {folder} cannot be made: {error.strerror}") from error
+
+
+def keep_offline() -> None:
+    """Have diffusers and transformers, imported after this, fetch nothing and run no code that comes with a model."""
+    os.environ.update(OFFLINE)
 
 
 def load(**flags: Any) -> Settings:

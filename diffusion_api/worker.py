@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from diffusion_api.engine.base import PATIENCE, Engine, Finished
+from diffusion_api.engine.base import PATIENCE, Engine, Finished, Stop, StopAsked
 from diffusion_api.errors import (
     DeviceLost,
     DiffusionApiError,
@@ -199,12 +199,12 @@ class Worker:
         """The job as it ended, or None when it was stopped through no fault of its own."""
         control = hand.control
 
-        def interrupted() -> bool:
+        def stop() -> Stop | None:
             stopping = self._deadline is not None and (not hand.on_device or time.monotonic() > self._deadline)
-            return stopping or control.cancelled or hand.overdue
+            return Stop.NOW if stopping or control.cancelled or hand.overdue else None
 
         try:
-            return self._run(hand, interrupted)
+            return self._run(hand, stop)
         except Interrupted:
             if control.cancelled:
                 return hand.job.cancelled()
@@ -225,13 +225,13 @@ class Worker:
         finally:
             hand.leaves()
 
-    def _run(self, hand: _Hand, interrupted: Callable[[], bool]) -> Job:
+    def _run(self, hand: _Hand, stop: StopAsked) -> Job:
         """The job with its pictures saved. Raises what the engine raises."""
-        if interrupted():
+        if stop():
             raise Interrupted("stopped before it began")
         began: float | None = None
         first: tuple[float, float] | None = None
-        for event in self._engine.run(hand.job.request, interrupted=interrupted):
+        for event in self._engine.run(hand.job.request, stop=stop):
             hand.heard = time.monotonic()
             self._presence.moved()
             if began is None:

@@ -33,7 +33,7 @@ def request(prompt: str = "a large red circle on a blue background", **changes: 
 
 
 def events(engine: Engine, asked: Txt2Img) -> list[Event]:
-    return list(engine.run(asked, interrupted=lambda: False))
+    return list(engine.run(asked, stop=lambda: None))
 
 
 def finished(engine: Engine, asked: Txt2Img) -> Finished:

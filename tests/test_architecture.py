@@ -60,6 +60,9 @@ HOMES = {
 SIBLINGS = ("dialects", "queues", "engine.families")
 SHARED = ("__init__", "base", "_base", "disk")
 
+# Each of them opens what a string names, be it a path or a URL, or runs code that comes with a file.
+UNSAFE = {"load_image", "load_video", "trust_remote_code", "custom_pipeline", "pickle", "torch.load", "eval", "exec"}
+
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 
 Source = dict[str, ast.Module]
@@ -160,6 +163,34 @@ def environment_reads(source: Source) -> list[str]:
     return found
 
 
+def unsafe_loading(source: Source) -> list[str]:
+    found = []
+    for module, tree in source.items():
+        for node in ast.walk(tree):
+            match node:
+                case ast.Name(id=name) | ast.keyword(arg=name) | ast.alias(name=name):
+                    names = {name}
+                case ast.Attribute(attr=name):
+                    names = {name, ast.unparse(node)} - {"eval"}  # a network's eval() is another thing
+                case _:
+                    continue
+            found += [f"{module} has {name} in line {node.lineno}" for name in sorted(UNSAFE & names)]
+    return found
+
+
+def fetches(source: Source) -> list[str]:
+    """Calls that would ask the hub for what is not there."""
+    return [
+        f"{module}: {ast.unparse(node)}"
+        for module, tree in source.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr.startswith("from_pretrained")
+        and "local_files_only=True" not in map(ast.unparse, node.keywords)
+    ]
+
+
 def cycle(source: Source) -> list[str]:
     graph = {module: own_imports(source, module) for module in source}
     try:
@@ -169,7 +200,7 @@ def cycle(source: Source) -> list[str]:
     return []
 
 
-RULES = (upward_imports, foreign_imports, sibling_imports, environment_reads, cycle)
+RULES = (upward_imports, foreign_imports, sibling_imports, environment_reads, unsafe_loading, fetches, cycle)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -214,6 +245,15 @@ def test_importing_the_app_leaves_torch_out() -> None:
         (environment_reads, "settings", "import os\nos.environ['X']", False),
         (environment_reads, "worker", "import os\nos.environ.get('X')", True),
         (environment_reads, "worker", "from os import getenv", True),
+        (unsafe_loading, "engine.families.sd1", "model = Model.from_pretrained(folder).eval()", False),
+        (unsafe_loading, "service", "from diffusers.utils import load_image", True),
+        (unsafe_loading, "service", "diffusers.utils.load_image(url)", True),
+        (unsafe_loading, "engine.families.sd1", "P.from_pretrained(folder, custom_pipeline=name)", True),
+        (unsafe_loading, "engine.families.sd1", "torch.load(path, weights_only=True)", True),
+        (unsafe_loading, "queues.file", "import pickle", True),
+        (fetches, "engine.families.sd1", "Model.from_pretrained(folder, local_files_only=True)", False),
+        (fetches, "engine.families.sd1", "Model.from_pretrained(folder)", True),
+        (fetches, "engine.families.sd1", "Model.from_pretrained(folder, local_files_only=False)", True),
         (cycle, "schema.request", "from diffusion_api.schema.job import Job", True),
         (cycle, "schema.request", "import diffusion_api.errors", False),
     ],

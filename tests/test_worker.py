@@ -15,7 +15,7 @@ from asking import plain
 from serving import eventually
 
 from diffusion_api import worker as worker_module
-from diffusion_api.engine.base import Engine, Event, Finished
+from diffusion_api.engine.base import Engine, Event, Finished, StopAsked
 from diffusion_api.engine.stub import StubEngine
 from diffusion_api.errors import DeviceLost, DeviceUnusable, ModelUnreadable
 from diffusion_api.outputs import Outputs
@@ -68,7 +68,7 @@ class Faulty:
         if self._unusable:
             raise DeviceUnusable(self._unusable)
 
-    def run(self, request: Request, *, interrupted: Callable[[], bool]) -> Iterator[Event]:
+    def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
         """What it was given."""
         assert self._run is not None
         return self._run()

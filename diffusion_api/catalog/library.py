@@ -27,7 +27,8 @@ FRESH = 2.0
 class Model:
     """An installed model.
 
-    ``native_size`` is the side in pixels that it was trained at; ``shown_path`` is for callers.
+    ``native_size`` is the side in pixels that it was trained at; ``shown_path`` is for callers; ``stamp`` changes with the
+    files.
     """
 
     name: str
@@ -148,7 +149,7 @@ class Library:
             family, size = detect.file_family(entry)
             name, path = entry.stem, entry
         shown = f"shipped/{entry.name}" if shipped else entry.relative_to(self._home).as_posix()
-        return Model(name, family, path, shown, size, shipped, path.stat().st_mtime_ns)
+        return Model(name, family, path, shown, size, shipped, _stamp(path))
 
     def _tell(self, entry: Path, reason: str) -> None:
         message = f"{entry.name} is not listed: {reason}"
@@ -162,6 +163,13 @@ def _snapshot(folder: Path) -> Path:
     snapshots = folder / "snapshots"
     found = [s for s in snapshots.iterdir() if (s / "model_index.json").is_file()] if snapshots.is_dir() else []
     return max(found, key=lambda s: s.stat().st_mtime) if found else folder
+
+
+def _stamp(path: Path) -> int:
+    """Another number whenever a file of the model is another one."""
+    files = [path, *sorted(path.glob("*/*"))] if path.is_dir() else [path]
+    found = [file.stat() for file in files if file.exists()]
+    return hash(tuple((file.st_mtime_ns, file.st_size) for file in found))
 
 
 def _loose(name: str) -> str:

@@ -6,9 +6,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from diffusion_api.errors import Interrupted
+from diffusion_api.errors import Interrupted, OutOfMemory
 from diffusion_api.schema.job import Progress
 from diffusion_api.schema.report import DeviceReport
 from diffusion_api.schema.request import Request
@@ -21,12 +22,29 @@ Pixels: TypeAlias = "NDArray[np.uint8]"
 """A picture: (height, width, 3), uint8, RGB."""
 
 
+class Stop(Enum):
+    """How a running job is to end before its time."""
+
+    NOW = "now"
+    WITH_PICTURE = "with picture"
+    """With the pictures that are done, and the one in hand as it looks by then."""
+
+
+StopAsked: TypeAlias = Callable[[], Stop | None]
+"""Whether a job is to end before its time; asked at every step."""
+
+
 @dataclass(frozen=True)
 class Finished:
-    """The pictures, in order, with the seed of each, and what the infotext should say beyond the request."""
+    """The pictures, in order, with the seed of each, and what the infotext should say beyond the request.
+
+    ``partial`` is there when the job was told to stop with what it had: the steps that its last picture got, or 0 when
+    all of ``images`` are whole and only the rest of them is missing.
+    """
 
     images: tuple[Pixels, ...]
     seeds: tuple[int, ...]
+    partial: int | None = None
     model_hash: str | None = None
     memory_before_mb: float = 0.0
     memory_after_mb: float = 0.0
@@ -36,7 +54,15 @@ class Finished:
 Event = Progress | Finished
 
 PATIENCE = 0.05
-"""Seconds between two looks at ``interrupted`` while a job waits for the device."""
+"""Seconds between two looks at whether a job is to stop, while it waits for the device."""
+
+
+def out_of_memory(request: Request) -> OutOfMemory:
+    """What the caller of a job is told that did not fit into memory."""
+    return OutOfMemory(
+        f"out of memory: {request.width}x{request.height} pixels, n {request.count}, model {request.model!r}; "
+        "ask for a smaller picture, for fewer at a time or for a smaller model"
+    )
 
 
 class Admission:
@@ -46,10 +72,10 @@ class Admission:
         self._free = threading.Semaphore(1)
 
     @contextmanager
-    def admitted(self, interrupted: Callable[[], bool]) -> Iterator[None]:
+    def admitted(self, stop: StopAsked) -> Iterator[None]:
         """Within, the device is this job's. Raises Interrupted when the job is told to stop while it waits."""
         while not self._free.acquire(timeout=PATIENCE):
-            if interrupted():
+            if stop():
                 raise Interrupted("stopped before it began")
         try:
             yield
@@ -66,11 +92,13 @@ class Engine(Protocol):
     def wait(self) -> None:
         """Block until the engine can run jobs. Raises DeviceUnusable when it never will."""
 
-    def run(self, request: Request, *, interrupted: Callable[[], bool]) -> Iterator[Event]:
-        """Events of one job, ending with Finished. Raises Interrupted, ModelUnreadable and other errors of the tree.
+    def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
+        """Events of one job, ending with Finished.
 
         The first event says that the device is this job's; no device work happens before the second is asked for, so that
-        the caller can charge the attempt in between. ``interrupted`` is asked before every step.
+        the caller can charge the attempt in between. ``stop`` is asked at every step. Raises Interrupted when the job was
+        told to stop and has no picture to show; OutOfMemory, NotFinite, ModelUnreadable, UnknownModel for this job alone;
+        DeviceLost when no job will work until the process starts again.
         """
 
     def report(self) -> DeviceReport | None:

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_api.engine.base import Finished, Pixels
+from diffusion_api.engine.base import Finished, Pixels, Stop, StopAsked
 from diffusion_api.engine.plan import Pass, plan
 from diffusion_api.engine.samplers import SAMPLERS
 from diffusion_api.engine.samplers.sigmas import NoiseLevels, spacing
+from diffusion_api.errors import Interrupted, NotFinite
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.request import Request
 
@@ -43,8 +44,8 @@ class Lane(Protocol):
     def predict(self, latents: Tensor, timestep: float, conditionings: Tensor) -> Tensor:
         """Epsilon for (rows, 4, h, w) latents of unit variance at one timestep; (rows, tokens, width) conditionings."""
 
-    def decode(self, latents: Tensor) -> Pixels:
-        """(1, 4, h, w) clean latents → a picture of 8 times that size."""
+    def decode(self, latents: Tensor, *, precise: bool = False) -> Tensor:
+        """(1, 4, h, w) clean latents → (1, 3, 8h, 8w), -1 to 1; ``precise``: computed in float32."""
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int, int]:
         """Shape of the latents of a picture of that size in pixels."""
@@ -73,28 +74,61 @@ class Run:
 
 Asks = Generator[Evaluate | Run, Any, Any]
 
+DECODED_AGAIN = "the picture overflowed while it was decoded, and was decoded again in float32"
 
-def job(request: Request, *, load: Callable[[str], Lane], memory: Callable[[], float], report: Report) -> Asks:
-    """The whole of one job; its value is Finished."""
+
+def job(
+    request: Request, *, load: Callable[[str], Lane], memory: Callable[[], float], report: Report, stop: StopAsked
+) -> Asks:
+    """The whole of one job; its value is Finished. Raises Interrupted, NotFinite and what ``load`` raises.
+
+    Of ``stop`` only WITH_PICTURE is looked at here; who drives the job ends it at NOW.
+    """
     before = memory()
     report(Progress(state=State.LOADING, phase="loading"))
     lane: Lane = yield Run(lambda: load(request.model))
     images: list[Pixels] = []
+    warnings: dict[str, None] = {}
+    broken_off: int | None = None
     for stage in plan(request):
+        if stop() is Stop.WITH_PICTURE:
+            broken_off = 0
+            break
         report(_progress(stage, 0))
-        latents = yield from denoised(lane, stage, report)
-        images.append((yield Run(partial(lane.decode, latents))))
+        latents, broken_off = yield from denoised(lane, stage, report, stop)
+        image, warning = yield Run(partial(developed, lane, latents))
+        images.append(image)
+        warnings |= dict.fromkeys(warning)
+        if broken_off is not None:
+            break
+    if not images:
+        raise Interrupted("stopped before there was a picture")
     return Finished(
         images=tuple(images),
-        seeds=request.seeds,
+        seeds=request.seeds[: len(images)],
+        partial=broken_off,
         model_hash=lane.model_hash,
         memory_before_mb=before,
         memory_after_mb=memory(),
+        warnings=tuple(warnings),
     )
 
 
-def denoised(lane: Lane, stage: Pass, report: Report) -> Generator[Evaluate | Run, Any, Tensor]:
-    """One sampling pass: noise from the image's own generator, then the sampler; clean latents."""
+class _Enough(Exception):
+    """Unwinds the sampler of a job that was told to stop with its picture as it is."""
+
+    def __init__(self, estimate: Tensor, step: int) -> None:
+        super().__init__()
+        self.estimate, self.step = estimate, step
+
+
+def denoised(
+    lane: Lane, stage: Pass, report: Report, stop: StopAsked
+) -> Generator[Evaluate | Run, Any, tuple[Tensor, int | None]]:
+    """One sampling pass: noise from the image's own generator, then the sampler; clean latents.
+
+    When told to stop with a picture: the model's present guess of them, and the step at which that was.
+    """
     guided = stage.guidance_scale != 1
     prompts = (stage.negative_prompt, stage.prompt) if guided else (stage.prompt,)
     conditionings: tuple[Tensor, ...] = yield Run(lambda: lane.encode(prompts))
@@ -111,16 +145,44 @@ def denoised(lane: Lane, stage: Pass, report: Report) -> Generator[Evaluate | Ru
         scaled = x * (1 / math.sqrt(sigma**2 + 1))
         predicted = yield Evaluate(lane, scaled, lane.levels.timestep(sigma), conditionings)
         evaluations += 1
-        report(_progress(stage, evaluations))
+        progress = _progress(stage, evaluations)
+        report(progress)
         if guided:
             without, with_prompt = predicted.chunk(2)
             predicted = without + (with_prompt - without) * stage.guidance_scale
-        return x - predicted * sigma
+        estimate = x - predicted * sigma
+        if stop() is Stop.WITH_PICTURE:
+            raise _Enough(estimate, progress.step)
+        return estimate
 
     sigmas = spacing(lane.levels, stage.sampler, stage.schedule, stage.steps)
     start = math.sqrt(1 + sigmas[0] ** 2) if stage.sampler == "ddim" else sigmas[0]
-    x: Tensor = yield from SAMPLERS[stage.sampler](denoise, noise() * start, sigmas, noise)
-    return x * (1 / math.sqrt(1 + sigmas[-1] ** 2))
+    try:
+        x: Tensor = yield from SAMPLERS[stage.sampler](denoise, noise() * start, sigmas, noise)
+    except _Enough as enough:
+        return enough.estimate, enough.step
+    return x * (1 / math.sqrt(1 + sigmas[-1] ** 2)), None
+
+
+def developed(lane: Lane, latents: Tensor) -> tuple[Pixels, tuple[str, ...]]:
+    """The picture in clean latents, and what is to be said about it. Raises NotFinite.
+
+    A decoder that overflows in half precision gets a second try in float32. Looked at here, once, since a look at every
+    step would make the device wait.
+    """
+    if _finite(latents):
+        if _finite(values := lane.decode(latents)):
+            return to_pixels(values), ()
+        if _finite(values := lane.decode(latents, precise=True)):
+            return to_pixels(values), (DECODED_AGAIN,)
+    raise NotFinite(
+        "the model's numbers overflowed (NaN), so there is no picture: try another sampler, a lower guidance_scale or "
+        "another size; if every picture of this model fails, its file is damaged or it needs float32"
+    )
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def _progress(stage: Pass, evaluations: int) -> Progress:

@@ -1,7 +1,9 @@
-"""Which device the engine runs on, what it is called, and how much memory is in use."""
+"""Which device the engine runs on, what it is called, how much memory is in use, and what its errors mean."""
 
 from __future__ import annotations
 
+import errno
+import gc
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,22 @@ from diffusion_api.errors import DeviceUnusable
 from diffusion_api.schema.report import DeviceReport
 
 MIB = 2**20
+
+EXHAUSTED = ("out of memory", "can't allocate memory", "status_alloc_failed")
+"""What RuntimeErrors of torch's backends say when memory runs out."""
+
+STICKY = (
+    "illegal memory access",
+    "device-side assert",
+    "unspecified launch failure",
+    "launch timed out",
+    "misaligned address",
+    "illegal instruction",
+    "invalid program counter",
+    "hardware stack error",
+    "uncorrectable ecc error",
+)
+"""What CUDA says when it fails every call of the process from then on (CUDA Runtime API, ``cudaError_t``)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +46,25 @@ class Device:
         if self.place.type == "cuda":
             return torch.cuda.memory_allocated(self.place) / MIB
         return float(psutil.Process().memory_info().rss) / MIB
+
+    def free(self) -> None:
+        """Give back what nothing uses any more."""
+        gc.collect()
+        if self.place.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self.place.type == "mps":
+            torch.mps.empty_cache()
+
+    def lost(self, error: Exception) -> bool:
+        """True when the device fails every call after this error, until the process starts again."""
+        return isinstance(error, RuntimeError) and (_says(error, STICKY) or not self._answers())
+
+    def _answers(self) -> bool:
+        try:
+            torch.ones(1, device=self.place).add(1).item()
+        except RuntimeError:
+            return False
+        return True
 
     def report(self) -> DeviceReport:
         """The ``gpu`` part of ``GET /health``."""
@@ -67,6 +104,24 @@ def choose(wanted: str) -> Device:
             )
         return Device(torch.device("mps"), torch.float32)
     return Device(torch.device("cpu"), torch.float32)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch, its backends and the system raise when memory runs out, also where a library hid it."""
+    return _is_exhaustion(error) or (error.__context__ is not None and is_out_of_memory(error.__context__))
+
+
+def _is_exhaustion(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):
+        return isinstance(error, torch.OutOfMemoryError) or _says(error, EXHAUSTED)
+    return isinstance(error, MemoryError)
+
+
+def _says(error: Exception, words: tuple[str, ...]) -> bool:
+    text = str(error).lower()
+    return any(part in text for part in words)
 
 
 def gpu_nodes(root: Path = Path("/dev")) -> list[str]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_api.catalog.library import Library
-from diffusion_api.engine.base import Admission, Event, Finished
-from diffusion_api.errors import DeviceUnusable, Interrupted
+from diffusion_api.engine.base import Admission, Event, Finished, Stop, StopAsked, out_of_memory
+from diffusion_api.errors import DeviceLost, DeviceUnusable, DiffusionApiError, Interrupted, OutOfMemory
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.report import DeviceReport
 from diffusion_api.schema.request import Request
+from diffusion_api.settings import keep_offline
 
 if TYPE_CHECKING:
     from diffusion_api.engine.denoise import Asks
@@ -27,13 +29,15 @@ log = logging.getLogger(__name__)
 CLOSING = 30.0
 """Seconds that the device thread may take to end."""
 
+LOST = "the device failed and works no more until the service starts again; the log has the details"
+
 
 @dataclass
 class Task:
     """One job on the device: its generator once it began, and the way its events leave."""
 
     request: Request
-    interrupted: Callable[[], bool]
+    stop: StopAsked
     events: queue.SimpleQueue[Event | Exception] = field(default_factory=queue.SimpleQueue)
 
     def next_event(self) -> Event:
@@ -56,6 +60,7 @@ class Executor:
         self._admission = Admission()
         self._ready = threading.Event()
         self._unusable: DeviceUnusable | None = None
+        self._lost = False
         self._device: Device | None = None
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
 
@@ -69,11 +74,13 @@ class Executor:
         if self._unusable:
             raise self._unusable
 
-    def run(self, request: Request, *, interrupted: Callable[[], bool]) -> Iterator[Event]:
+    def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
         """Events of one job, as :meth:`diffusion_api.engine.base.Engine.run` describes them."""
-        with self._admission.admitted(interrupted):
+        with self._admission.admitted(stop):
+            if self._lost:
+                raise DeviceLost(LOST)
             yield Progress(state=State.LOADING, phase="loading")
-            task = Task(request, interrupted)
+            task = Task(request, stop)
             self._tasks.put(task)
             while not isinstance(event := task.next_event(), Finished):
                 yield event
@@ -89,6 +96,7 @@ class Executor:
         self._thread.join(CLOSING)
 
     def _main(self) -> None:
+        keep_offline()
         try:
             import torch
             from diffusers.utils import logging as diffusers_logging
@@ -105,6 +113,10 @@ class Executor:
         except DeviceUnusable as error:
             self._unusable = error
             return
+        except Exception as error:  # without an answer here, jobs would wait for this thread for ever
+            log.critical("the engine cannot start", exc_info=True)
+            self._unusable = DeviceUnusable(f"the engine cannot start: {type(error).__name__}; the log has the details")
+            return
         finally:
             self._ready.set()
         log.info("engine ready on %s", self._device.report().name)
@@ -115,13 +127,35 @@ class Executor:
     def _answer(self, task: Task, weights: Weights, device: Device) -> None:
         from diffusion_api.engine import denoise
 
-        asks = denoise.job(task.request, load=weights.load, memory=lambda: device.memory_mb, report=task.events.put)
+        outcome: Finished | Exception
+        asks = denoise.job(
+            task.request, load=weights.load, memory=lambda: device.memory_mb, report=task.events.put, stop=task.stop
+        )
         try:
-            task.events.put(self._drive(asks, task))
+            outcome = self._drive(asks, task)
         except Exception as error:  # the job fails, whatever it was; the device thread lives on for the next one
-            task.events.put(error)
+            outcome = self._explained(error, task.request, device)
+            _forget_tensors(error)
         finally:
             asks.close()
+        if isinstance(outcome, OutOfMemory):
+            device.free()
+        task.events.put(outcome)
+
+    def _explained(self, error: Exception, request: Request, device: Device) -> Exception:
+        """The error in the words of the tree, where it is one of the device's."""
+        from diffusion_api.engine.devices import is_out_of_memory
+
+        if isinstance(error, DiffusionApiError):
+            return error
+        if is_out_of_memory(error):
+            log.warning("out of memory", exc_info=error)
+            return out_of_memory(request)
+        if device.lost(error):
+            log.critical("the device is lost", exc_info=error)
+            self._lost = True
+            return DeviceLost(LOST)
+        return error
 
     def _drive(self, asks: Asks, task: Task) -> Finished:
         """Answer one job's questions until it is finished."""
@@ -136,7 +170,7 @@ class Executor:
             except StopIteration as end:
                 finished: Finished = end.value
                 return finished
-            if task.interrupted():
+            if task.stop() is Stop.NOW:
                 raise Interrupted("stopped while it ran")
             if isinstance(question, Evaluate):
                 rows = len(question.conditionings)
@@ -144,3 +178,10 @@ class Executor:
                 answer = question.lane.predict(latents, question.timestep, torch.cat(question.conditionings))
             else:
                 answer = question.work()
+
+
+def _forget_tensors(error: BaseException) -> None:
+    """Let go of what the frames in a traceback hold: whoever keeps the error would keep the memory of its job."""
+    traceback.clear_frames(error.__traceback__)
+    if error.__context__ is not None:
+        _forget_tensors(error.__context__)

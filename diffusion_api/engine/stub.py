@@ -1,27 +1,43 @@
 """An engine without torch: its picture is a function of the request alone. For tests, demos of clients and load tests.
 
-Words in a prompt make it misbehave: ``stub:seconds=0.05`` sleeps before every step, ``stub:fail`` fails the job,
-``stub:die`` kills the process in mid-job.
+Words in a prompt make it misbehave, as an engine or its device may; unless they say otherwise, the next job is served as
+if nothing had happened. ``k`` is the step in which it happens, 1 to ``steps``; without ``=k`` it is the one in the middle.
+
+    stub:seconds=s   sleep for s seconds in every step
+    stub:fail=k      raise an error that nobody expected
+    stub:oom=k       run out of memory; ``stub:oom=load``: while the model is loaded
+    stub:nan=k       compute what is no number, which shows when the picture is made
+    stub:lost=k      lose the device: this job and every later one fail with DeviceLost
+    stub:hang=k      never come back from the step
+    stub:die=k       kill the process (SIGKILL), as the system does when memory runs out
+    stub:segfault=k  crash the process in C code
+    stub:gil=s       hold the interpreter's lock for s seconds, in the step in the middle
+    stub:memory=m    use m MiB of memory while the job runs
+
+A job that is stopped with a picture gets the one that it would have made with so many steps.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import NoReturn
 
 import numpy as np
 
-from diffusion_api.engine.base import Admission, Event, Finished
-from diffusion_api.errors import Interrupted
+from diffusion_api.engine.base import Admission, Event, Finished, Stop, StopAsked, out_of_memory
+from diffusion_api.errors import DeviceLost, Interrupted, NotFinite
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.report import DeviceReport
 from diffusion_api.schema.request import Request
 
-HOOK = re.compile(r"stub:(\w+)(?:=([\d.]+))?")
+HOOK = re.compile(r"stub:(\w+)(?:=([\w.]+))?")
 
 
 class StubEngine:
@@ -29,6 +45,7 @@ class StubEngine:
 
     def __init__(self) -> None:
         self._admission = Admission()
+        self._lost = False
 
     def start(self) -> None:
         """Nothing to load."""
@@ -43,28 +60,99 @@ class StubEngine:
     def close(self) -> None:
         """Nothing to free."""
 
-    def run(self, request: Request, *, interrupted: Callable[[], bool]) -> Iterator[Event]:
+    def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
         """Steps without work, then noise seeded by the request."""
-        hooks: dict[str, str] = dict(HOOK.findall(request.prompt))
-        with self._admission.admitted(interrupted):
-            yield Progress(state=State.LOADING, phase="loading")
-            for step in range(request.steps):
-                if interrupted():
-                    raise Interrupted("stopped while it ran")
-                time.sleep(float(hooks.get("seconds") or 0))
-                if step == request.steps // 2 and "fail" in hooks:
-                    raise RuntimeError("the stub engine was told to fail")
-                if step == request.steps // 2 and "die" in hooks:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                yield Progress(
-                    state=State.PROCESSING,
-                    fraction=(step + 1) / request.steps,
-                    phase="generation",
-                    step=step + 1,
-                    steps=request.steps,
-                )
-            images = tuple(_picture(request, seed) for seed in request.seeds)
-        yield Finished(images=images, seeds=request.seeds)
+        with self._admission.admitted(stop):
+            if self._lost:
+                _lose(request)
+            try:
+                finished = yield from _job(request, stop)
+            except DeviceLost:
+                self._lost = True
+                raise
+        yield finished
+
+
+def _job(request: Request, stop: StopAsked) -> Generator[Event, None, Finished]:
+    hooks = dict(HOOK.findall(request.prompt))
+    yield Progress(state=State.LOADING, phase="loading")
+    if hooks.get("oom") == "load":
+        _exhaust(request)
+    held = _allocated(request, int(hooks.get("memory", 0)))
+    middle = request.steps // 2 + 1
+    partial: int | None = None
+    for step in range(1, request.steps + 1):
+        if asked := stop():
+            if asked is Stop.NOW or step == 1:
+                raise Interrupted("stopped while it ran")
+            partial = step - 1
+            break
+        time.sleep(float(hooks.get("seconds", 0)))
+        if step == middle:
+            _hold_the_interpreter(float(hooks.get("gil", 0)))
+        for name, misbehave in FAULTS.items():
+            if name in hooks and step == int(hooks[name] or middle):
+                misbehave(request)
+        yield Progress(
+            state=State.PROCESSING,
+            fraction=step / request.steps,
+            phase="generation",
+            step=step,
+            steps=request.steps,
+        )
+    del held
+    made = request if partial is None else request.model_copy(update={"steps": partial})
+    if "nan" in hooks and made.steps >= int(hooks["nan"] or middle):
+        raise NotFinite("the stub engine was told to compute what is no number")
+    return Finished(images=tuple(_picture(made, seed) for seed in made.seeds), seeds=made.seeds, partial=partial)
+
+
+def _fail(request: Request) -> NoReturn:
+    raise RuntimeError("the stub engine was told to fail")
+
+
+def _exhaust(request: Request) -> NoReturn:
+    raise out_of_memory(request)
+
+
+def _lose(request: Request) -> NoReturn:
+    raise DeviceLost("the stub engine was told to lose its device")
+
+
+def _hang(request: Request) -> None:
+    threading.Event().wait()
+
+
+def _die(request: Request) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _crash(request: Request) -> None:
+    ctypes.string_at(0)
+
+
+FAULTS: dict[str, Callable[[Request], None]] = {
+    "fail": _fail,
+    "oom": _exhaust,
+    "lost": _lose,
+    "hang": _hang,
+    "die": _die,
+    "segfault": _crash,
+}
+"""What happens in a step."""
+
+
+def _allocated(request: Request, mebibytes: int) -> bytes:
+    try:
+        return b"\1" * (mebibytes * 2**20)
+    except MemoryError:
+        raise out_of_memory(request) from None
+
+
+def _hold_the_interpreter(seconds: float) -> None:
+    """Sleep in C without letting go of the lock, as a library may that forgets to."""
+    if seconds:
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
 
 
 def _picture(request: Request, seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -6,19 +6,19 @@ import logging
 import time
 from pathlib import Path
 
-import safetensors
 from safetensors.torch import load_file
 
+from diffusion_api.catalog.detect import safetensors_header
 from diffusion_api.catalog.library import Library, Model
 from diffusion_api.engine.denoise import Lane
-from diffusion_api.engine.devices import Device
+from diffusion_api.engine.devices import Device, is_out_of_memory
 from diffusion_api.engine.families.sd1 import SD1
-from diffusion_api.errors import ModelUnreadable, UnknownModel
+from diffusion_api.errors import ModelUnreadable, OutOfMemory, UnknownModel
 
 log = logging.getLogger(__name__)
 
-BROKEN = (OSError, ValueError, KeyError, RuntimeError, StopIteration, safetensors.SafetensorError)
-"""What transformers, diffusers and safetensors raise for a file that is not what it says."""
+LONGEST_REASON = 300
+"""Characters of what a library says of a file; some list every tensor."""
 
 
 class Weights:
@@ -29,7 +29,7 @@ class Weights:
         self._loaded: tuple[Model, Lane] | None = None
 
     def load(self, name: str) -> Lane:
-        """The lane of that model. Raises ModelUnreadable, and UnknownModel when it has gone from the folder."""
+        """The lane of that model. Raises ModelUnreadable, OutOfMemory, and UnknownModel when it has gone from the folder."""
         model = self._library.find(name)
         if model is None:
             raise UnknownModel(f"model {name!r} is no longer installed", field="model")
@@ -45,12 +45,30 @@ class Weights:
     def _read(self, model: Model) -> Lane:
         try:
             return self._open(model)
-        except BROKEN as error:
+        except Exception as error:  # transformers, diffusers and tokenizers raise anything for a file that is damaged
+            if is_out_of_memory(error):
+                raise OutOfMemory(
+                    f"out of memory while model {model.name!r} was loaded; ask for a smaller one"
+                ) from error
+            if self._device.lost(error):
+                raise
             log.warning("model %s cannot be read", model.name, exc_info=True)
-            reason = (str(error).replace(str(model.path), model.name).splitlines() or [type(error).__name__])[0]
-            raise ModelUnreadable(f"model {model.name!r} cannot be read: {reason}") from error
+            raise ModelUnreadable(f"model {model.name!r} cannot be read: {_reason(error, model)}") from error
 
     def _open(self, model: Model) -> Lane:
-        if model.single_file:
-            return SD1.from_checkpoint(load_file(model.path), self._tokenizer, self._device, model.hash)
-        return SD1.from_folder(model.path, self._device, model.hash)
+        if not model.single_file:
+            return SD1.from_folder(model.path, self._device, model.hash)
+        safetensors_header(model.path)
+        # Not mapped: a file that is cut short while it is read would crash the process.
+        tensors = load_file(model.path, backend="pread")
+        return SD1.from_checkpoint(tensors, self._tokenizer, self._device, model.hash)
+
+
+def _reason(error: Exception, model: Model) -> str:
+    """One line for callers, with no path of the host."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{Path(error.filename).name if error.filename else 'a file'}: {error.strerror}"
+    text = " ".join(str(error).replace(str(model.path), model.name).split())
+    return text[:LONGEST_REASON] or type(error).__name__

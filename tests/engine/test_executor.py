@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,12 +14,13 @@ import torch
 from asking import Draw, events, finished, request
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from ldm_layout import write_checkpoint
+from serving import ROOT, environment
 
-from diffusion_api.engine.base import Finished
+from diffusion_api.engine.base import Finished, Stop
 from diffusion_api.engine.executor import Executor
 from diffusion_api.errors import Interrupted, ModelUnreadable, UnknownModel
 from diffusion_api.schema.job import Progress, State
-from diffusion_api.settings import DATA
+from diffusion_api.settings import DATA, OFFLINE
 
 SHAPES = DATA / "models" / "shapes"
 
@@ -116,7 +119,7 @@ def test_a_model_that_was_removed_meanwhile_is_named(executor: Executor) -> None
 
 def test_an_interrupted_job_ends_within_a_step(executor: Executor, draw: Draw) -> None:
     told = threading.Event()
-    run = executor.run(request(steps=50), interrupted=told.is_set)
+    run = executor.run(request(steps=50), stop=lambda: Stop.NOW if told.is_set() else None)
     while next(run).step < 2:  # type: ignore[union-attr]
         pass
     told.set()
@@ -126,18 +129,40 @@ def test_an_interrupted_job_ends_within_a_step(executor: Executor, draw: Draw) -
 
 
 def test_a_job_that_waits_for_the_device_can_be_interrupted(executor: Executor) -> None:
-    first = executor.run(request(steps=2), interrupted=lambda: False)
+    first = executor.run(request(steps=2), stop=lambda: None)
     next(first)
     with pytest.raises(Interrupted, match="before it began"):
-        list(executor.run(request(), interrupted=lambda: True))
+        list(executor.run(request(), stop=lambda: Stop.NOW))
     assert isinstance(list(first)[-1], Finished)
 
 
 def test_nothing_happens_on_the_device_before_the_second_event_is_asked_for(executor: Executor) -> None:
-    run = executor.run(request(steps=1), interrupted=lambda: False)
+    run = executor.run(request(steps=1), stop=lambda: None)
     assert next(run) == Progress(state=State.LOADING, phase="loading")
     run.close()  # type: ignore[attr-defined]
     assert isinstance(events(executor, request(steps=1))[-1], Finished)
+
+
+def test_the_libraries_fetch_nothing_and_run_no_code_of_a_model() -> None:
+    program = """
+import sys
+from pathlib import Path
+from diffusion_api.catalog.library import Library
+from diffusion_api.engine.executor import Executor
+assert not {"torch", "diffusers", "huggingface_hub"} & set(sys.modules)
+engine = Executor(Library(Path("."), Path(".")), device="cpu", tokenizer=Path("."))
+engine.start()
+engine.wait()
+from diffusers.utils.constants import DIFFUSERS_DISABLE_REMOTE_CODE
+from huggingface_hub.constants import is_offline_mode
+print(DIFFUSERS_DISABLE_REMOTE_CODE, is_offline_mode())
+engine.close()
+"""
+    bare = {name: value for name, value in environment().items() if name not in OFFLINE}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=bare, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["True", "True"], done.stderr
 
 
 def _fresh(executor: Executor, name: str) -> str:

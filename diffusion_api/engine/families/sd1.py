@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffusion_api.catalog.detect import safetensors_header
 from diffusion_api.engine import text
-from diffusion_api.engine.base import Pixels
-from diffusion_api.engine.denoise import to_pixels
 from diffusion_api.engine.devices import Device
 from diffusion_api.engine.samplers.sigmas import NoiseLevels
-from diffusion_api.errors import ModelUnreadable
 
 Tensors = dict[str, Tensor]
 
 NOISE_SCHEDULE: dict[str, object] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 HEADS = 8
+PARTS = {
+    "model.diffusion_model.": "UNet",
+    "first_stage_model.": "autoencoder",
+    "cond_stage_model.transformer.": "text encoder",
+}
+"""What a single file must hold, by the prefixes of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +47,15 @@ class SD1:
 
     @classmethod
     def from_folder(cls, folder: Path, device: Device, model_hash: str | None) -> SD1:
-        """From a diffusers folder. Raises OSError, ValueError and KeyError when the folder is broken."""
-        options = {"dtype": device.dtype, "local_files_only": True, "low_cpu_mem_usage": False}
+        """From a diffusers folder. Raises anything at all when the folder is broken."""
         prediction = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         if (kind := prediction.get("prediction_type", "epsilon")) != "epsilon":
-            raise ModelUnreadable(f"prediction_type {kind!r} is not supported yet; only epsilon is")
-        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=device.dtype, local_files_only=True)
+            raise ValueError(f"prediction_type {kind!r} is not supported yet; only epsilon is")
         return cls(
             tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-            text_encoder=text_encoder.to(device.place).eval(),
-            unet=UNet2DConditionModel.from_pretrained(folder / "unet", **options).to(device.place).eval(),
-            vae=AutoencoderKL.from_pretrained(folder / "vae", **options).to(device.place).eval(),
+            text_encoder=read_part(CLIPTextModel, folder / "text_encoder", device),
+            unet=read_part(UNet2DConditionModel, folder / "unet", device, low_cpu_mem_usage=False),
+            vae=read_part(AutoencoderKL, folder / "vae", device, low_cpu_mem_usage=False),
             levels=NoiseLevels.from_config(prediction),
             model_hash=model_hash,
         )
@@ -58,8 +64,11 @@ class SD1:
     def from_checkpoint(cls, tensors: Tensors, tokenizer: Path, device: Device, model_hash: str | None) -> SD1:
         """From the tensors of a single file in the original key layout; the configs are fitted to the tensors.
 
-        ``tokenizer`` is a folder with CLIP's own vocabulary. Raises KeyError and RuntimeError when tensors are missing.
+        ``tokenizer`` is a folder with CLIP's own vocabulary. Raises anything at all when tensors are missing.
         """
+        for prefix, part in PARTS.items():
+            if not any(key.startswith(prefix) for key in tensors):
+                raise ValueError(f"it holds no {part} ({prefix}*)")
         unet_config, vae_config, text_config = fit_unet(tensors), fit_vae(tensors), fit_text(tensors)
         unet = UNet2DConditionModel(**unet_config)
         unet.load_state_dict(convert_ldm_unet_checkpoint(dict(tensors), dict(unet.config)))
@@ -103,10 +112,39 @@ class SD1:
         )[0]
         return predicted.float()
 
-    def decode(self, latents: Tensor) -> Pixels:
-        """(1, 4, h, w) → (8h, 8w, 3) uint8."""
-        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        return to_pixels(self.vae.decode(scaled, return_dict=False)[0])
+    def decode(self, latents: Tensor, *, precise: bool = False) -> Tensor:
+        """(1, 4, h, w) → (1, 3, 8h, 8w), -1 to 1."""
+        with in_float32(self.vae) if precise else nullcontext():
+            scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+            decoded: Tensor = self.vae.decode(scaled, return_dict=False)[0]
+        return decoded
+
+
+@contextmanager
+def in_float32(model: ModelMixin) -> Iterator[None]:
+    """Within, the model computes in float32; half-precision weights survive the way there and back unchanged."""
+    dtype = model.dtype
+    model.float()
+    try:
+        yield
+    finally:
+        model.to(dtype)
+
+
+def read_part(kind: Any, folder: Path, device: Device, **options: object) -> Any:
+    """One network of a diffusers folder, on the device.
+
+    Its file must be whole and hold all of its tensors, since the libraries fill in random numbers for missing ones; and it
+    must be safetensors, since they would take a pickle too. Raises anything at all when it is not so.
+    """
+    for path in folder.glob("*.safetensors"):
+        safetensors_header(path)
+    model, found = kind.from_pretrained(
+        folder, dtype=device.dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+    )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{folder.name} lacks {len(missing)} of its tensors, {missing[0]!r} among them")
+    return model.to(device.place).eval()
 
 
 def fit_unet(tensors: Tensors) -> dict[str, object]:

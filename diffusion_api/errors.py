@@ -5,7 +5,8 @@
     │   ├── InvalidRequest          a field has a wrong value
     │   │   ├── UnknownModel
     │   │   ├── UnknownSampler
-    │   │   └── InvalidImage
+    │   │   ├── InvalidImage
+    │   │   └── UrlRefused          a URL that leads where the operator lets nobody go
     │   ├── NotFound                no such job, no such picture
     │   ├── Gone                    there was one, and its time is over
     │   ├── Conflict                the job is in no state for that
@@ -22,6 +23,7 @@
         ├── DiskFull
         ├── QueueFull
         ├── ShuttingDown
+        ├── Unreachable         another host did not answer
         └── Interrupted             the job was told to stop: cancelled, or the service is going down
 
 The message carries the value and the choices, and no path of the host.
@@ -59,6 +61,10 @@ class UnknownSampler(InvalidRequest):
 
 class InvalidImage(InvalidRequest):
     """Bytes that are no picture, or one of a kind that is not accepted."""
+
+
+class UrlRefused(InvalidRequest):
+    """A URL that leads where the operator lets nobody go."""
 
 
 class NotFound(CallerError):
@@ -123,6 +129,10 @@ class QueueFull(Unavailable):
 
 class ShuttingDown(Unavailable):
     """The service is stopping."""
+
+
+class Unreachable(Unavailable):
+    """Another host did not answer, or may not be called at the address that it has now."""
 
 
 class Interrupted(Unavailable):

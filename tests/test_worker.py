@@ -300,8 +300,8 @@ class Fragile(StubEngine):
 
     lost = False
 
-    def run(self, request: Request, *, interrupted: Callable[[], bool]) -> Iterator[Event]:
-        for event in super().run(request, interrupted=interrupted):
+    def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
+        for event in super().run(request, stop=stop):
             if self.lost or (isinstance(event, Progress) and event.step and "lose" in request.prompt):
                 self.lost = True
                 raise DeviceLost("the device was lost: illegal memory access")

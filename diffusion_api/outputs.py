@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion_api import __version__
 from diffusion_api.catalog import samplers
-from diffusion_api.disk import remove_abandoned, write_whole
+from diffusion_api.disk import probe, remove_abandoned, write_whole
 from diffusion_api.engine.base import Finished
 from diffusion_api.errors import DiskFull
 from diffusion_api.schema.job import Image, Job
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SUFFIX = {"png": "png", "jpeg": "jpg"}
+
+
+@contextlib.contextmanager
+def _as_disk_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise DiskFull("the disk is full: the picture could not be saved") from error
+        raise
 
 
 class Outputs:
@@ -29,6 +41,11 @@ class Outputs:
     def save(self, job: Job, finished: Finished) -> tuple[Image, ...]:
         """Encode and store the pictures of a job, durably. Raises DiskFull."""
         return tuple(self._save_one(job, finished, number) for number in range(len(finished.images)))
+
+    def check(self) -> None:
+        """Try whether a picture could be written now. Raises DiskFull, and OSError for what else stands against it."""
+        with _as_disk_full():
+            probe(self._tmp)
 
     def read(self, image: Image) -> bytes | None:
         """The stored file, or None when it was deleted."""
@@ -53,12 +70,8 @@ class Outputs:
         data = images.encode(pixels, format=request.output.format, quality=request.output.quality, infotext=text)
         stem = job.id if len(finished.images) == 1 else f"{job.id}-{number}"
         name = f"{stem}.{SUFFIX[request.output.format]}"
-        try:
+        with _as_disk_full():
             write_whole(self.folder / name, data, tmp=self._tmp)
-        except OSError as error:
-            if error.errno in FULL:
-                raise DiskFull("the disk is full: the picture could not be saved") from error
-            raise
         return Image(
             path=f"{self.folder.name}/{name}",
             width=pixels.shape[1],

@@ -10,7 +10,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -21,6 +22,7 @@ from diffusion_api.engine.base import Engine
 from diffusion_api.engine.executor import Executor
 from diffusion_api.errors import Misconfigured
 from diffusion_api.outputs import Outputs
+from diffusion_api.pace import Pace
 from diffusion_api.queues.base import Queue
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.restart import Handover
@@ -52,6 +54,11 @@ def build_engine(settings: Settings, library: Library) -> Engine:
     return Executor(library, device=settings.device, tokenizer=DATA / "clip")
 
 
+def build_pace(settings: Settings) -> Pace:
+    """How long jobs take, as far as it was learned."""
+    return Pace(settings.queue_dir / "pace.json", tmp=settings.queue_dir / "tmp")
+
+
 def build_queue(settings: Settings) -> Queue:
     """Where jobs wait."""
     return FileQueue(settings.queue_dir, max_attempts=settings.max_attempts)
@@ -59,18 +66,45 @@ def build_queue(settings: Settings) -> Queue:
 
 def build_app(settings: Settings, *, worker: bool = True) -> App:
     """The whole service as one ASGI app; its worker starts and stops with the app."""
+    return build(settings, worker=worker).app
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The objects of one serving process. ``drain`` ends the service's work, and may take the grace for it."""
+
+    app: App
+    drain: Callable[[], None]
+
+
+def build(settings: Settings, *, worker: bool) -> Serving:
+    """The service, with a worker in this process, in one of its own, or without."""
     settings.create_folders()
     library, queue, outputs = build_library(settings), build_queue(settings), Outputs(settings.outputs_dir)
-    if not worker:
-        return create_app(Service(settings, library, queue, outputs, None), settings, shutdown=queue.close)
-    engine = None if settings.isolated else build_engine(settings, library)
-    hand = Worker(queue, engine, outputs) if engine else build_supervisor(settings)
+    pace = build_pace(settings)
+    engine = build_engine(settings, library) if worker and not settings.isolated else None
+    service = Service(settings, library, queue, outputs, engine, pace=pace)
+    hand: Worker | Supervisor | None = None
+    if engine:
+        hand = Worker(queue, engine, outputs, pace=pace)
+    elif worker:
+        hand = build_supervisor(settings)
+
+    def start() -> None:
+        if hand:
+            hand.start()
+
+    def drain() -> None:
+        service.drain()
+        if hand:
+            hand.stop(settings.grace)
+        service.close()
 
     def stop() -> None:
-        hand.stop(settings.grace)
+        drain()
         queue.close()
 
-    return create_app(Service(settings, library, queue, outputs, engine), settings, startup=hand.start, shutdown=stop)
+    return Serving(create_app(service, settings, startup=start, shutdown=stop), drain)
 
 
 def build_supervisor(settings: Settings) -> Supervisor:
@@ -83,12 +117,11 @@ def run(settings: Settings, *, worker: bool) -> None:
     """Serve until told to stop: SIGINT or SIGTERM drain, a second one ends at once. Raises Misconfigured."""
     configure_logging(settings)
     listener = _listen(settings.host, settings.port)
-    app = build_app(settings, worker=worker)
+    serving = build(settings, worker=worker)
     shown_host = "127.0.0.1" if settings.host in ("", "0.0.0.0") else settings.host
     url = f"http://{shown_host}:{listener.getsockname()[1]}"
-    server = Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
-    server.greeting = _greeting(url)
-    server.run(sockets=[listener])
+    config = uvicorn.Config(serving.app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    Server(config, drain=serving.drain, greeting=_greeting(url)).run(sockets=[listener])
 
 
 def work(settings: Settings, handover: Handover) -> None:
@@ -99,7 +132,8 @@ def work(settings: Settings, handover: Handover) -> None:
     settings.create_folders()
     queue = build_queue(settings)
     engine = build_engine(settings, build_library(settings))
-    hand = Worker(queue, engine, Outputs(settings.outputs_dir), restarts=handover.restarts)
+    outputs, pace = Outputs(settings.outputs_dir), build_pace(settings)
+    hand = Worker(queue, engine, outputs, pace=pace, restarts=handover.restarts)
     told = threading.Event()
     for number in STOPPING:
         signal.signal(number, lambda *_: told.set())
@@ -113,9 +147,13 @@ def work(settings: Settings, handover: Handover) -> None:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but it ends with exit code 0 when it was asked to stop, and greets once it listens."""
+    """uvicorn, but it greets once it listens, answers until the service is drained, and ends with exit code 0."""
 
-    greeting = ""
+    def __init__(self, config: uvicorn.Config, *, drain: Callable[[], None], greeting: str) -> None:
+        super().__init__(config)
+        self._drain, self._greeting = drain, greeting
+        self._told: str | None = None
+        self._draining: threading.Thread | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -129,15 +167,29 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. The second meets the default handler and ends the process at once."""
-        super().handle_exit(sig, frame)
+        self._told = signal.Signals(sig).name  # no more in here: it may have come in the middle of anything
         for number in STOPPING:
             signal.signal(number, signal.SIG_DFL)
+
+    async def on_tick(self, counter: int) -> bool:
+        """What is done ten times a second: look whether a signal came, and whether all is over."""
+        if self._told and self._draining is None:
+            log.info("%s: no new jobs; what runs may finish. A second signal ends at once", self._told)
+            self._draining = threading.Thread(target=self._drain_and_exit, name="drain", daemon=True)
+            self._draining.start()
+        return await super().on_tick(counter)
+
+    def _drain_and_exit(self) -> None:
+        try:
+            self._drain()
+        finally:
+            self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say so."""
         await super().startup(sockets)
         if self.started:
-            print(self.greeting, flush=True)
+            print(self._greeting, flush=True)
 
 
 def configure_logging(settings: Settings, mark: str = "") -> None:

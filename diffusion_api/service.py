@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusion_api.errors import InvalidRequest, NotFound, TooLarge
+from diffusion_api.errors import DiffusionApiError, InvalidRequest, NotFound, QueueUnusable, ShuttingDown, TooLarge
+from diffusion_api.pace import Forecast
 from diffusion_api.schema.job import Image, Job, State
 from diffusion_api.schema.request import Request
 from diffusion_api.waiters import Waiters
@@ -18,11 +22,14 @@ if TYPE_CHECKING:
     from diffusion_api.catalog.library import Library, Model
     from diffusion_api.engine.base import Engine
     from diffusion_api.outputs import Outputs
+    from diffusion_api.pace import Pace
     from diffusion_api.queues.base import Queue, Snapshot
     from diffusion_api.schema.report import DeviceReport, WorkerReport
     from diffusion_api.settings import Settings
 
 GIB = 2**30
+PROBE_EVERY = 5.0
+SHUTTING_DOWN = "the service is shutting down"
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Health:
     disk_usage_percent: float
     outputs_available: bool
     outputs_free_gb: float
-    active_jobs: int
+    active_jobs: int | None
     models: int
     loras: int
     device: DeviceReport | None
@@ -44,22 +51,71 @@ class Health:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Readiness:
+    """Whether a job would be run if it was posted now: not for any of the ``reasons``, and later while ``loading``."""
+
+    reasons: tuple[str, ...]
+    loading: bool
+
+
+class _Disk:
+    """What stands against writing. Each look writes, so there is one every ``PROBE_EVERY`` seconds at most."""
+
+    def __init__(self, *checks: Callable[[], None]) -> None:
+        self._checks = checks
+        self._mutex = threading.Lock()
+        self._looked = -math.inf
+        self._reasons: tuple[str, ...] = ()
+
+    def reasons(self) -> tuple[str, ...]:
+        """As found a moment ago."""
+        with self._mutex:
+            if time.monotonic() - self._looked > PROBE_EVERY:
+                self._reasons = tuple(reason for check in self._checks if (reason := _reason_against(check)))
+                self._looked = time.monotonic()
+            return self._reasons
+
+
+def _reason_against(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except DiffusionApiError as error:
+        return str(error)
+    except OSError as error:
+        return f"the folder of outputs cannot be used: {error.strerror}"
+    return None
+
+
 class Service:
     """Submits, looks up and cancels jobs; knows what is installed."""
 
     def __init__(
-        self, settings: Settings, library: Library, queue: Queue, outputs: Outputs, engine: Engine | None
+        self,
+        settings: Settings,
+        library: Library,
+        queue: Queue,
+        outputs: Outputs,
+        engine: Engine | None,
+        *,
+        pace: Pace | None = None,
     ) -> None:
         self.settings = settings
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
+        self._forecast = Forecast(queue, pace) if pace else None
         self._waiters = Waiters(queue)
+        self._disk = _Disk(queue.check, outputs.check)
+        self._draining = False
 
     def submit(self, job: Job) -> Job:
         """Store a new job; when this returns it is on disk. The job as stored: without the pictures in its payload, and
-        with the operator's deadline if it had none. Raises InvalidRequest, TooLarge, DiskFull, QueueUnusable.
+        with the operator's deadline if it had none. Raises InvalidRequest, TooLarge, ShuttingDown, DiskFull,
+        QueueUnusable.
         """
         from diffusion_api.images import sanitized
 
+        if self._draining:
+            raise ShuttingDown(SHUTTING_DOWN)
         self._check(job.request)
         stored = job.model_copy(update={"payload": sanitized(job.payload), "deadline": self._deadline(job)})
         self._queue.enqueue(stored)
@@ -71,6 +127,10 @@ class Service:
         if snapshot is None:
             raise NotFound(f"Job {job_id} not found")
         return snapshot
+
+    def seconds_left(self, snapshot: Snapshot) -> float | None:
+        """Seconds until a job that has not ended will have; None when that cannot be known."""
+        return self._forecast.seconds_left(snapshot) if self._forecast else None
 
     async def wait(self, job_id: str, seconds: float) -> None:
         """Return when the job has ended or there is none, or after ``seconds``. No thread is held meanwhile."""
@@ -99,15 +159,36 @@ class Service:
         """The model that a request means. Raises UnknownModel."""
         return self._library.resolve(name)
 
+    def drain(self) -> None:
+        """Take no new job from now on; everything else is answered as before."""
+        self._draining = True
+
+    def close(self) -> None:
+        """Let nobody wait any longer. May be called from any thread."""
+        self._waiters.close()
+
+    def readiness(self) -> Readiness:
+        """Whether a job would be run if it was posted now. What it takes to find out is done every few seconds only."""
+        reasons = [SHUTTING_DOWN] if self._draining else []
+        workers = self._workers()
+        if self._engine is None and not workers:
+            reasons.append("no worker runs")
+        silent = max((worker.quiet for worker in workers if worker.jobs), default=0.0)
+        if silent > self.settings.stuck_after:
+            reasons.append(f"the running job is stuck: nothing was heard of it for {silent:.0f} seconds")
+        return Readiness(
+            reasons=(*reasons, *self._disk.reasons()),
+            loading=self._engine is not None and self._engine.report() is None,
+        )
+
     def health(self) -> Health:
-        """Real numbers, read now."""
+        """Real numbers, read now. A queue that cannot be read makes a warning and no error."""
         import psutil
 
         memory = psutil.virtual_memory()
         settings = self.settings
         disk = shutil.disk_usage(settings.home)
-        counts = self._queue.counts()
-        workers = self._queue.workers()
+        workers = self._workers()
         outputs_available = settings.outputs_dir.is_dir() and os.access(settings.outputs_dir, os.W_OK)
         free = disk.free / GIB
         models = len(self._library.models())
@@ -128,13 +209,26 @@ class Service:
             disk_usage_percent=round(used, 1),
             outputs_available=outputs_available,
             outputs_free_gb=round(free, 2),
-            active_jobs=counts[State.QUEUED] + counts[State.PROCESSING],
+            active_jobs=self._active_jobs(),
             models=models,
             loras=_count_files(settings.loras_dir),
             device=self._engine.report() if self._engine else next((w.device for w in workers if w.device), None),
             workers=tuple(workers),
-            warnings=tuple(text for wrong, text in found if wrong),
+            warnings=(*(text for wrong, text in found if wrong), *self.readiness().reasons),
         )
+
+    def _workers(self) -> list[WorkerReport]:
+        try:
+            return self._queue.workers()
+        except QueueUnusable:
+            return []
+
+    def _active_jobs(self) -> int | None:
+        try:
+            counts = self._queue.counts()
+        except QueueUnusable:
+            return None
+        return counts[State.QUEUED] + counts[State.PROCESSING]
 
     def _deadline(self, job: Job) -> float | None:
         """Seconds that the job may run, within what the operator allows. Raises InvalidRequest."""

@@ -38,6 +38,10 @@ class Settings(BaseSettings):
     max_attempts: int = Field(default=3, ge=1, description="how often a job may be started before it ends as an error")
     grace: float = Field(default=30, ge=0, description="seconds that a running job may go on when the service stops")
 
+    stuck_after: float = Field(
+        default=300, gt=0, description="seconds without a word of a running job after which it counts as stuck"
+    )
+
     max_steps: int = Field(default=150, ge=1, description="steps of one job")
     max_pixels: int = Field(default=2048 * 2048, ge=64, description="width x height of one picture")
     max_batch: int = Field(default=16, ge=1, description="pictures of one job")

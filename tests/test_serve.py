@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -153,12 +155,81 @@ def test_a_job_longer_than_the_grace_goes_back_and_is_done_after_the_next_start(
     assert pictures(home) == [f"{job_id}.png"]
 
 
+def test_while_it_stops_it_answers_but_takes_no_job(home: Path) -> None:
+    with serving(home) as server, ThreadPoolExecutor(2) as callers:
+        job_id = server.submit(**slow(0.1, 50))
+        waiting = server.submit(**slow(0.1, 50))
+        server.wait(job_id, "processing")
+        assert server.get("/ready").json() == {"status": "success", "ready": True, "loading": False, "reasons": []}
+        polls = [callers.submit(server.get, f"/queue/{each}?wait=60") for each in (job_id, waiting)]
+        server.signal(signal.SIGTERM)
+        not_ready = eventually(lambda: (a := server.get("/ready")).status_code == 503 and a, "it to hear the signal")
+        reason = "the service is shutting down"
+        assert not_ready.json() == {
+            **{"status": "error", "detail": reason, "error": reason},
+            **{"ready": False, "loading": False, "reasons": [reason]},
+        }
+        refused = server.post(prompt="a lighthouse")
+        assert (refused.status_code, refused.json()["error"]) == (503, reason)
+        assert int(refused.headers["Retry-After"]) > 0
+        assert server.get("/hello").status_code == 200
+        health = server.get("/health")
+        assert (health.status_code, health.json()["status"]) == (200, "warning")
+        assert server.status(job_id)["state"] == "processing"
+        assert [poll.result().json()["state"] for poll in polls] == ["done", "queued"]
+        assert server.ended() == 0
+    assert record(home, job_id).state is State.DONE
+    assert (record(home, waiting).state, record(home, waiting).attempts) == (State.QUEUED, 0)
+
+
+def test_no_open_connection_keeps_it_from_stopping(home: Path) -> None:
+    with serving(home) as server, contextlib.ExitStack() as connections:
+        job_id = server.submit(**slow(0.1, 10))
+        waiting = server.submit(prompt="a lighthouse", priority=-9)
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        opened = [connections.enter_context(socket.create_connection(address)) for _ in range(4)]
+        idle, kept, half, poll = opened
+        kept.sendall(b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert kept.recv(4096).startswith(b"HTTP/1.1 200")
+        half.sendall(b"POST /txt2img HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        poll.sendall(f"GET /queue/{waiting}?wait=60 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        server.wait(job_id, "processing")
+        with within(45):
+            server.signal(signal.SIGTERM)
+            assert server.ended() == 0
+        assert b'"state":"queued"' in b"".join(iter(lambda: poll.recv(4096), b""))
+        assert idle.recv(1) == b""
+
+
+def test_a_step_that_does_not_end_does_not_keep_it_from_stopping(home: Path) -> None:
+    with serving(home, grace=0.2) as server:
+        job_id = server.submit(**slow(3600, 1))
+        server.wait(job_id, "loading")
+        eventually(lambda: record(home, job_id).attempts, "the job to begin")
+        server.signal(signal.SIGTERM)
+        assert server.ended() == 0
+    assert (record(home, job_id).state, record(home, job_id).attempts) == (State.QUEUED, 0)
+
+
+def test_a_stuck_step_shows(home: Path) -> None:
+    with serving(home, stuck_after=0.5) as server:
+        job_id = server.submit(**slow(4, 1))
+        not_ready = eventually(lambda: (a := server.get("/ready")).status_code == 503 and a, "the step to be stuck")
+        (reason,) = not_ready.json()["reasons"]
+        assert re.fullmatch(r"the running job is stuck: nothing was heard of it for \d+ seconds", reason)
+        health = server.get("/health")
+        assert health.status_code == 200
+        assert [w for w in health.json()["warnings"] if "stuck" in w]
+        server.wait(job_id)
+        assert server.get("/ready").status_code == 200
+
+
 def test_a_second_signal_ends_it_at_once(home: Path) -> None:
     with serving(home) as server:
         job_id = server.submit(**slow(0.1, 150))
         server.wait(job_id, "processing")
         server.signal(signal.SIGTERM)
-        eventually(lambda: "Shutting down" in server.log, "the first signal to be heard")
+        eventually(lambda: "SIGTERM: no new jobs" in server.log, "the first signal to be heard")
         assert server.process.poll() is None
         with within(10):
             server.signal(signal.SIGTERM)

@@ -11,14 +11,16 @@ import pytest
 from asking import plain
 from fake_models import diffusers_folder
 
+from diffusion_api import service as service_module
 from diffusion_api.catalog.library import Library
+from diffusion_api.engine.executor import Executor
 from diffusion_api.engine.stub import StubEngine
-from diffusion_api.errors import InvalidRequest, NotFound, TooLarge, UnknownModel
+from diffusion_api.errors import InvalidRequest, NotFound, ShuttingDown, TooLarge, UnknownModel
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.schema.job import Image, Job, State, loads
-from diffusion_api.service import Service
+from diffusion_api.service import Readiness, Service
 from diffusion_api.settings import Settings
 from diffusion_api.worker import Worker
 
@@ -154,3 +156,55 @@ def test_health_warns_of_what_is_missing(tmp_path: Path) -> None:
     assert {"No models found", "Outputs directory not accessible"} <= set(health.warnings)
     assert (health.device, health.loras, health.outputs_available) == (None, 0, False)
     queue.close()
+
+
+def test_it_is_ready_when_nothing_stands_against_a_job(service: Service) -> None:
+    assert service.readiness() == Readiness(reasons=(), loading=False)
+
+
+def test_it_is_ready_while_the_engine_loads(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    library, outputs = Library(tmp_path, settings.models_dir), Outputs(tmp_path / "outputs")
+    engine = Executor(library, device="cpu", tokenizer=tmp_path)
+    service = Service(settings, library, MemoryQueue(), outputs, engine)
+    assert service.readiness() == Readiness(reasons=(), loading=True)
+
+
+def test_without_a_worker_it_is_not_ready(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    library, outputs = Library(tmp_path, settings.models_dir), Outputs(tmp_path / "outputs")
+    service = Service(settings, library, MemoryQueue(), outputs, None)
+    assert service.readiness().reasons == ("no worker runs",)
+
+
+def test_a_service_that_drains_takes_no_job_and_says_so(service: Service) -> None:
+    job = service.submit(new_job())
+    service.drain()
+    with pytest.raises(ShuttingDown, match="the service is shutting down"):
+        service.submit(new_job())
+    assert service.readiness().reasons == ("the service is shutting down",)
+    assert service.get(job.id).state is State.QUEUED
+    assert service.cancel(job.id).state is State.CANCELLED
+
+
+@pytest.mark.parametrize(("folder", "reason"), [("queue/tmp", "queue"), ("outputs/.tmp", "outputs")])
+def test_a_folder_that_cannot_be_written_shows_until_it_can(
+    service: Service, monkeypatch: pytest.MonkeyPatch, folder: str, reason: str
+) -> None:
+    path = service.settings.home / folder
+    path.rmdir()
+    (found,) = service.readiness().reasons
+    assert f"the folder of {'the ' if reason == 'queue' else ''}{reason} cannot be used" in found
+    assert found in service.health().warnings
+    path.mkdir()
+    assert service.readiness().reasons == (found,)  # looked at a moment ago
+    monkeypatch.setattr(service_module, "PROBE_EVERY", 0)
+    assert service.readiness().reasons == ()
+
+
+def test_health_survives_a_queue_that_cannot_be_read(service: Service) -> None:
+    (service.settings.queue_dir / "running").rename(service.settings.queue_dir / "away")
+    (service.settings.queue_dir / "done").rmdir()
+    health = service.health()
+    assert health.active_jobs is None
+    assert health.models == 1

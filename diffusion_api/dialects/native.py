@@ -156,6 +156,23 @@ class HelloBody(BaseModel):
     ok: bool = True
 
 
+class ReadyBody(BaseModel):
+    """A job would be run if it was posted now; while ``loading``, as soon as the engine has loaded."""
+
+    status: Literal["success"] = "success"
+    ready: Literal[True] = True
+    loading: bool
+    reasons: list[str] = Field(default=[], max_length=0)
+
+
+class NotReadyBody(ErrorBody):
+    """A job would not be run, for these reasons."""
+
+    ready: Literal[False] = False
+    loading: bool
+    reasons: list[str] = Field(min_length=1)
+
+
 RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
 
 
@@ -190,6 +207,13 @@ def mount(app: FastAPI, service: Service) -> None:
     @router.get("/health", tags=["service"], summary="How the box is")
     def health() -> dict[str, Any]:
         return _health(service)
+
+    @router.get(
+        "/ready", tags=["service"], summary="Would a job be run now?", response_model=ReadyBody,
+        responses={503: {"model": NotReadyBody}},
+    )  # fmt: skip
+    def ready() -> JSONResponse:
+        return _ready(service)
 
     @router.get("/models", tags=["catalog"], summary="Installed models")
     def models() -> ModelsBody:
@@ -286,6 +310,9 @@ def _status(snapshot: Snapshot, service: Service) -> dict[str, Any]:
     }
     if snapshot.position is not None:
         answer["position"] = snapshot.position
+    if not snapshot.state.terminal:
+        left = service.seconds_left(snapshot)
+        answer["eta_seconds"] = None if left is None else round(left, 1)
     if job.warnings:
         answer["warnings"] = list(job.warnings)
     if done and job.result:
@@ -316,6 +343,15 @@ def _finished(snapshot: Snapshot, service: Service) -> dict[str, Any]:
 
 def _base64(data: bytes | None) -> str | None:
     return None if data is None else base64.b64encode(data).decode()
+
+
+def _ready(service: Service) -> JSONResponse:
+    found = service.readiness()
+    if found.reasons:
+        message = "; ".join(found.reasons)
+        body: BaseModel = NotReadyBody(detail=message, error=message, loading=found.loading, reasons=[*found.reasons])
+        return JSONResponse(body.model_dump(), 503)
+    return JSONResponse(ReadyBody(loading=found.loading).model_dump())
 
 
 def _health(service: Service) -> dict[str, Any]:

@@ -63,6 +63,10 @@ class Queue(ABC):
         """Store the job durably; when this returns, it will not be lost. Raises DiskFull, QueueUnusable."""
 
     @abstractmethod
+    def check(self) -> None:
+        """Raise what :meth:`enqueue` would raise for any job now. It writes to the disk to find out."""
+
+    @abstractmethod
     def get(self, job_id: str) -> Snapshot | None:
         """The job with that id, or None."""
 

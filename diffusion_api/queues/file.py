@@ -94,6 +94,11 @@ class FileQueue(Queue):
         self._announce(arrival=True)
 
     @_as_queue_errors()
+    def check(self) -> None:
+        """Raise what :meth:`enqueue` would raise for any job now: it tries a write. Raises DiskFull, QueueUnusable."""
+        disk.probe(self._places.tmp)
+
+    @_as_queue_errors()
     def get(self, job_id: str) -> Snapshot | None:
         """The job with that id, or None; also None for one whose record has become unreadable."""
         found = self._look(job_id)

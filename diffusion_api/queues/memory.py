@@ -54,6 +54,9 @@ class MemoryQueue(Queue):
             self._entries[job.id] = _Entry(job, (-job.priority, next(self._sequence)))
             self._announce()
 
+    def check(self) -> None:
+        """Memory takes every job."""
+
     def get(self, job_id: str) -> Snapshot | None:
         """The job with that id, or None."""
         with self._event:

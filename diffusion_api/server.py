@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import logging
-import os
 import signal
 import socket
 import sys
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from diffusion_api import connections, door, logs
 from diffusion_api.app import App, create_app
 from diffusion_api.catalog.library import Library
 from diffusion_api.engine.base import Engine
@@ -115,18 +114,26 @@ def build_supervisor(settings: Settings) -> Supervisor:
 
 def run(settings: Settings, *, worker: bool) -> None:
     """Serve until told to stop: SIGINT or SIGTERM drain, a second one ends at once. Raises Misconfigured."""
-    configure_logging(settings)
+    logs.configure(settings)
     listener = _listen(settings.host, settings.port)
     serving = build(settings, worker=worker)
     shown_host = "127.0.0.1" if settings.host in ("", "0.0.0.0") else settings.host
     url = f"http://{shown_host}:{listener.getsockname()[1]}"
-    config = uvicorn.Config(serving.app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        serving.app,
+        http=connections.protocol(settings),
+        h11_max_incomplete_event_size=door.MAX_HEADER_BYTES,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
     Server(config, drain=serving.drain, greeting=_greeting(url)).run(sockets=[listener])
 
 
 def work(settings: Settings, handover: Handover) -> None:
     """Run jobs until told to stop, or until our supervisor is gone."""
-    configure_logging(settings, mark=f" [worker {os.getpid()}]")
+    logs.configure(settings, role="worker")
     if handover.lifeline is not None:
         die_with_supervisor(handover.lifeline)
     settings.create_folders()
@@ -190,19 +197,6 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             print(self._greeting, flush=True)
-
-
-def configure_logging(settings: Settings, mark: str = "") -> None:
-    """Lines to stderr, time and level first, then the mark; also where Python was when native code crashes."""
-    faulthandler.enable()
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format=f"%(asctime)s [%(levelname)s]{mark} %(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
-    for chatty in ("httpx", "httpcore", "PIL", "asyncio"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def _listen(host: str, port: int) -> socket.socket:

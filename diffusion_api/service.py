@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusion_api import logs
 from diffusion_api.errors import DiffusionApiError, InvalidRequest, NotFound, QueueUnusable, ShuttingDown, TooLarge
 from diffusion_api.pace import Forecast
 from diffusion_api.schema.job import Image, Job, State
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from diffusion_api.queues.base import Queue, Snapshot
     from diffusion_api.schema.report import DeviceReport, WorkerReport
     from diffusion_api.settings import Settings
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 PROBE_EVERY = 5.0
@@ -119,6 +123,7 @@ class Service:
         self._check(job.request)
         stored = job.model_copy(update={"payload": sanitized(job.payload), "deadline": self._deadline(job)})
         self._queue.enqueue(stored)
+        self._log_queued(stored)
         return stored
 
     def get(self, job_id: str) -> Snapshot:
@@ -230,6 +235,16 @@ class Service:
             return None
         return counts[State.QUEUED] + counts[State.PROCESSING]
 
+    def _log_queued(self, job: Job) -> None:
+        request = job.request
+        prompt = repr(request.prompt) if self.settings.log_prompts else f"a prompt of {len(request.prompt)} characters"
+        size = f"{request.width}x{request.height}"
+        with logs.about(job.id, request.prompt, request.negative_prompt):
+            log.info(
+                "job %s queued: %s, %s, %d steps, n %d, %s",
+                job.id, request.model, size, request.steps, request.count, prompt,
+            )  # fmt: skip
+
     def _deadline(self, job: Job) -> float | None:
         """Seconds that the job may run, within what the operator allows. Raises InvalidRequest."""
         longest = self.settings.max_seconds
@@ -251,6 +266,13 @@ class Service:
                 f"width x height is {request.width}x{request.height} = {request.width * request.height} pixels; "
                 f"at most {limits.max_pixels} are allowed",
                 field="width",
+            )
+        work = request.width * request.height * request.steps * request.count / 1e6
+        if work > limits.max_work:
+            raise InvalidRequest(
+                f"width x height x steps x n is {request.width}x{request.height}x{request.steps}x{request.count} = "
+                f"{work:.1f} megapixel-steps; at most {limits.max_work:g} are allowed",
+                field="steps",
             )
         for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
             if len(text) > limits.max_prompt:

@@ -25,6 +25,26 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="how much is logged")
+    log_format: Literal["plain", "json"] = Field(default="plain", description="form of a log line")
+    log_prompts: bool = Field(default=False, description="let prompts into the log")
+    log_file: Path | None = Field(default=None, description="a file that gets the log too, below home if relative")
+    log_file_mb: int = Field(default=10, ge=1, description="MiB after which a new log file is begun")
+    log_file_count: int = Field(default=5, ge=1, description="older log files that are kept")
+
+    allowed_hosts: str = Field(
+        default="",
+        description="names that the Host header may have, with commas; * is any. Empty: loopback's and host, "
+        "or any when bound to every address",
+    )
+    allowed_origins: str = Field(
+        default="", description="origins of web pages that may post, with commas, beside the service's own"
+    )
+    header_seconds: float = Field(default=20, gt=0, description="seconds that a client may take to send its headers")
+    body_seconds: float = Field(
+        default=60, gt=0, description="seconds that a client may take to send a body or read an answer, and by min_rate"
+    )
+    min_rate: int = Field(default=8192, ge=1, description="bytes a second that prolong body_seconds")
+    max_connections: int = Field(default=800, ge=1, description="connections at a time")
 
     engine: Literal["diffusers", "stub"] = Field(default="diffusers", description="what makes the pictures")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the engine runs")
@@ -46,6 +66,7 @@ class Settings(BaseSettings):
     max_pixels: int = Field(default=2048 * 2048, ge=64, description="width x height of one picture")
     max_batch: int = Field(default=16, ge=1, description="pictures of one job")
     max_seconds: float = Field(default=0, ge=0, description="seconds that one job may run; 0 is no limit")
+    max_work: float = Field(default=1000, gt=0, description="width x height x steps x n of one job, in megapixel-steps")
     max_prompt: int = Field(default=20_000, ge=1, description="characters of a prompt")
     max_body: int = Field(default=64 * 2**20, ge=1024, description="bytes of a request body")
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from diffusion_api import logs
 from diffusion_api.engine.base import PATIENCE, Engine, Finished, Stop, StopAsked
 from diffusion_api.errors import (
     DeviceLost,
@@ -179,7 +180,8 @@ class Worker:
         Raises DeviceLost with neither: the job that lost the device may do so each time, so it is left to the queue's
         recovery, which counts.
         """
-        with self._presence.holding(job.id):
+        prompts = job.request.prompt, job.request.negative_prompt
+        with self._presence.holding(job.id), logs.about(job.id, *prompts):
             hand = self._hands[job.id] = _Hand(job, control)
             try:
                 self._handle(hand)

@@ -19,7 +19,8 @@ LAYERS = (
     ("cli", "__main__", "asgi", "demo", "doctor"),
     ("server",),
     ("supervisor",),
-    ("app",),
+    ("app", "connections"),
+    ("door",),
     ("client",),
     ("dialects",),
     ("access", "users"),
@@ -34,7 +35,8 @@ LAYERS = (
     ("infotext",),
     ("prompt",),
     ("catalog",),
-    ("metrics",),
+    ("wire",),
+    ("metrics", "logs"),
     ("settings",),
     ("schema",),
     ("disk",),
@@ -53,7 +55,9 @@ HOMES = {
     "spandrel": ("engine",),
     "fastapi": ("dialects", "app", "access"),
     "fastapi_offline": ("app",),
-    "starlette": ("dialects", "app", "access"),
+    "starlette": ("dialects", "app", "access", "door", "connections"),
+    "uvicorn": ("server", "connections"),
+    "prometheus_client": ("metrics",),
 }
 
 # In these folders modules do not know each other, only what their folder shares.

@@ -8,13 +8,13 @@ import random
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from fastapi import Request, Response
+from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
-from diffusion_api import errors
+from diffusion_api import errors, wire
 from diffusion_api.schema.request import MAX_SEED
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,6 @@ def error_body(message: str) -> dict[str, str]:
 def explain(error: dict[str, Any], body: Any = None) -> str:
     """One pydantic error in a sentence with the field, the value and what was expected. ``body`` is what was sent."""
     where = ".".join(str(part) for part in _as_written(error, body))
-    if error["type"] == "json_invalid":
-        return f"the body is no JSON: {error.get('ctx', {}).get('error', error['msg'])}"
     if isinstance(error.get("input"), bytes):
         return "the body is no JSON: it must be sent with Content-Type: application/json"
     message = error["msg"].removeprefix("Value error, ")
@@ -78,6 +76,17 @@ def _as_written(error: dict[str, Any], body: Any) -> list[str | int]:
     return [*written, path[-1]] if error["type"] == "missing" and path else written
 
 
+class BoundedRequest(Request):
+    """A request whose JSON is measured before it is parsed."""
+
+    async def json(self) -> Any:
+        """The body's value. Raises HTTPException, the one error that FastAPI lets pass here."""
+        try:
+            return wire.loads(await self.body())
+        except errors.DiffusionApiError as error:
+            raise HTTPException(status_of(error), str(error)) from error
+
+
 class ErrorRoute(APIRoute):
     """A route whose refusals have the body of :func:`error_body`."""
 
@@ -87,7 +96,7 @@ class ErrorRoute(APIRoute):
 
         async def answer(request: Request) -> Response:
             try:
-                return await handler(request)
+                return await handler(BoundedRequest(request.scope, request.receive))
             except RequestValidationError as error:
                 return JSONResponse(error_body("; ".join(explain(e, error.body) for e in error.errors()[:5])), 400)
             except errors.DiffusionApiError as error:

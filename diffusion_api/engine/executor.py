@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import queue
 import threading
@@ -34,11 +35,12 @@ LOST = "the device failed and works no more until the service starts again; the 
 
 @dataclass
 class Task:
-    """One job on the device: its generator once it began, and the way its events leave."""
+    """One job on the device, the way its events leave, and what the log knows of it where it was made."""
 
     request: Request
     stop: StopAsked
     events: queue.SimpleQueue[Event | Exception] = field(default_factory=queue.SimpleQueue)
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
     def next_event(self) -> Event:
         """Wait for the next event; an error of the job is raised."""
@@ -122,7 +124,7 @@ class Executor:
         log.info("engine ready on %s", self._device.report().name)
         with torch.inference_mode():
             while task := self._tasks.get():
-                self._answer(task, weights, self._device)
+                task.context.run(self._answer, task, weights, self._device)
 
     def _answer(self, task: Task, weights: Weights, device: Device) -> None:
         from diffusion_api.engine import denoise

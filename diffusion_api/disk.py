@@ -63,17 +63,6 @@ def rename_durably(source: Path, target: Path) -> None:
         fsync_dir(source.parent)
 
 
-def create_note(path: Path) -> bool:
-    """Make an empty file durably; False where one is already. Raises FileNotFoundError without its folder."""
-    try:
-        fd = os.open(path, _CREATE, 0o600)
-    except FileExistsError:
-        return False
-    os.close(fd)
-    fsync_dir(path.parent)
-    return True
-
-
 def fsync_dir(folder: Path) -> None:
     """Make the entries of a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

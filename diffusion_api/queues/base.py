@@ -32,6 +32,11 @@ class Control(ABC):
     def cancelled(self) -> bool:
         """True once the caller asked for the job to stop. Cheap enough for every step."""
 
+    @property
+    @abstractmethod
+    def partial(self) -> bool:
+        """True if the caller, when it asked for the stop, also asked for what there is so far."""
+
     @abstractmethod
     def started(self) -> Job:
         """Charge one attempt, durably, just before the job's first device work; the record as charged."""
@@ -46,21 +51,30 @@ class Control(ABC):
 
     @abstractmethod
     def commit(self, job: Job) -> None:
-        """End the job with a terminal record, once."""
+        """End the job with a terminal record, once. A suspect that ends so gets the attempts of its crashes back."""
 
 
 Handler = Callable[[Job, Control], None]
 """What a worker does with one claimed job: it ends with exactly one ``release`` or ``commit``."""
 
+PAUSED_BY_OPERATOR = "the queue was paused by its operator"
+
 
 class Queue(ABC):
-    """Where jobs wait, run and are kept."""
+    """Where jobs wait, run and are kept.
+
+    Jobs run by priority, and within one in turns: each caller's oldest job, then each caller's next.
+    """
 
     # client half
 
     @abstractmethod
     def enqueue(self, job: Job) -> None:
-        """Store the job durably; when this returns, it will not be lost. Raises DiskFull, QueueUnusable."""
+        """Store the job durably; when this returns, it will not be lost. Raises QueueFull, DiskFull, QueueUnusable."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Try whether a job could be stored now. Raises what :meth:`enqueue` would, and leaves nothing behind."""
 
     @abstractmethod
     def check(self) -> None:
@@ -71,8 +85,11 @@ class Queue(ABC):
         """The job with that id, or None."""
 
     @abstractmethod
-    def cancel(self, job_id: str) -> Snapshot | None:
-        """Cancel: a waiting job ends at once, a running one is told so; a finished one stays. None if unknown."""
+    def cancel(self, job_id: str, *, partial: bool = False) -> Snapshot | None:
+        """Cancel: a waiting job ends at once, a running one is told so; a finished one stays. None if unknown.
+
+        ``partial`` asks a running job for what there is so far. Of several calls the last one that it sees counts.
+        """
 
     @abstractmethod
     def jobs(self, states: frozenset[State] | None = None, *, limit: int | None = None) -> list[Job]:
@@ -100,6 +117,19 @@ class Queue(ABC):
     def workers(self) -> list[WorkerReport]:
         """The last word of every worker that serves this queue now."""
 
+    @abstractmethod
+    def pause(self, reason: str = PAUSED_BY_OPERATOR) -> None:
+        """Let nothing be claimed until :meth:`resume`, also after a restart. Running jobs go on, new ones may come."""
+
+    @abstractmethod
+    def resume(self) -> None:
+        """End the pause, if there is one, and forget the crashes that may have led to it."""
+
+    @property
+    @abstractmethod
+    def paused(self) -> str | None:
+        """Why nothing is claimed, or None when the queue is not paused."""
+
     # worker half
 
     @abstractmethod
@@ -108,6 +138,9 @@ class Queue(ABC):
 
         Before the first claim, jobs of workers that died are recovered: queued again, or ended when their attempts are
         used up. ``wants`` lets the worker leave a job for later or for another.
+
+        A job is claimed when the one before has started or ended, so jobs start in the order of their claims. A suspect
+        is claimed when nothing else is in hand, and nothing else is while it runs.
         """
 
     @abstractmethod

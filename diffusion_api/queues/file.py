@@ -29,8 +29,8 @@ from diffusion_api.queues._file.places import (
     read_if_there,
     storable,
 )
-from diffusion_api.queues._file.workers import Recovery, Worker
-from diffusion_api.queues.base import Control, Handler, Queue, Snapshot
+from diffusion_api.queues._file.workers import Recovery, Worker, boot_id
+from diffusion_api.queues.base import PAUSED_BY_OPERATOR, Control, Handler, Queue, Snapshot
 from diffusion_api.schema.job import Job, Progress, State, UnreadableRecord, dumps
 from diffusion_api.schema.report import WorkerReport
 
@@ -41,6 +41,7 @@ WATCH_POLL = 0.2
 CANCEL_LOOK_EVERY = 0.05
 PROGRESS_EVERY = 0.1
 
+_PARTIAL = b"partial"
 _ENDS = tuple(state for state in State if state.terminal)
 _LOOKS = 3
 
@@ -60,12 +61,14 @@ class FileQueue(Queue):
 
     Several instances, in one process or in many, may share a folder. A job whose worker died ``max_attempts`` times
     while running it ends in error. ``recover_every`` is how often, in seconds, :meth:`serve` looks for such workers.
-    A stopped queue stays stopped. A process that serves must never fork. Raises QueueUnusable, DiskFull.
+    At most ``max_waiting`` jobs wait; 0 is no limit. A stopped queue stays stopped. A process that serves must never
+    fork. Raises QueueUnusable, DiskFull.
     """
 
     @_as_queue_errors()
-    def __init__(self, root: Path, *, max_attempts: int = 3, recover_every: float = 3.0) -> None:
+    def __init__(self, root: Path, *, max_attempts: int = 3, max_waiting: int = 0, recover_every: float = 3.0) -> None:
         self._places = Folder(root)
+        self._max_waiting = max_waiting
         self._recovery = Recovery(self._places, max_attempts=max_attempts, cancel=self._cancel)
         self._recover_every = recover_every
         self._claims: dict[str, _Claim] = {}
@@ -73,6 +76,7 @@ class FileQueue(Queue):
         self._report: WorkerReport | None = None
         self._stopped = False
         self._closed = False
+        self._turn = threading.Lock()
         self._event = threading.Condition()
         self._changes = 0
         self._arrivals = 0
@@ -83,19 +87,19 @@ class FileQueue(Queue):
     def enqueue(self, job: Job) -> None:
         """Store the job durably. Raises InvalidRequest or TooLarge for one that could not be read back."""
         record = storable(job)
-        name = self._places.waiting.name_for(job)
-        path = self._places.queued / name
-        try:
-            self._places.write(path, record)
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-        self._places.waiting.add(name)
+        with self._places.waiting.place_for(job, at_most=self._max_waiting) as name:
+            path = self._places.queued / name
+            try:
+                self._places.write(path, record)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
         self._announce(arrival=True)
 
     @_as_queue_errors()
     def check(self) -> None:
-        """Raise what :meth:`enqueue` would raise for any job now: it tries a write. Raises DiskFull, QueueUnusable."""
+        """Try whether a job could be stored now. Raises what :meth:`enqueue` would, and leaves nothing behind."""
+        self._places.waiting.check(at_most=self._max_waiting)
         disk.probe(self._places.tmp)
 
     @_as_queue_errors()
@@ -105,9 +109,9 @@ class FileQueue(Queue):
         return found[0] if found else None
 
     @_as_queue_errors()
-    def cancel(self, job_id: str) -> Snapshot | None:
+    def cancel(self, job_id: str, *, partial: bool = False) -> Snapshot | None:
         """Cancel: a waiting job ends at once, a running one is told so; a finished one stays. None if unknown."""
-        return self._cancel(job_id)
+        return self._cancel(job_id, partial=partial)
 
     @_as_queue_errors()
     def jobs(self, states: frozenset[State] | None = None, *, limit: int | None = None) -> list[Job]:
@@ -156,6 +160,22 @@ class FileQueue(Queue):
             if snapshot.state.terminal or left <= 0 or self._closed:
                 return
             self._wait_for_change(seen, min(WATCH_POLL, left))
+
+    @_as_queue_errors()
+    def pause(self, reason: str = PAUSED_BY_OPERATOR) -> None:
+        """Let nothing be claimed, by any process, until :meth:`resume`, also after a restart."""
+        self._places.pause(reason)
+
+    @_as_queue_errors()
+    def resume(self) -> None:
+        """End the pause, if there is one."""
+        self._places.resume()
+        self._announce(arrival=True)
+
+    @property
+    def paused(self) -> str | None:
+        """Why nothing is claimed, or None when the queue is not paused."""
+        return self._places.paused()
 
     # worker half
 
@@ -271,14 +291,14 @@ class FileQueue(Queue):
 
     # cancelling
 
-    def _cancel(self, job_id: str) -> Snapshot | None:
+    def _cancel(self, job_id: str, *, partial: bool = False) -> Snapshot | None:
         while found := self._look(job_id):
             snapshot, path = found
             if snapshot.state.terminal:
                 return snapshot
             if path.parent == self._places.queued:
                 self._cancel_waiting(path, job_id)
-            elif self._cancel_running(path, job_id):
+            elif self._cancel_running(path, job_id, partial=partial):
                 return snapshot
         return None
 
@@ -298,18 +318,18 @@ class FileQueue(Queue):
             log.warning("%s: cancelled, but the record could not be rewritten: %s", job_id, error)
         self._announce()
 
-    def _cancel_running(self, path: Path, job_id: str) -> bool:
+    def _cancel_running(self, path: Path, job_id: str, *, partial: bool) -> bool:
         """Put the note beside the record; False if the job has moved on meanwhile."""
         note = note_of(path)
         try:
-            disk.create_note(note)
+            self._places.write(note, _PARTIAL if partial else b"")
         except FileNotFoundError:
             return False
         if not os.path.lexists(path):
             note.unlink(missing_ok=True)
             return False
         if claim := self._claims.get(job_id):
-            claim.tell_cancelled()
+            claim.tell_cancelled(partial=partial)
         self._announce()
         return True
 
@@ -336,33 +356,40 @@ class FileQueue(Queue):
                 raise RuntimeError(f"{claim.job.id}: the handler returned without release or commit")
 
     def _claim(self, worker: Worker, wants: Callable[[Job], bool]) -> _Claim | None:
-        """The first waiting job that this worker wants, now its own."""
-        with _as_queue_errors():
-            self._places.waiting.sync()
-        for name in self._places.waiting.names():
-            if self._stopped:
+        """The first waiting job that is wanted, now in hand; None while another's turn to start has not passed."""
+        with self._turn:
+            in_hand = list(self._claims.values())
+            if any(claim.bars_others for claim in in_hand):
                 return None
-            if not self._wanted(name, wants):
-                continue
             with _as_queue_errors():
-                job = self._take(name, worker)
-            if job is not None:
-                claim = self._claims[job.id] = _Claim(self, worker, name, job)
-                self._announce()
-                return claim
-        return None
+                self._places.waiting.sync()
+            for name in self._places.waiting.names():
+                if self._stopped or self.paused is not None:
+                    return None
+                job = self._peek(name)
+                if job is None or not wants(job):
+                    continue
+                if job.suspect and in_hand:
+                    return None
+                with _as_queue_errors():
+                    job = self._take(name, worker)
+                if job is not None:
+                    claim = self._claims[job.id] = _Claim(self, worker, name, job)
+                    self._announce()
+                    return claim
+            return None
 
-    def _wanted(self, name: str, wants: Callable[[Job], bool]) -> bool:
-        """True also for what cannot be read: taking it is the way to set it aside."""
-        job = None
+    def _peek(self, name: str) -> Job | None:
+        """The waiting job of that name; None if it is gone, cannot be read just now, or was set aside."""
         with self._places.tolerated(name):
             try:
-                job = self._places.waiting.read(name)
+                return self._places.waiting.read(name)
             except FileNotFoundError:
                 self._places.waiting.discard(name)
-            except (disk.Unusable, UnreadableRecord):
-                return True
-        return job is not None and wants(job)
+            except (disk.Unusable, UnreadableRecord) as error:
+                self._places.set_aside(self._places.queued / name, error)
+                self._places.waiting.discard(name)
+        return None
 
     def _take(self, name: str, worker: Worker) -> Job | None:
         """Claim by rename; None if another was faster, or if it was no record."""
@@ -443,6 +470,7 @@ class _Claim(Control):
         self._worker = worker
         self._charged = False
         self._cancelled = False
+        self._partial = False
         self._next_look = 0.0
         self._next_report = 0.0
         self._reported: tuple[State, str] | None = None
@@ -452,12 +480,31 @@ class _Claim(Control):
         """True once the caller asked for the job to stop, or once the claim is lost."""
         if not self._cancelled and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + CANCEL_LOOK_EVERY
-            self._cancelled = os.path.lexists(note_of(self.path)) or not self.here
+            self._look_for_note()
         return self._cancelled
 
-    def tell_cancelled(self) -> None:
+    @property
+    def partial(self) -> bool:
+        """True if the caller, when it asked for the stop, also asked for what there is so far."""
+        return self._partial
+
+    @property
+    def bars_others(self) -> bool:
+        """True while nothing else may be claimed: until the job has started, and a suspect's whole time."""
+        return not self.over and (not self._charged or self.job.suspect)
+
+    def tell_cancelled(self, *, partial: bool) -> None:
         """What the note says, without waiting until it is looked for."""
+        self._partial = partial
         self._cancelled = True
+
+    def _look_for_note(self) -> None:
+        try:
+            self.tell_cancelled(partial=disk.read_regular(note_of(self.path), len(_PARTIAL)) == _PARTIAL)
+        except FileNotFoundError:
+            self._cancelled = not self.here
+        except (OSError, disk.Unusable):
+            self.tell_cancelled(partial=False)
 
     @_as_queue_errors()
     def started(self) -> Job:
@@ -465,11 +512,11 @@ class _Claim(Control):
         with self._worker.guard:
             if self._charged or not self._held("started"):
                 return self.job
-            charged = self.job.charged()
+            charged = self.job.charged(boot_id())
             self._places.write(self.path, dumps(charged))
             disk.fsync_dir(self._places.queued)
             self.job, self._charged = charged, True
-        self._queue._announce()
+        self._queue._announce(arrival=True)
         return self.job
 
     def progress(self, progress: Progress) -> None:
@@ -506,7 +553,7 @@ class _Claim(Control):
             raise ValueError(f"{self.job.id}: not the end of this job: {job.id} {job.state}")
         with self._worker.guard:
             if self._held("commit"):
-                self._end(job)
+                self._end(job.acquitted())
                 with contextlib.suppress(OSError):
                     note_of(self.path).unlink()
 
@@ -536,4 +583,4 @@ class _Claim(Control):
                 self._places.waiting.add(self.path.name)
             self._queue._claims.pop(job.id, None)
             self._places.forget_progress(job.id)
-            self._queue._announce(arrival=waits)
+            self._queue._announce(arrival=True)

@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from diffusion_api.queues.base import Control, Handler, Queue, Snapshot
+from diffusion_api.errors import QueueFull
+from diffusion_api.queues.base import PAUSED_BY_OPERATOR, Control, Handler, Queue, Snapshot
 from diffusion_api.schema.job import Job, Progress, State
 from diffusion_api.schema.report import WorkerReport
 
@@ -18,10 +20,16 @@ log = logging.getLogger(__name__)
 CLAIM_POLL = 0.25  # what ``wants`` answers may change without a word
 
 
+class _Order(NamedTuple):
+    rank: int
+    round: int
+    sequence: int
+
+
 @dataclass
 class _Entry:
     job: Job
-    order: tuple[int, int]
+    order: _Order
     claim: _Claim | None = None
 
     @property
@@ -32,13 +40,16 @@ class _Entry:
 class MemoryQueue(Queue):
     """Jobs in a dict. A job that a failing ``serve`` left in hand ``max_attempts`` times ends in error.
 
-    A stopped queue stays stopped.
+    At most ``max_waiting`` jobs wait; 0 is no limit. A stopped queue stays stopped.
     """
 
-    def __init__(self, *, max_attempts: int = 3) -> None:
+    def __init__(self, *, max_attempts: int = 3, max_waiting: int = 0) -> None:
         self._max_attempts = max_attempts
+        self._max_waiting = max_waiting
+        self._paused: str | None = None
         self._entries: dict[str, _Entry] = {}
         self._sequence = itertools.count()
+        self._turn = threading.Lock()
         self._event = threading.Condition()
         self._changes = 0
         self._report: WorkerReport | None = None
@@ -49,13 +60,18 @@ class MemoryQueue(Queue):
     # client half
 
     def enqueue(self, job: Job) -> None:
-        """Store the job."""
+        """Store the job. Raises QueueFull."""
         with self._event:
-            self._entries[job.id] = _Entry(job, (-job.priority, next(self._sequence)))
+            self.check()
+            self._entries[job.id] = _Entry(job, _Order(-job.priority, self._round_of(job), next(self._sequence)))
             self._announce()
 
     def check(self) -> None:
-        """Memory takes every job."""
+        """Raise QueueFull if a job could not be stored now."""
+        with self._event:
+            waiting = sum(entry.waits for entry in self._entries.values())
+        if self._max_waiting and waiting >= self._max_waiting:
+            raise QueueFull(f"{waiting} jobs wait already; at most {self._max_waiting} may")
 
     def get(self, job_id: str) -> Snapshot | None:
         """The job with that id, or None."""
@@ -70,12 +86,12 @@ class MemoryQueue(Queue):
             before = sum(1 for other in self._entries.values() if other.waits and other.order < entry.order)
             return Snapshot(entry.job, position=before)
 
-    def cancel(self, job_id: str) -> Snapshot | None:
+    def cancel(self, job_id: str, *, partial: bool = False) -> Snapshot | None:
         """Cancel: a waiting job ends at once, a running one is told so; a finished one stays. None if unknown."""
         with self._event:
             entry = self._entries.get(job_id)
             if entry and entry.claim:
-                entry.claim.tell_cancelled()
+                entry.claim.tell_cancelled(partial=partial)
             elif entry and entry.waits:
                 entry.job = entry.job.cancelled()
             self._announce()
@@ -124,6 +140,21 @@ class MemoryQueue(Queue):
     def workers(self) -> list[WorkerReport]:
         """What the one worker says, while it serves."""
         return [self._report] if self._serving and self._report else []
+
+    def pause(self, reason: str = PAUSED_BY_OPERATOR) -> None:
+        """Let nothing be claimed until :meth:`resume`."""
+        self._paused = reason
+        self._announce()
+
+    def resume(self) -> None:
+        """End the pause, if there is one."""
+        self._paused = None
+        self._announce()
+
+    @property
+    def paused(self) -> str | None:
+        """Why nothing is claimed, or None when the queue is not paused."""
+        return self._paused
 
     # worker half
 
@@ -187,16 +218,33 @@ class MemoryQueue(Queue):
                 raise RuntimeError(f"{claim.entry.job.id}: the handler returned without release or commit")
 
     def _claim(self, wants: Callable[[Job], bool]) -> _Claim | None:
-        for job in self.jobs(frozenset({State.QUEUED})):
-            if self._stopped or not wants(job):
-                continue
-            with self._event:
-                entry = self._entries[job.id]
-                if entry.waits:
-                    entry.claim = _Claim(self, entry)
-                    self._announce()
-                    return entry.claim
-        return None
+        """The first waiting job that is wanted, now in hand; None while another's turn to start has not passed."""
+        with self._turn:
+            in_hand = [entry.claim for entry in list(self._entries.values()) if entry.claim]
+            if any(claim.bars_others for claim in in_hand):
+                return None
+            for job in self.jobs(frozenset({State.QUEUED})):
+                if self._stopped or self._paused is not None:
+                    return None
+                if not wants(job):
+                    continue
+                if job.suspect and in_hand:
+                    return None
+                with self._event:
+                    entry = self._entries[job.id]
+                    if entry.waits:
+                        entry.claim = _Claim(self, entry)
+                        self._announce()
+                        return entry.claim
+            return None
+
+    def _round_of(self, job: Job) -> int:
+        """The round of jobs, one of each caller, that the new job belongs to: this one or after its caller's last."""
+        there = [entry for entry in self._entries.values() if entry.job.priority == job.priority]
+        waiting = [entry for entry in there if entry.waits]
+        mine = max((entry.order.round + 1 for entry in waiting if entry.job.caller == job.caller), default=0)
+        after_those_in_hand = max((entry.order.round + 1 for entry in there if entry.claim), default=0)
+        return max(mine, min((entry.order.round for entry in waiting), default=after_those_in_hand))
 
     def _give_up(self) -> None:
         """What recovery is to a queue on disk: no job stays with a server that has gone."""
@@ -210,9 +258,7 @@ class MemoryQueue(Queue):
     def _recovered(self, job: Job, *, cancelled: bool) -> Job:
         if cancelled:
             return job.cancelled()
-        if job.attempts >= self._max_attempts:
-            return job.failed("WorkerDied", f"the service stopped {job.attempts} times while running this job")
-        return job.requeued()
+        return job.orphaned(max_attempts=self._max_attempts)
 
     def _announce(self) -> None:
         with self._event:
@@ -234,14 +280,26 @@ class _Claim(Control):
         self._queue = queue
         self._charged = False
         self._cancelled = False
+        self._partial = False
+
+    @property
+    def bars_others(self) -> bool:
+        """True while nothing else may be claimed: until the job has started, and a suspect's whole time."""
+        return not self.over and (not self._charged or self.entry.job.suspect)
 
     @property
     def cancelled(self) -> bool:
         """True once the caller asked for the job to stop, or once the claim is lost."""
         return self._cancelled or self.entry.claim is not self
 
-    def tell_cancelled(self) -> None:
+    @property
+    def partial(self) -> bool:
+        """True if the caller, when it asked for the stop, also asked for what there is so far."""
+        return self._partial
+
+    def tell_cancelled(self, *, partial: bool) -> None:
         """The caller's word."""
+        self._partial = partial
         self._cancelled = True
 
     def started(self) -> Job:
@@ -271,7 +329,7 @@ class _Claim(Control):
             raise ValueError(f"{self.entry.job.id}: not the end of this job: {job.id} {job.state}")
         with self._queue._event:
             if self._held("commit"):
-                self._end(job)
+                self._end(job.acquitted())
 
     def _held(self, intent: str) -> bool:
         if self.entry.claim is not self:

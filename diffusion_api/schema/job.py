@@ -94,9 +94,9 @@ class Job(Frozen):
     result: Result | None = None
     error: Failure | None = None
 
-    def charged(self) -> Job:
-        """The job with one more attempt on its account, about to use the device."""
-        return self.model_copy(update={"attempts": self.attempts + 1, "started": time.time()})
+    def charged(self, boot: str = "") -> Job:
+        """The job with one more attempt on its account, about to use the device in that boot of the machine."""
+        return self.model_copy(update={"attempts": self.attempts + 1, "started": time.time(), "boot": boot})
 
     def requeued(self) -> Job:
         """The job as it waits again."""
@@ -114,9 +114,28 @@ class Job(Frozen):
         """The job, ended without a picture."""
         return self._ended(State.ERROR, error=Failure(kind=kind, message=message))
 
-    def cancelled(self) -> Job:
-        """The job, cancelled by its caller."""
-        return self._ended(State.CANCELLED, error=Failure(kind="JobCancelled", message="cancelled"))
+    def cancelled(self, result: Result | None = None) -> Job:
+        """The job, cancelled by its caller; ``result`` is what there was so far, if the caller asked for it."""
+        return self._ended(State.CANCELLED, error=Failure(kind="JobCancelled", message="cancelled"), result=result)
+
+    def orphaned(self, *, max_attempts: int, boot: str = "") -> Job:
+        """The job after the death of its worker, found in that ``boot``: waiting again, or ended without a picture.
+
+        An attempt charged in another boot is given back: a reboot is nobody's fault. Otherwise the job may be what the
+        worker died of, so it is a suspect until it passes alone, or its attempts are used up.
+        """
+        if self.started is not None and self.boot != boot:
+            return self.uncharged()
+        if self.attempts >= max_attempts:
+            return self.failed("WorkerDied", f"the service stopped {self.attempts} times while running this job")
+        suspect = self.suspect or self.started is not None
+        return self.requeued().model_copy(update={"suspect": suspect})
+
+    def acquitted(self) -> Job:
+        """The job with the attempts of its crashes given back: it ended, so they were no fault of its own."""
+        if not self.suspect:
+            return self
+        return self.model_copy(update={"suspect": False, "attempts": 0 if self.started is None else 1})
 
     def _ended(self, state: State, **changes: Any) -> Job:
         return self.model_copy(update={"state": state, "finished": time.time(), **changes})

@@ -355,6 +355,7 @@ def test_as_many_jobs_run_at_a_time_as_there_are_slots(
 
     def handle(job: Job, control: Control) -> None:
         nonlocal together, most
+        job = control.started()
         with mutex:
             together += 1
             most = max(most, together)

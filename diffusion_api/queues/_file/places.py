@@ -1,6 +1,7 @@
 """The places of a file queue: its folders, its records, and the waiting ones in their order.
 
-``queued/`` and ``running/<worker>/`` hold ``<order>-<sequence>-<id>.json``, so that names sort as the jobs will run.
+``queued/`` and ``running/<worker>/`` hold ``<rank>-<round>-<sequence>-<caller>-<id>.json``, so that names sort as the
+jobs will run: by priority (rank 0 is priority 9), then in rounds of one job of each caller, then by age.
 ``done/``, ``error/`` and ``cancelled/`` hold ``<id>.json``. What is no record is moved to ``error/<name>.unreadable``,
 with the reason in ``error/<name>.reason``.
 """
@@ -9,19 +10,21 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import hashlib
 import logging
 import os
 import re
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from diffusion_api import disk
-from diffusion_api.errors import InvalidRequest, QueueUnusable, TooLarge
+from diffusion_api.errors import InvalidRequest, QueueFull, QueueUnusable, TooLarge
+from diffusion_api.queues.base import PAUSED_BY_OPERATOR
 from diffusion_api.schema.job import Job, Progress, State, UnreadableRecord, dumps, loads
 
 log = logging.getLogger(__name__)
@@ -29,11 +32,13 @@ log = logging.getLogger(__name__)
 FOLDERS = ("tmp", "queued", "running", "done", "error", "cancelled", "workers", "inputs", "progress")
 MAX_RECORD = 4 * 2**20
 MAX_ENQUEUED = 2 * 2**20  # leaves room for what the result adds to the record
+MAX_REASON = 1000
 SYNC_EVERY = 0.2
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_NAME = re.compile(r"[01][0-9]-(?P<sequence>[0-9]{20})-(?P<id>[A-Za-z0-9_-]{1,64})\.json")
+_NAME = re.compile(r"[01][0-9]-[0-9]{10}-[0-9]{20}-[0-9a-f]{8}-[A-Za-z0-9_-]{1,64}\.json")
 _LAST_SEQUENCE = 10**19  # beyond any clock's nanoseconds: no stray name may drive the sequence out of its 20 digits
+_LAST_ROUND = 10**10 - 1
 
 
 class Folder:
@@ -45,11 +50,10 @@ class Folder:
         self.running = root / "running"
         self.workers = root / "workers"
         self._root = root
+        self._paused = root / "paused"
         self._complaints: set[str] = set()
         _make_folders(root)
-        self.waiting = Waiting(
-            self.queued, after=max((_sequence_of(path.name) for path, _ in self.claimed()), default=0)
-        )
+        self.waiting = Waiting(self.queued, running=lambda: [path.name for path, _ in self.claimed()])
 
     def write(self, path: Path, record: bytes) -> None:
         """Write a record whole and durably."""
@@ -67,8 +71,8 @@ class Folder:
         """Records in the folders of workers, with the ids in their names."""
         for worker in entries(self.running):
             for path in entries(worker):
-                if match := _NAME.fullmatch(path.name):
-                    yield path, match["id"]
+                if _NAME.fullmatch(path.name):
+                    yield path, id_of(path.name)
 
     def ended(self, state: State) -> list[str]:
         """Ids of the jobs that ended so, in no order."""
@@ -122,6 +126,25 @@ class Folder:
             if path.stem not in running:
                 self.forget_progress(path.stem)
 
+    def pause(self, reason: str) -> None:
+        """Leave the word that nothing shall be claimed."""
+        self.write(self._paused, f"{reason}\n".encode())
+
+    def resume(self) -> None:
+        """Take that word back."""
+        self._paused.unlink(missing_ok=True)
+        disk.fsync_dir(self._root)
+
+    def paused(self) -> str | None:
+        """Why nothing shall be claimed. Whatever is named so pauses, were it made by hand and empty."""
+        if not os.path.lexists(self._paused):
+            return None
+        try:
+            reason = disk.read_regular(self._paused, MAX_REASON).decode(errors="replace").strip()
+        except (OSError, disk.Unusable):
+            reason = ""
+        return reason or PAUSED_BY_OPERATOR
+
     def set_aside(self, path: Path, reason: Exception) -> None:
         """Move what is no record out of the way, and say why."""
         target = self._root / State.ERROR / f"{path.name}.unreadable"
@@ -149,17 +172,22 @@ class Folder:
 class Waiting:
     """The names in ``queued/``, in order, and the records read so far: a cache of the folder, which is the truth.
 
-    New names sort behind those of their priority and behind ``after``, whatever the clock does.
+    Sequences grow, whatever the clock does, also over those of the ``running`` names. A new job's round is the lowest
+    one that waits, or the one after its caller's last: so a caller with one job waits for one of each other caller, and
+    not for all that a busy one brought before (start-time fair queueing; Goyal, Vin, Cheng 1996).
     """
 
-    def __init__(self, folder: Path, *, after: int = 0) -> None:
+    def __init__(self, folder: Path, *, running: Callable[[], Iterable[str]]) -> None:
         self._folder = folder
+        self._running = running
         self._mutex = threading.Lock()
         self._names: list[str] = []
+        self._of_caller: dict[tuple[str, str], list[str]] = {}
         self._by_id: dict[str, str] = {}
+        self._coming: set[str] = set()
         self._read: dict[str, tuple[tuple[int, int, int], Job]] = {}
         self._foreign: set[str] = set()
-        self._last = after
+        self._last = max(map(_sequence_of, running()), default=0)
         self._synced = float("-inf")
 
     def sync(self, *, now: bool = False) -> None:
@@ -170,21 +198,40 @@ class Waiting:
             listed = set(os.listdir(self._folder))
             known = set(self._names)
             self._foreign &= listed
-            for name in known - listed:
+            for name in known - listed - self._coming:
                 self._drop(name)
             for name in listed - known - self._foreign:
                 self._take_up(name)
             self._synced = time.monotonic()
 
-    def name_for(self, job: Job) -> str:
-        """A new name."""
+    @contextlib.contextmanager
+    def place_for(self, job: Job, *, at_most: int) -> Iterator[str]:
+        """The name of a new job, which counts from now on and is written within. ``at_most`` 0 is no limit.
+
+        Raises QueueFull.
+        """
         self.sync()
+        rank, caller = f"{9 - job.priority:02d}", hashlib.sha256(job.caller.encode(errors="replace")).hexdigest()[:8]
         with self._mutex:
+            self._check(at_most)
             self._last = max(self._last + 1, time.time_ns())
-            return f"{9 - job.priority:02d}-{self._last:020d}-{job.id}.json"
+            name = f"{rank}-{self._new_round(rank, caller):010d}-{self._last:020d}-{caller}-{job.id}.json"
+            self._coming.add(name)
+            self._take_up(name)
+        try:
+            yield name
+        finally:
+            self._coming.discard(name)
+            if not os.path.lexists(self._folder / name):
+                self.discard(name)
+
+    def check(self, *, at_most: int) -> None:
+        """Raise QueueFull if there is no place for a new job."""
+        self.sync()
+        self._check(at_most)
 
     def add(self, name: str) -> None:
-        """Take up a name just written, unless it is gone already."""
+        """Take up a name that came back to the folder, unless it is gone already."""
         with self._mutex:
             if name not in self._at(name) and os.path.lexists(self._folder / name):
                 self._take_up(name)
@@ -192,7 +239,7 @@ class Waiting:
     def discard(self, name: str) -> None:
         """Drop a name that is gone from the folder."""
         with self._mutex:
-            if name in self._at(name):
+            if name in self._at(name) and name not in self._coming:
                 self._drop(name)
 
     def names(self) -> list[str]:
@@ -228,6 +275,20 @@ class Waiting:
                 self._read[name] = (version, job)
         return job
 
+    def _check(self, at_most: int) -> None:
+        if at_most and len(self._names) >= at_most:
+            raise QueueFull(f"{len(self._names)} jobs wait already; at most {at_most} may")
+
+    def _new_round(self, rank: str, caller: str) -> int:
+        mine = self._of_caller.get((rank, caller))
+        after_mine = _round_of(mine[-1]) + 1 if mine else 0
+        first = bisect.bisect_left(self._names, rank)
+        if self._names[first : first + 1] and self._names[first].startswith(rank):
+            lowest = _round_of(self._names[first])
+        else:
+            lowest = max((_round_of(name) + 1 for name in self._running() if name.startswith(rank)), default=0)
+        return min(max(lowest, after_mine), _LAST_ROUND)
+
     def _at(self, name: str) -> list[str]:
         place = bisect.bisect_left(self._names, name)
         return self._names[place : place + 1]
@@ -237,11 +298,16 @@ class Waiting:
             self._foreign.add(name)
             return
         bisect.insort(self._names, name)
+        bisect.insort(self._of_caller.setdefault(_caller_of(name), []), name)
         self._by_id[id_of(name)] = name
         self._last = max(self._last, _sequence_of(name))
 
     def _drop(self, name: str) -> None:
         del self._names[bisect.bisect_left(self._names, name)]
+        mine = self._of_caller[_caller_of(name)]
+        del mine[bisect.bisect_left(mine, name)]
+        if not mine:
+            del self._of_caller[_caller_of(name)]
         self._read.pop(name, None)
         if self._by_id.get(id_of(name)) == name:
             del self._by_id[id_of(name)]
@@ -300,11 +366,11 @@ def is_id(text: str) -> bool:
 
 def id_of(name: str) -> str:
     """The id in the name of a waiting or claimed record, or of the note beside it."""
-    return name.split("-", 2)[2].partition(".")[0]
+    return name.split("-", 4)[4].partition(".")[0]
 
 
 def note_of(record: Path) -> Path:
-    """Where a caller leaves the note that a running job shall stop."""
+    """Where a caller leaves the note that a running job shall stop. It says ``partial`` or nothing."""
     return record.with_suffix(".cancel")
 
 
@@ -327,5 +393,14 @@ def _make_folders(root: Path) -> None:
 
 
 def _sequence_of(name: str) -> int:
-    sequence = int(name.split("-", 2)[1])
+    sequence = int(name.split("-", 3)[2])
     return sequence if sequence < _LAST_SEQUENCE else 0
+
+
+def _round_of(name: str) -> int:
+    return int(name.split("-", 2)[1])
+
+
+def _caller_of(name: str) -> tuple[str, str]:
+    rank, _, _, caller, _ = name.split("-", 4)
+    return rank, caller

@@ -22,6 +22,8 @@ from diffusion_api.schema.report import WorkerReport
 
 log = logging.getLogger(__name__)
 
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
 
 class Worker:
     """What one ``serve`` owns: a locked file that says it lives, and the folder of its claims. Raises OSError."""
@@ -126,13 +128,11 @@ class Recovery:
             return job
         if cancelled:
             return job.cancelled()
-        if job.attempts >= self._max_attempts:
-            return job.failed("WorkerDied", f"the service stopped {job.attempts} times while running this job")
-        return job.requeued()
+        return job.orphaned(max_attempts=self._max_attempts, boot=boot_id())
 
     def _honour(self, note: Path) -> None:
         """A note without its record was left while the job moved on: cancel the job where it is now."""
-        if note.name.count("-") >= 2:
+        if note.name.count("-") >= 4:
             self._cancel(id_of(note.name))
         note.unlink(missing_ok=True)
 
@@ -145,6 +145,14 @@ class Recovery:
                 path.unlink()
             finally:
                 os.close(fd)
+
+
+def boot_id() -> str:
+    """Which boot of the machine this is; empty where the system does not tell."""
+    try:
+        return _BOOT.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _new_lock(workers: Path) -> tuple[Path, int]:

@@ -17,6 +17,7 @@ import uvicorn
 
 from diffusion_api.app import App, create_app
 from diffusion_api.catalog.library import Library
+from diffusion_api.dialects import native
 from diffusion_api.engine.base import Engine
 from diffusion_api.engine.executor import Executor
 from diffusion_api.errors import Misconfigured
@@ -31,6 +32,8 @@ from diffusion_api.worker import Worker
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    from diffusion_api.webhooks import Webhooks
 
 log = logging.getLogger(__name__)
 
@@ -57,20 +60,46 @@ def build_queue(settings: Settings) -> Queue:
     return FileQueue(settings.queue_dir, max_attempts=settings.max_attempts)
 
 
+def build_webhooks(settings: Settings, queue: Queue) -> Webhooks | None:
+    """What tells of the ends of jobs, None when the operator allows no hosts. Raises Misconfigured."""
+    if not settings.webhook_hosts.strip():
+        return None
+    from diffusion_api.fetch import Fetcher, origins  # httpx: a tenth of a second until the service answers
+    from diffusion_api.webhooks import Webhooks
+
+    secret = settings.webhook_secret.get_secret_value()
+    if not secret:
+        raise Misconfigured(
+            "webhook_hosts is set and webhook_secret is not: set DIFFUSION_API_WEBHOOK_SECRET to a long random text, "
+            "such as what `openssl rand -hex 32` prints"
+        )
+    fetcher = Fetcher(origins(settings.webhook_hosts))
+    return Webhooks(settings.queue_dir / "hooks", queue, fetcher, secret=secret, describe=native.ended)
+
+
 def build_app(settings: Settings, *, worker: bool = True) -> App:
     """The whole service as one ASGI app; its worker starts and stops with the app."""
     settings.create_folders()
     library, queue, outputs = build_library(settings), build_queue(settings), Outputs(settings.outputs_dir)
-    if not worker:
-        return create_app(Service(settings, library, queue, outputs, None), settings, shutdown=queue.close)
-    engine = None if settings.isolated else build_engine(settings, library)
-    hand = Worker(queue, engine, outputs) if engine else build_supervisor(settings)
+    webhooks = build_webhooks(settings, queue)
+    engine = build_engine(settings, library) if worker and not settings.isolated else None
+    hand = Worker(queue, engine, outputs) if engine else build_supervisor(settings) if worker else None
+
+    def start() -> None:
+        if webhooks:
+            webhooks.start()
+        if hand:
+            hand.start()
 
     def stop() -> None:
-        hand.stop(settings.grace)
+        if hand:
+            hand.stop(settings.grace)
+        if webhooks:
+            webhooks.stop()
         queue.close()
 
-    return create_app(Service(settings, library, queue, outputs, engine), settings, startup=hand.start, shutdown=stop)
+    service = Service(settings, library, queue, outputs, engine, webhooks)
+    return create_app(service, settings, startup=start, shutdown=stop)
 
 
 def build_supervisor(settings: Settings) -> Supervisor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusion_api.errors import InvalidRequest, NotFound, TooLarge
 from diffusion_api.schema.job import Image, Job, State
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from diffusion_api.queues.base import Queue, Snapshot
     from diffusion_api.schema.report import DeviceReport, WorkerReport
     from diffusion_api.settings import Settings
+    from diffusion_api.webhooks import Webhooks
 
 GIB = 2**30
 
@@ -48,9 +50,16 @@ class Service:
     """Submits, looks up and cancels jobs; knows what is installed."""
 
     def __init__(
-        self, settings: Settings, library: Library, queue: Queue, outputs: Outputs, engine: Engine | None
+        self,
+        settings: Settings,
+        library: Library,
+        queue: Queue,
+        outputs: Outputs,
+        engine: Engine | None,
+        webhooks: Webhooks | None = None,
     ) -> None:
         self.settings = settings
+        self._webhooks = webhooks
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
         self._waiters = Waiters(queue)
 
@@ -62,7 +71,8 @@ class Service:
 
         self._check(job.request)
         stored = job.model_copy(update={"payload": sanitized(job.payload), "deadline": self._deadline(job)})
-        self._queue.enqueue(stored)
+        with self._promised(stored):
+            self._queue.enqueue(stored)
         return stored
 
     def get(self, job_id: str) -> Snapshot:
@@ -90,6 +100,10 @@ class Service:
     def image(self, image: Image) -> bytes | None:
         """The file of a finished picture, None when it was deleted."""
         return self._outputs.read(image)
+
+    def webhook(self, job: Job) -> dict[str, Any] | None:
+        """Where the end of this job is told and how that went, None for a job that asked for nothing of the kind."""
+        return self._webhooks.report(job) if self._webhooks and job.webhook else None
 
     def models(self) -> list[Model]:
         """Installed models."""
@@ -144,6 +158,17 @@ class Service:
                 f"deadline is {job.deadline:g}; at most {longest:g} seconds are allowed", field="deadline"
             )
         return job.deadline or longest or None
+
+    def _promised(self, job: Job) -> AbstractContextManager[None]:
+        """The context in which a job is stored, so that its webhook is promised exactly if it is. Raises InvalidRequest."""
+        if job.webhook is None:
+            return nullcontext()
+        if self._webhooks is None:
+            raise InvalidRequest(
+                "webhook is refused: the operator of this service allows no hosts (setting webhook_hosts)",
+                field="webhook",
+            )
+        return self._webhooks.promised(job)
 
     def _check(self, request: Request) -> None:
         """The operator's limits, before anything is written."""

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from diffusion_api.errors import Misconfigured
@@ -44,6 +44,11 @@ class Settings(BaseSettings):
     max_seconds: float = Field(default=0, ge=0, description="seconds that one job may run; 0 is no limit")
     max_prompt: int = Field(default=20_000, ge=1, description="characters of a prompt")
     max_body: int = Field(default=64 * 2**20, ge=1024, description="bytes of a request body")
+
+    webhook_hosts: str = Field(
+        default="", description="hosts that webhooks may go to, separated by commas; empty: none"
+    )
+    webhook_secret: SecretStr = Field(default=SecretStr(""), description="what webhooks are signed with")
 
     @property
     def models_dir(self) -> Path:

@@ -17,6 +17,7 @@ import uvicorn
 from diffusion_api import connections, door, logs
 from diffusion_api.app import App, create_app
 from diffusion_api.catalog.library import Library
+from diffusion_api.dialects import native
 from diffusion_api.engine.base import Engine
 from diffusion_api.engine.executor import Executor
 from diffusion_api.errors import Misconfigured
@@ -32,6 +33,8 @@ from diffusion_api.worker import Worker
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    from diffusion_api.webhooks import Webhooks
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,23 @@ def build_queue(settings: Settings) -> Queue:
     return FileQueue(settings.queue_dir, max_attempts=settings.max_attempts)
 
 
+def build_webhooks(settings: Settings, queue: Queue) -> Webhooks | None:
+    """What tells of the ends of jobs, None when the operator allows no hosts. Raises Misconfigured."""
+    if not settings.webhook_hosts.strip():
+        return None
+    from diffusion_api.fetch import Fetcher, origins  # httpx: a tenth of a second until the service answers
+    from diffusion_api.webhooks import Webhooks
+
+    secret = settings.webhook_secret.get_secret_value()
+    if not secret:
+        raise Misconfigured(
+            "webhook_hosts is set and webhook_secret is not: set DIFFUSION_API_WEBHOOK_SECRET to a long random text, "
+            "such as what `openssl rand -hex 32` prints"
+        )
+    fetcher = Fetcher(origins(settings.webhook_hosts))
+    return Webhooks(settings.queue_dir / "hooks", queue, fetcher, secret=secret, describe=native.ended)
+
+
 def build_app(settings: Settings, *, worker: bool = True) -> App:
     """The whole service as one ASGI app; its worker starts and stops with the app."""
     return build(settings, worker=worker).app
@@ -81,8 +101,9 @@ def build(settings: Settings, *, worker: bool) -> Serving:
     settings.create_folders()
     library, queue, outputs = build_library(settings), build_queue(settings), Outputs(settings.outputs_dir)
     pace = build_pace(settings)
+    webhooks = build_webhooks(settings, queue)
     engine = build_engine(settings, library) if worker and not settings.isolated else None
-    service = Service(settings, library, queue, outputs, engine, pace=pace)
+    service = Service(settings, library, queue, outputs, engine, pace=pace, webhooks=webhooks)
     hand: Worker | Supervisor | None = None
     if engine:
         hand = Worker(queue, engine, outputs, pace=pace)
@@ -90,6 +111,8 @@ def build(settings: Settings, *, worker: bool) -> Serving:
         hand = build_supervisor(settings)
 
     def start() -> None:
+        if webhooks:
+            webhooks.start()
         if hand:
             hand.start()
 
@@ -101,6 +124,8 @@ def build(settings: Settings, *, worker: bool) -> Serving:
 
     def stop() -> None:
         drain()
+        if webhooks:
+            webhooks.stop()
         queue.close()
 
     return Serving(create_app(service, settings, startup=start, shutdown=stop), drain)

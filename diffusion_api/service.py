@@ -9,9 +9,10 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusion_api import logs
 from diffusion_api.errors import DiffusionApiError, InvalidRequest, NotFound, QueueUnusable, ShuttingDown, TooLarge
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from diffusion_api.queues.base import Queue, Snapshot
     from diffusion_api.schema.report import DeviceReport, WorkerReport
     from diffusion_api.settings import Settings
+    from diffusion_api.webhooks import Webhooks
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +105,10 @@ class Service:
         engine: Engine | None,
         *,
         pace: Pace | None = None,
+        webhooks: Webhooks | None = None,
     ) -> None:
         self.settings = settings
+        self._webhooks = webhooks
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
         self._forecast = Forecast(queue, pace) if pace else None
         self._waiters = Waiters(queue)
@@ -122,7 +126,8 @@ class Service:
             raise ShuttingDown(SHUTTING_DOWN)
         self._check(job.request)
         stored = job.model_copy(update={"payload": sanitized(job.payload), "deadline": self._deadline(job)})
-        self._queue.enqueue(stored)
+        with self._promised(stored):
+            self._queue.enqueue(stored)
         self._log_queued(stored)
         return stored
 
@@ -155,6 +160,10 @@ class Service:
     def image(self, image: Image) -> bytes | None:
         """The file of a finished picture, None when it was deleted."""
         return self._outputs.read(image)
+
+    def webhook(self, job: Job) -> dict[str, Any] | None:
+        """Where the end of this job is told and how that went, None for a job that asked for nothing of the kind."""
+        return self._webhooks.report(job) if self._webhooks and job.webhook else None
 
     def models(self) -> list[Model]:
         """Installed models."""
@@ -253,6 +262,17 @@ class Service:
                 f"deadline is {job.deadline:g}; at most {longest:g} seconds are allowed", field="deadline"
             )
         return job.deadline or longest or None
+
+    def _promised(self, job: Job) -> AbstractContextManager[None]:
+        """The context in which a job is stored, so that its webhook is promised exactly if it is. Raises InvalidRequest."""
+        if job.webhook is None:
+            return nullcontext()
+        if self._webhooks is None:
+            raise InvalidRequest(
+                "webhook is refused: the operator of this service allows no hosts (setting webhook_hosts)",
+                field="webhook",
+            )
+        return self._webhooks.promised(job)
 
     def _check(self, request: Request) -> None:
         """The operator's limits, before anything is written."""

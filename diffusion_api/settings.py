@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from diffusion_api.errors import Misconfigured
@@ -69,6 +69,11 @@ class Settings(BaseSettings):
     max_work: float = Field(default=1000, gt=0, description="width x height x steps x n of one job, in megapixel-steps")
     max_prompt: int = Field(default=20_000, ge=1, description="characters of a prompt")
     max_body: int = Field(default=64 * 2**20, ge=1024, description="bytes of a request body")
+
+    webhook_hosts: str = Field(
+        default="", description="hosts that webhooks may go to, separated by commas; empty: none"
+    )
+    webhook_secret: SecretStr = Field(default=SecretStr(""), description="what webhooks are signed with")
 
     @property
     def models_dir(self) -> Path:

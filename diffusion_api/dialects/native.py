@@ -17,11 +17,11 @@ from diffusion_api import __version__
 from diffusion_api.catalog import samplers
 from diffusion_api.dialects._base import ErrorRoute, build, caller_of, hears, resolve_seed, round_size
 from diffusion_api.errors import InvalidRequest
-from diffusion_api.schema.job import Job, State
+from diffusion_api.queues.base import Snapshot
+from diffusion_api.schema.job import Job, Result, State
 from diffusion_api.schema.request import Output, Txt2Img
 
 if TYPE_CHECKING:
-    from diffusion_api.queues.base import Snapshot
     from diffusion_api.schema.report import WorkerReport
     from diffusion_api.service import Service
 
@@ -225,11 +225,12 @@ def mount(app: FastAPI, service: Service) -> None:
     )  # fmt: skip
     def txt2img(body: Annotated[Txt2ImgBody, Body()], http: Request) -> SubmittedBody:
         request, warnings = to_request(body, service)
+        payload = body.model_dump(exclude_unset=True, exclude={"webhook"})  # its query may hold a credential
         job = service.submit(
             build(
                 Job,
                 request=request,
-                payload=body.model_dump(exclude_unset=True),
+                payload=payload,
                 warnings=tuple(warnings),
                 caller=caller_of(http),
                 priority=_given(body.priority, 0),
@@ -246,7 +247,7 @@ def mount(app: FastAPI, service: Service) -> None:
     async def queue(job_id: str, http: Request, wait: Wait = 0) -> Response:
         if wait and not await hears(http, service.wait(job_id, wait)):
             return Response(status_code=NOBODY)
-        return await run_in_threadpool(lambda: JSONResponse(_status(service.get(job_id), service)))
+        return await run_in_threadpool(lambda: JSONResponse(_answer(service.get(job_id), service)))
 
     app.include_router(router)
 
@@ -296,7 +297,17 @@ def _unknown(name: str) -> str:
     return f"unknown field {name!r} was ignored" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def _status(snapshot: Snapshot, service: Service) -> dict[str, Any]:
+def ended(job: Job) -> dict[str, Any]:
+    """What a webhook is told of a job's end: its status, without the pictures."""
+    return _status(Snapshot(job))
+
+
+def _answer(snapshot: Snapshot, service: Service) -> dict[str, Any]:
+    webhook = service.webhook(snapshot.job)
+    return _status(snapshot) | _pictures(snapshot.job, service) | ({"webhook": webhook} if webhook else {})
+
+
+def _status(snapshot: Snapshot) -> dict[str, Any]:
     job, progress = snapshot.job, snapshot.progress
     state = State.ERROR if snapshot.state is State.CANCELLED else snapshot.state
     done = job.state is State.DONE
@@ -316,19 +327,15 @@ def _status(snapshot: Snapshot, service: Service) -> dict[str, Any]:
     if job.warnings:
         answer["warnings"] = list(job.warnings)
     if done and job.result:
-        answer |= _finished(snapshot, service)
+        answer |= _result(job, job.result)
     return answer
 
 
-def _finished(snapshot: Snapshot, service: Service) -> dict[str, Any]:
-    job, result = snapshot.job, snapshot.job.result
-    assert result is not None
+def _result(job: Job, result: Result) -> dict[str, Any]:
     image, output = result.images[0], job.request.output
-    encoded = [_base64(service.image(i)) for i in result.images]
-    several = {"images": encoded, "output_paths": [i.path for i in result.images]} if len(encoded) > 1 else {}
+    several = {"output_paths": [i.path for i in result.images]} if len(result.images) > 1 else {}
     return several | {
         "payload": job.payload,
-        "image": encoded[0],
         "output_path": image.path,
         "width": image.width,
         "height": image.height,
@@ -339,6 +346,13 @@ def _finished(snapshot: Snapshot, service: Service) -> dict[str, Any]:
         "memory_after_mb": round(result.memory_after_mb, 2),
         "seed": image.seed,
     }
+
+
+def _pictures(job: Job, service: Service) -> dict[str, Any]:
+    if not job.result:
+        return {}
+    encoded = [_base64(service.image(image)) for image in job.result.images]
+    return {"image": encoded[0]} | ({"images": encoded} if len(encoded) > 1 else {})
 
 
 def _base64(data: bytes | None) -> str | None:

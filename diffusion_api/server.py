@@ -24,9 +24,11 @@ from diffusion_api.outputs import Outputs
 from diffusion_api.queues.base import Queue
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.restart import Handover
+from diffusion_api.retention import Limits
 from diffusion_api.service import Service
 from diffusion_api.settings import DATA, Settings
 from diffusion_api.supervisor import Supervisor, die_with_supervisor
+from diffusion_api.sweeper import Sweeper
 from diffusion_api.worker import Worker
 
 if TYPE_CHECKING:
@@ -57,20 +59,40 @@ def build_queue(settings: Settings) -> Queue:
     return FileQueue(settings.queue_dir, max_attempts=settings.max_attempts)
 
 
+def build_sweeper(settings: Settings, queue: Queue, outputs: Outputs) -> Sweeper:
+    """What lets go of old results, and of old pictures if the operator wants that."""
+    return Sweeper(
+        queue,
+        outputs,
+        results=Limits(seconds=settings.keep_results_hours * 3600 or None, count=settings.keep_results or None),
+        pictures=Limits(
+            seconds=settings.keep_outputs_days * 24 * 3600 or None,
+            count=settings.keep_outputs or None,
+            size=int(settings.keep_outputs_mb * 2**20) or None,
+        ),
+    )
+
+
 def build_app(settings: Settings, *, worker: bool = True) -> App:
     """The whole service as one ASGI app; its worker starts and stops with the app."""
     settings.create_folders()
     library, queue, outputs = build_library(settings), build_queue(settings), Outputs(settings.outputs_dir)
+    sweeper = build_sweeper(settings, queue, outputs)
     if not worker:
-        return create_app(Service(settings, library, queue, outputs, None), settings, shutdown=queue.close)
+        service = Service(settings, library, queue, outputs, None)
+        return create_app(service, settings, startup=sweeper.start, shutdown=queue.close)
     engine = None if settings.isolated else build_engine(settings, library)
     hand = Worker(queue, engine, outputs) if engine else build_supervisor(settings)
+
+    def start() -> None:
+        hand.start()
+        sweeper.start()
 
     def stop() -> None:
         hand.stop(settings.grace)
         queue.close()
 
-    return create_app(Service(settings, library, queue, outputs, engine), settings, startup=hand.start, shutdown=stop)
+    return create_app(Service(settings, library, queue, outputs, engine), settings, startup=start, shutdown=stop)
 
 
 def build_supervisor(settings: Settings) -> Supervisor:

@@ -24,7 +24,7 @@ LAYERS = (
     ("dialects",),
     ("access", "users"),
     ("service",),
-    ("worker", "waiters"),
+    ("worker", "waiters", "sweeper"),
     ("presence", "pace", "restart"),
     ("webhooks", "fetch"),
     ("queues",),
@@ -37,7 +37,7 @@ LAYERS = (
     ("metrics",),
     ("settings",),
     ("schema",),
-    ("disk",),
+    ("disk", "retention"),
     ("errors",),
     ("",),  # the package itself: its version
 )

@@ -95,7 +95,10 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def lock(path: Path) -> int | None:
-    """A descriptor that holds the lock of this file, made if need be; None while another does. Closing it unlocks."""
+    """A descriptor that holds the lock of this file, made if need be; None while another does. Closing it unlocks.
+
+    It may be read, and rewritten with :func:`rewrite`.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     return fd if _taken(fd) else None
 
@@ -113,6 +116,19 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def rewrite(fd: int, data: bytes) -> None:
+    """Put ``data`` in the place of what an open file holds, durably. A crash may leave it torn: its reader must tell."""
+    os.ftruncate(fd, 0)
+    os.lseek(fd, 0, os.SEEK_SET)
+    _write_all(fd, data)
+    os.fsync(fd)
+
+
+def empty(path: Path) -> None:
+    """Take away what a file holds. No link is followed."""
+    os.close(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
 
 
 def remove_abandoned(tmp: Path) -> None:

@@ -11,6 +11,7 @@
     │   ├── Gone                    there was one, and its time is over
     │   ├── Conflict                the job is in no state for that
     │   ├── TooLarge                body, picture or job beyond the operator's limits
+    │   ├── KeyReused               an Idempotency-Key stands for another request
     │   ├── OutOfMemory             the job needs more memory than there is
     │   └── NotFinite               the model's numbers overflowed: there is no picture
     ├── OperatorError           the person who runs the box must act
@@ -77,6 +78,10 @@ class Gone(CallerError):
 
 class Conflict(CallerError):
     """The job is in no state for that."""
+
+
+class KeyReused(CallerError):
+    """An Idempotency-Key was sent again, with another request than the first time."""
 
 
 class TooLarge(CallerError):

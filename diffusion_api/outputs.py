@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from diffusion_api import __version__
@@ -13,10 +15,15 @@ from diffusion_api.catalog import samplers
 from diffusion_api.disk import probe, remove_abandoned, write_whole
 from diffusion_api.engine.base import Finished
 from diffusion_api.errors import DiskFull
+from diffusion_api.retention import Limits, due, entries
 from diffusion_api.schema.job import Image, Job
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SUFFIX = {"png": "png", "jpeg": "jpg"}
+OURS = re.compile(rf"(?P<job>[0-9a-f]{{8}}(-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}})(-\d+)?\.({'|'.join(SUFFIX.values())})")
+"""Names that the service gives; what else lies in the folder is somebody's own."""
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -53,6 +60,20 @@ class Outputs:
             return (self.folder / Path(image.path).name).read_bytes()
         except FileNotFoundError:
             return None
+
+    def sweep(self, pictures: Limits, *, now: float, in_use: Callable[[], set[str]]) -> None:
+        """Delete pictures beyond the limits, oldest first, but none of the jobs that ``in_use`` names. Raises OSError.
+
+        It is asked after the folder was listed: a job that has ended by then writes no more over what was found.
+        """
+        ours = {entry: found["job"] for entry in entries(self.folder) if (found := OURS.fullmatch(entry.name))}
+        beyond = due(ours, pictures, now=now, what="pictures")
+        spared = in_use() if beyond else set()
+        beyond = [entry for entry in beyond if ours[entry] not in spared]
+        for entry in beyond:
+            (self.folder / entry.name).unlink(missing_ok=True)
+        if beyond:
+            log.info("deleted %d pictures that are no longer kept (%d bytes)", len(beyond), sum(e.size for e in beyond))
 
     def _save_one(self, job: Job, finished: Finished, number: int) -> Image:
         from diffusion_api import images, infotext  # NumPy and Pillow: a third of the time until the service answers

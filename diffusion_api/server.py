@@ -26,9 +26,11 @@ from diffusion_api.pace import Pace
 from diffusion_api.queues.base import Queue
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.restart import Handover
+from diffusion_api.retention import Limits
 from diffusion_api.service import Service
 from diffusion_api.settings import DATA, Settings
 from diffusion_api.supervisor import Supervisor, die_with_supervisor
+from diffusion_api.sweeper import Sweeper
 from diffusion_api.worker import Worker
 
 if TYPE_CHECKING:
@@ -83,6 +85,20 @@ def build_webhooks(settings: Settings, queue: Queue) -> Webhooks | None:
     return Webhooks(settings.queue_dir / "hooks", queue, fetcher, secret=secret, describe=native.ended)
 
 
+def build_sweeper(settings: Settings, queue: Queue, outputs: Outputs) -> Sweeper:
+    """What lets go of old results, and of old pictures if the operator wants that."""
+    return Sweeper(
+        queue,
+        outputs,
+        results=Limits(seconds=settings.keep_results_hours * 3600 or None, count=settings.keep_results or None),
+        pictures=Limits(
+            seconds=settings.keep_outputs_days * 24 * 3600 or None,
+            count=settings.keep_outputs or None,
+            size=int(settings.keep_outputs_mb * 2**20) or None,
+        ),
+    )
+
+
 def build_app(settings: Settings, *, worker: bool = True) -> App:
     """The whole service as one ASGI app; its worker starts and stops with the app."""
     return build(settings, worker=worker).app
@@ -102,6 +118,7 @@ def build(settings: Settings, *, worker: bool) -> Serving:
     library, queue, outputs = build_library(settings), build_queue(settings), Outputs(settings.outputs_dir)
     pace = build_pace(settings)
     webhooks = build_webhooks(settings, queue)
+    sweeper = build_sweeper(settings, queue, outputs)
     engine = build_engine(settings, library) if worker and not settings.isolated else None
     service = Service(settings, library, queue, outputs, engine, pace=pace, webhooks=webhooks)
     hand: Worker | Supervisor | None = None
@@ -115,6 +132,7 @@ def build(settings: Settings, *, worker: bool) -> Serving:
             webhooks.start()
         if hand:
             hand.start()
+        sweeper.start()
 
     def drain() -> None:
         service.drain()

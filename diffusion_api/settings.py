@@ -62,6 +62,13 @@ class Settings(BaseSettings):
         default=300, gt=0, description="seconds without a word of a running job after which it counts as stuck"
     )
 
+    keep_results_hours: float = Field(default=168, ge=0, description="hours that results are kept; 0 is for ever")
+    keep_results: int = Field(default=10_000, ge=0, description="results that are kept; 0 is all")
+    delete_after_read: bool = Field(default=False, description="a result can be fetched once")
+    keep_outputs_days: float = Field(default=0, ge=0, description="days that pictures are kept; 0 is for ever")
+    keep_outputs: int = Field(default=0, ge=0, description="pictures that are kept; 0 is all")
+    keep_outputs_mb: float = Field(default=0, ge=0, description="MiB of pictures that are kept; 0 is all")
+
     max_steps: int = Field(default=150, ge=1, description="steps of one job")
     max_pixels: int = Field(default=2048 * 2048, ge=64, description="width x height of one picture")
     max_batch: int = Field(default=16, ge=1, description="pictures of one job")

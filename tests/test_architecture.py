@@ -25,7 +25,7 @@ LAYERS = (
     ("dialects",),
     ("access", "users"),
     ("service",),
-    ("worker", "waiters"),
+    ("worker", "waiters", "sweeper"),
     ("presence", "pace", "restart"),
     ("webhooks", "fetch"),
     ("queues",),
@@ -39,7 +39,7 @@ LAYERS = (
     ("metrics", "logs"),
     ("settings",),
     ("schema",),
-    ("disk",),
+    ("disk", "retention"),
     ("errors",),
     ("",),  # the package itself: its version
 )

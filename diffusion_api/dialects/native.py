@@ -303,8 +303,13 @@ def ended(job: Job) -> dict[str, Any]:
 
 
 def _answer(snapshot: Snapshot, service: Service) -> dict[str, Any]:
-    webhook = service.webhook(snapshot.job)
-    return _status(snapshot) | _pictures(snapshot.job, service) | ({"webhook": webhook} if webhook else {})
+    answer = _status(snapshot) | _pictures(snapshot.job, service)
+    if not snapshot.state.terminal:
+        left = service.seconds_left(snapshot)
+        answer["eta_seconds"] = None if left is None else round(left, 1)
+    if webhook := service.webhook(snapshot.job):
+        answer["webhook"] = webhook
+    return answer
 
 
 def _status(snapshot: Snapshot) -> dict[str, Any]:
@@ -321,9 +326,6 @@ def _status(snapshot: Snapshot) -> dict[str, Any]:
     }
     if snapshot.position is not None:
         answer["position"] = snapshot.position
-    if not snapshot.state.terminal:
-        left = service.seconds_left(snapshot)
-        answer["eta_seconds"] = None if left is None else round(left, 1)
     if job.warnings:
         answer["warnings"] = list(job.warnings)
     if done and job.result:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Self
 
+from diffusion_api.errors import Gone, KeyReused
+from diffusion_api.retention import Limits
 from diffusion_api.schema.job import Job, Progress, State
 from diffusion_api.schema.report import WorkerReport
+from diffusion_api.schema.request import Frozen
+
+DAY = 24 * 60 * 60.0
+
+KEYS = Limits(seconds=DAY)
+"""How long a key stands for a job."""
+
+TOMBSTONES = Limits(seconds=30 * DAY, count=100_000)
+"""How long it is known that there was a job whose result is no longer kept."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,51 @@ class Snapshot:
     def state(self) -> State:
         """The record's state, refined by the progress of a running job."""
         return self.progress.state if self.progress else self.job.state
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a caller names a submission with, so that sending it again makes no second job."""
+
+    text: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, text: str, body: dict[str, Any]) -> Self:
+        """The key of a body as it was sent; the order of its fields does not matter."""
+        return cls(text, hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())
+
+
+class Submission(Frozen):
+    """What is remembered of a job that came with a key; the seed, since the body may have left it to the service."""
+
+    version: int = 1
+    job_id: str
+    seed: int
+    fingerprint: str
+    created: float
+
+    @classmethod
+    def of(cls, job: Job, key: Key) -> Self:
+        """That of a job which comes with this key now."""
+        return cls(job_id=job.id, seed=job.request.seed, fingerprint=key.fingerprint, created=time.time())
+
+    @property
+    def stands(self) -> bool:
+        """True while the key still stands for the job."""
+        return KEYS.seconds is None or time.time() - self.created < KEYS.seconds
+
+    def repeated(self, job: Job, key: Key) -> Job:
+        """The earlier job, made from the one that is sent now with the same key. Raises KeyReused if it is another."""
+        if key.fingerprint != self.fingerprint:
+            raise KeyReused(f"Idempotency-Key {key.text!r} was sent before with another body; take a new one for this")
+        request = job.request.model_copy(update={"seed": self.seed})
+        return job.model_copy(update={"id": self.job_id, "request": request})
+
+
+def gone(job_id: str) -> Gone:
+    """What is raised for a job whose result was kept for as long as the operator wants."""
+    return Gone(f"Job {job_id} has ended, and its result is no longer kept")
 
 
 class Control(ABC):
@@ -69,8 +129,12 @@ class Queue(ABC):
     # client half
 
     @abstractmethod
-    def enqueue(self, job: Job) -> None:
-        """Store the job durably; when this returns, it will not be lost. Raises QueueFull, DiskFull, QueueUnusable."""
+    def enqueue(self, job: Job, *, key: Key | None = None) -> Job:
+        """Store the job durably; when this returns, it will not be lost. The job that is stored now.
+
+        That is the earlier one, with its own id, if its caller sent the same ``key`` within a day. Raises KeyReused,
+        QueueFull, DiskFull, QueueUnusable.
+        """
 
     @abstractmethod
     def check(self) -> None:
@@ -78,14 +142,23 @@ class Queue(ABC):
 
     @abstractmethod
     def get(self, job_id: str) -> Snapshot | None:
-        """The job with that id, or None."""
+        """The job with that id, or None. Raises Gone for one whose result is no longer kept."""
 
     @abstractmethod
     def cancel(self, job_id: str, *, partial: bool = False) -> Snapshot | None:
         """Cancel: a waiting job ends at once, a running one is told so; a finished one stays. None if unknown.
 
         ``partial`` asks a running job for what there is so far. Of several calls the last one that it sees counts.
+        Raises Gone like :meth:`get`.
         """
+
+    @abstractmethod
+    def forget(self, job_id: str) -> bool:
+        """Drop the record of a job that has ended, as if there had been none; False if there is none, or another did."""
+
+    @abstractmethod
+    def sweep(self, results: Limits, *, now: float) -> None:
+        """Let go of ended jobs beyond these limits, and of keys and memories whose time is over at ``now``."""
 
     @abstractmethod
     def jobs(self, states: frozenset[State] | None = None, *, limit: int | None = None) -> list[Job]:

@@ -19,6 +19,8 @@ from pathlib import Path
 from diffusion_api import disk
 from diffusion_api.errors import DiskFull, QueueUnusable, TooLarge
 from diffusion_api.queues._file import reports
+from diffusion_api.queues._file.ended import Ended
+from diffusion_api.queues._file.keys import Keys
 from diffusion_api.queues._file.places import (
     MAX_RECORD,
     Folder,
@@ -30,7 +32,8 @@ from diffusion_api.queues._file.places import (
     storable,
 )
 from diffusion_api.queues._file.workers import Recovery, Worker, boot_id
-from diffusion_api.queues.base import PAUSED_BY_OPERATOR, Control, Handler, Queue, Snapshot
+from diffusion_api.queues.base import PAUSED_BY_OPERATOR, Control, Handler, Key, Queue, Snapshot
+from diffusion_api.retention import Limits
 from diffusion_api.schema.job import Job, Progress, State, UnreadableRecord, dumps
 from diffusion_api.schema.report import WorkerReport
 
@@ -70,6 +73,8 @@ class FileQueue(Queue):
         self._places = Folder(root)
         self._max_waiting = max_waiting
         self._recovery = Recovery(self._places, max_attempts=max_attempts, cancel=self._cancel)
+        self._ended = Ended(self._places)
+        self._keys = Keys(self._places)
         self._recover_every = recover_every
         self._claims: dict[str, _Claim] = {}
         self._worker: Worker | None = None
@@ -84,8 +89,22 @@ class FileQueue(Queue):
     # client half
 
     @_as_queue_errors()
-    def enqueue(self, job: Job) -> None:
-        """Store the job durably. Raises InvalidRequest or TooLarge for one that could not be read back."""
+    def enqueue(self, job: Job, *, key: Key | None = None) -> Job:
+        """Store the job durably, unless its key says that it is stored already. The job that is stored now.
+
+        Raises InvalidRequest or TooLarge for one that could not be read back, and KeyReused.
+        """
+        if key is None:
+            return self._store(job)
+        with self._keys.held(job, key) as held:
+            if held.id != job.id:
+                if found := self._look(held.id):
+                    return found[0].job
+                if self._ended.is_known(held.id):
+                    return held
+            return self._store(held)
+
+    def _store(self, job: Job) -> Job:
         record = storable(job)
         with self._places.waiting.place_for(job, at_most=self._max_waiting) as name:
             path = self._places.queued / name
@@ -95,6 +114,7 @@ class FileQueue(Queue):
                 path.unlink(missing_ok=True)
                 raise
         self._announce(arrival=True)
+        return job
 
     @_as_queue_errors()
     def check(self) -> None:
@@ -104,14 +124,33 @@ class FileQueue(Queue):
 
     @_as_queue_errors()
     def get(self, job_id: str) -> Snapshot | None:
-        """The job with that id, or None; also None for one whose record has become unreadable."""
+        """The job with that id, or None; also None for one whose record has become unreadable. Raises Gone."""
         found = self._look(job_id)
+        if found is None:
+            self._ended.check(job_id)
         return found[0] if found else None
 
     @_as_queue_errors()
     def cancel(self, job_id: str, *, partial: bool = False) -> Snapshot | None:
-        """Cancel: a waiting job ends at once, a running one is told so; a finished one stays. None if unknown."""
-        return self._cancel(job_id, partial=partial)
+        """Cancel: a waiting job ends at once, a running one is told so; a finished one stays. None if unknown.
+
+        Raises Gone.
+        """
+        snapshot = self._cancel(job_id, partial=partial)
+        if snapshot is None:
+            self._ended.check(job_id)
+        return snapshot
+
+    @_as_queue_errors()
+    def forget(self, job_id: str) -> bool:
+        """Drop the record of a job that has ended, durably; False if there is none, or another was faster."""
+        return self._ended.forget(job_id)
+
+    @_as_queue_errors()
+    def sweep(self, results: Limits, *, now: float) -> None:
+        """Let go of ended jobs beyond these limits, and of keys and tombstones whose time is over at ``now``."""
+        self._ended.sweep(results, now=now)
+        self._keys.sweep(now=now)
 
     @_as_queue_errors()
     def jobs(self, states: frozenset[State] | None = None, *, limit: int | None = None) -> list[Job]:

@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from diffusion_api.errors import QueueFull
-from diffusion_api.queues.base import PAUSED_BY_OPERATOR, Control, Handler, Queue, Snapshot
+from diffusion_api.queues.base import (
+    PAUSED_BY_OPERATOR,
+    TOMBSTONES,
+    Control,
+    Handler,
+    Key,
+    Queue,
+    Snapshot,
+    Submission,
+    gone,
+)
+from diffusion_api.retention import Entry, Limits, due
 from diffusion_api.schema.job import Job, Progress, State
 from diffusion_api.schema.report import WorkerReport
 
@@ -48,6 +59,8 @@ class MemoryQueue(Queue):
         self._max_waiting = max_waiting
         self._paused: str | None = None
         self._entries: dict[str, _Entry] = {}
+        self._keys: dict[tuple[str, str], Submission] = {}
+        self._gone: dict[str, float] = {}
         self._sequence = itertools.count()
         self._turn = threading.Lock()
         self._event = threading.Condition()
@@ -59,12 +72,23 @@ class MemoryQueue(Queue):
 
     # client half
 
-    def enqueue(self, job: Job) -> None:
-        """Store the job. Raises QueueFull."""
+    def enqueue(self, job: Job, *, key: Key | None = None) -> Job:
+        """Store the job, unless its key says that it is stored already. The job that is stored now.
+
+        Raises KeyReused, QueueFull.
+        """
         with self._event:
+            known = self._keys.get((job.caller, key.text)) if key else None
+            if key and known and known.stands:
+                job = known.repeated(job, key)
+                entry = self._entries.get(job.id)
+                return entry.job if entry else job
             self.check()
+            if key:
+                self._keys[job.caller, key.text] = Submission.of(job, key)
             self._entries[job.id] = _Entry(job, _Order(-job.priority, self._round_of(job), next(self._sequence)))
             self._announce()
+            return job
 
     def check(self) -> None:
         """Raise QueueFull if a job could not be stored now."""
@@ -74,10 +98,12 @@ class MemoryQueue(Queue):
             raise QueueFull(f"{waiting} jobs wait already; at most {self._max_waiting} may")
 
     def get(self, job_id: str) -> Snapshot | None:
-        """The job with that id, or None."""
+        """The job with that id, or None. Raises Gone."""
         with self._event:
             entry = self._entries.get(job_id)
             if entry is None:
+                if job_id in self._gone:
+                    raise gone(job_id)
                 return None
             if entry.claim:
                 return Snapshot(entry.job, progress=entry.claim.latest)
@@ -87,7 +113,10 @@ class MemoryQueue(Queue):
             return Snapshot(entry.job, position=before)
 
     def cancel(self, job_id: str, *, partial: bool = False) -> Snapshot | None:
-        """Cancel: a waiting job ends at once, a running one is told so; a finished one stays. None if unknown."""
+        """Cancel: a waiting job ends at once, a running one is told so; a finished one stays. None if unknown.
+
+        Raises Gone.
+        """
         with self._event:
             entry = self._entries.get(job_id)
             if entry and entry.claim:
@@ -96,6 +125,26 @@ class MemoryQueue(Queue):
                 entry.job = entry.job.cancelled()
             self._announce()
             return self.get(job_id)
+
+    def forget(self, job_id: str) -> bool:
+        """Drop a job that has ended; False if there is none."""
+        with self._event:
+            entry = self._entries.get(job_id)
+            ended = entry is not None and entry.job.state.terminal
+            if ended:
+                del self._entries[job_id]
+            return ended
+
+    def sweep(self, results: Limits, *, now: float) -> None:
+        """Let go of ended jobs beyond these limits, and of keys and tombstones whose time is over at ``now``."""
+        with self._event:
+            ended = [Entry(e.job.id, e.job.finished or now) for e in self._entries.values() if e.job.state.terminal]
+            for entry in due(ended, results, now=now, what="results"):
+                del self._entries[entry.name]
+                self._gone[entry.name] = now
+            for entry in due([Entry(*gone) for gone in self._gone.items()], TOMBSTONES, now=now, what="tombstones"):
+                del self._gone[entry.name]
+            self._keys = {name: kept for name, kept in self._keys.items() if kept.stands}
 
     def jobs(self, states: frozenset[State] | None = None, *, limit: int | None = None) -> list[Job]:
         """Running jobs, with the state of their progress; then waiting ones, next first; then ended, newest first."""

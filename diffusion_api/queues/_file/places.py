@@ -29,7 +29,7 @@ from diffusion_api.schema.job import Job, Progress, State, UnreadableRecord, dum
 
 log = logging.getLogger(__name__)
 
-FOLDERS = ("tmp", "queued", "running", "done", "error", "cancelled", "workers", "inputs", "progress")
+FOLDERS = ("tmp", "queued", "running", "done", "error", "cancelled", "workers", "inputs", "progress", "keys", "gone")
 MAX_RECORD = 4 * 2**20
 MAX_ENQUEUED = 2 * 2**20  # leaves room for what the result adds to the record
 MAX_REASON = 1000
@@ -49,6 +49,8 @@ class Folder:
         self.queued = root / "queued"
         self.running = root / "running"
         self.workers = root / "workers"
+        self.keys = root / "keys"
+        self.gone = root / "gone"
         self._root = root
         self._paused = root / "paused"
         self._complaints: set[str] = set()

@@ -1,0 +1,104 @@
+"""The keys that callers name their submissions with: a file for each, locked while its job is being stored.
+
+The file is written before the job and says which id the job will have. After a crash in between, the same key stores the
+job under that id; a file that is empty or torn announced no job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from diffusion_api import disk
+from diffusion_api.errors import CallerError, Unavailable
+from diffusion_api.queues._file.places import Folder
+from diffusion_api.queues.base import KEYS, Key, Submission
+from diffusion_api.retention import due, entries
+from diffusion_api.schema.job import Job
+
+log = logging.getLogger(__name__)
+
+VERSION = Submission.model_fields["version"].default
+MAX_KEY = 4096
+PATIENCE = 10.0
+LOOK_EVERY = 0.005
+
+
+class _Versioned(BaseModel):
+    version: int
+
+
+class Keys:
+    """The folder ``keys/``. Methods raise OSError."""
+
+    def __init__(self, places: Folder) -> None:
+        self._places = places
+
+    @contextlib.contextmanager
+    def held(self, job: Job, key: Key) -> Iterator[Job]:
+        """The job that this key stands for, which is an earlier one if it was sent before, for the caller to store.
+
+        Nobody else has the key meanwhile. A job that is refused inside leaves the key free. Raises KeyReused, Unavailable.
+        """
+        name = hashlib.sha256(f"{job.caller}\0{key.text}".encode()).hexdigest()
+        path = self._places.keys / f"{name}.json"
+        fd = _lock(path)
+        try:
+            known = _read(fd)
+            if known and known.stands:
+                yield known.repeated(job, key)
+                return
+            disk.rewrite(fd, Submission.of(job, key).model_dump_json().encode())
+            disk.fsync_dir(path.parent)
+            try:
+                yield job
+            except (CallerError, Unavailable):
+                path.unlink()
+                raise
+        finally:
+            os.close(fd)
+
+    def sweep(self, *, now: float) -> None:
+        """Remove keys whose time is over."""
+        for entry in due(entries(self._places.keys), KEYS, now=now, what="keys"):
+            with self._places.tolerated(entry.name):
+                _remove(self._places.keys / entry.name, since=entry.since)
+
+
+def _lock(path: Path) -> int:
+    deadline = time.monotonic() + PATIENCE
+    while (fd := disk.lock(path)) is None:
+        if time.monotonic() > deadline:
+            raise Unavailable("a request with this Idempotency-Key is still being stored; send it again")
+        time.sleep(LOOK_EVERY)
+    return fd
+
+
+def _read(fd: int) -> Submission | None:
+    """What an open key file says; None when it says nothing, or was torn by a crash."""
+    data = os.pread(fd, MAX_KEY, 0)
+    try:
+        if _Versioned.model_validate_json(data).version > VERSION:
+            raise Unavailable("this Idempotency-Key was stored by a newer release of the service")
+        return Submission.model_validate_json(data)
+    except ValidationError:
+        return None
+
+
+def _remove(path: Path, *, since: float) -> None:
+    """Remove a key file, unless it is in use or was written again."""
+    fd = disk.lock(path)
+    if fd is None:
+        return
+    try:
+        if os.fstat(fd).st_mtime == since:
+            path.unlink()
+    finally:
+        os.close(fd)

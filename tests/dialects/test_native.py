@@ -417,10 +417,10 @@ def test_what_asks_for_nothing_is_taken_in_silence(stub_server: Program, fields:
 
 
 def test_what_is_asked_beside_the_picture_is_in_the_record(stub_server: Program) -> None:
-    job_id = stub_server.submit(model="small", steps=1, priority="-3", deadline=600, webhook="https://example.org/x")
+    job_id = stub_server.submit(model="small", steps=1, priority="-3", deadline=600)
     stub_server.wait(job_id)
     job = loads((stub_server.home / "queue" / "done" / f"{job_id}.json").read_bytes())
-    assert (job.priority, job.deadline, job.webhook) == (-3, 600, "https://example.org/x")
+    assert (job.priority, job.deadline) == (-3, 600)
     assert (job.caller, job.dialect) == ("127.0.0.1", "native")
 
 

@@ -77,10 +77,6 @@ class Queue(ABC):
         """Try whether a job could be stored now. Raises what :meth:`enqueue` would, and leaves nothing behind."""
 
     @abstractmethod
-    def check(self) -> None:
-        """Raise what :meth:`enqueue` would raise for any job now. It writes to the disk to find out."""
-
-    @abstractmethod
     def get(self, job_id: str) -> Snapshot | None:
         """The job with that id, or None."""
 

@@ -189,10 +189,10 @@ def test_no_open_connection_keeps_it_from_stopping(home: Path) -> None:
         address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
         opened = [connections.enter_context(socket.create_connection(address)) for _ in range(4)]
         idle, kept, half, poll = opened
-        kept.sendall(b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n")
+        kept.sendall(b"GET /hello HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert kept.recv(4096).startswith(b"HTTP/1.1 200")
-        half.sendall(b"POST /txt2img HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-        poll.sendall(f"GET /queue/{waiting}?wait=60 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        half.sendall(b"POST /txt2img HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        poll.sendall(f"GET /queue/{waiting}?wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         server.wait(job_id, "processing")
         with within(45):
             server.signal(signal.SIGTERM)

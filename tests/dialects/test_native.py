@@ -294,7 +294,7 @@ def test_five_hundred_wait_at_once_and_take_no_thread_each(stub_server: Program)
 
     async def poll(job_id: str) -> dict[str, Any]:
         reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(f"GET /queue/{job_id}?wait=60 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        writer.write(f"GET /queue/{job_id}?wait=60 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()
         assert head.startswith(b"HTTP/1.1 200")

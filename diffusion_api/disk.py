@@ -1,4 +1,6 @@
-"""The few file-system operations a queue on disk stands on: whole or not at all, durable on return, no link followed.
+"""The file-system operations a queue on disk stands on: whole or not at all, durable on return, no link followed.
+
+All of them are made of calls to ``os`` and ``fcntl`` here, so that a test can put another file system in their place.
 
 Locks are ``flock``: the kernel drops them when the process that took them ends, however it ends. A forked child would
 keep its parent's, so a process that holds one must never fork (starting another program is fine: it inherits none).
@@ -10,24 +12,37 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import stat
+import threading
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEVER_READABLE = (errno.ELOOP, errno.ENXIO, errno.EACCES)
+_MOUNTS = Path("/proc/self/mountinfo")
+_NETWORK = re.compile(
+    r"nfs4?|cifs|smb3|smbfs|9p|afs|ceph|lustre|gpfs|beegfs|glusterfs|ocfs2|gfs2|orangefs|pvfs2|coda|davfs|"
+    r"fuse\.(sshfs|glusterfs|ceph.*|davfs.*|s3fs|gcsfuse|rclone|goofys|mount-s3|juicefs|seaweedfs|grpcfuse|osxfs)"
+)
 
 
 class Unusable(ValueError):
     """A directory entry that is no regular file of bearable size, and will not become one by waiting."""
 
 
-def write_whole(target: Path, data: bytes, *, tmp: Path, durable: bool = True) -> None:
+def write_whole(
+    target: Path, data: bytes, *, tmp: Path, durable: bool = True, flush: Callable[[], None] | None = None
+) -> None:
     """Put ``data`` at ``target``: readers, also those after a crash, find it whole or find what was there before.
 
     ``tmp`` is a folder of the same file system for the unfinished file, which is gone when this raises OSError.
-    ``durable=False`` leaves out both fsyncs: never torn for readers, but perhaps gone after a power cut.
+    ``durable=False`` leaves out both fsyncs: never torn for readers, but perhaps gone after a power cut. ``flush`` is a
+    shared way to flush the folder of the target. An fsync that failed is never tried again: the kernel may have dropped
+    what it could not write (Rebello et al., "Can Applications Recover from fsync Failures?", ATC 2020).
     """
     path, fd = _open_temporary(tmp)
     try:
@@ -37,12 +52,12 @@ def write_whole(target: Path, data: bytes, *, tmp: Path, durable: bool = True) -
         os.rename(path, target)
     except BaseException:
         with contextlib.suppress(OSError):
-            path.unlink()
+            remove(path)
         raise
     finally:
         os.close(fd)
     if durable:
-        fsync_dir(target.parent)
+        flush() if flush else fsync_dir(target.parent)
 
 
 def probe(tmp: Path) -> None:
@@ -52,7 +67,12 @@ def probe(tmp: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-        path.unlink()
+        remove(path)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename, for now: a power cut may undo it. Raises FileNotFoundError to all but one who try at the same time."""
+    os.rename(source, target)
 
 
 def rename_durably(source: Path, target: Path) -> None:
@@ -63,6 +83,85 @@ def rename_durably(source: Path, target: Path) -> None:
         fsync_dir(source.parent)
 
 
+def remove(path: Path) -> bool:
+    """Remove a file, for now: a power cut may bring it back. False if there is none."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for this user only, and those above it, where they are missing."""
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove an empty folder. Raises OSError for one that is not."""
+    os.rmdir(folder)
+
+
+def exists(path: Path) -> bool:
+    """True if there is anything of that name, were it a link to nowhere."""
+    return os.path.lexists(path)
+
+
+def is_folder(path: Path) -> bool:
+    """True for a folder that is no link to one."""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def names(folder: Path) -> list[str]:
+    """What lies in a folder, in no order. Raises FileNotFoundError, NotADirectoryError."""
+    return os.listdir(folder)
+
+
+def version(path: Path) -> tuple[int, int, int]:
+    """Something that is another once the file was written whole again. Raises FileNotFoundError."""
+    status = os.lstat(path)
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def modified(folder: Path) -> int:
+    """Something that is another a few milliseconds after something came to or went from the folder."""
+    return os.stat(folder).st_mtime_ns
+
+
+def changed_at(path: Path) -> float:
+    """When the file was last written or renamed, in epoch seconds. Raises FileNotFoundError."""
+    return os.lstat(path).st_ctime
+
+
+def device(folder: Path) -> int:
+    """The number of the file system on which a folder lies."""
+    return os.stat(folder).st_dev
+
+
+def free(folder: Path) -> int:
+    """Bytes that may still be written to the disk of a folder."""
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def network_file_system(folder: Path) -> str | None:
+    """The kind of the file system on which a folder lies if it is a network's, as Linux names it; else None."""
+    try:
+        lines = _MOUNTS.read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    here, kind, above = os.path.realpath(folder), "", -1
+    for line in lines:
+        mount, _, rest = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), mount.split()[4])
+        if len(point) >= above and os.path.commonpath((point, here)) == point:  # of two in one place the later counts
+            kind, above = rest.split()[0], len(point)
+    return kind if _NETWORK.fullmatch(kind) else None
+
+
 def fsync_dir(folder: Path) -> None:
     """Make the entries of a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -70,6 +169,37 @@ def fsync_dir(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+class SharedFlush:
+    """:func:`fsync_dir` of one folder for many threads: each waits for a flush that began after it came, and those who
+    come while one runs share the next. A flush that failed has failed for all who waited for it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._flushing = threading.Lock()
+        self._next = _Flush()
+
+    def __call__(self) -> None:
+        """Make the entries of the folder durable. Raises OSError."""
+        mine = self._next
+        with self._flushing:
+            if not mine.over:
+                self._next = _Flush()
+                try:
+                    fsync_dir(self._folder)
+                except OSError as error:
+                    mine.failure = error
+                mine.over = True
+        if mine.failure:
+            raise OSError(mine.failure.errno, mine.failure.strerror) from mine.failure
+
+
+@dataclass
+class _Flush:
+    over: bool = False
+    failure: OSError | None = None
 
 
 def read_regular(path: Path, limit: int) -> bytes:
@@ -101,6 +231,11 @@ def lock(path: Path) -> int | None:
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     return fd if _taken(fd) else None
+
+
+def unlock(fd: int) -> None:
+    """Let go of a lock."""
+    os.close(fd)
 
 
 def is_locked(path: Path) -> bool:
@@ -137,12 +272,12 @@ def remove_abandoned(tmp: Path) -> None:
     A writer holds the lock of its file from before the first byte until after the rename, so a file whose lock can be
     had belongs to nobody. No age or clock is asked.
     """
-    for path in tmp.iterdir():
+    for name in names(tmp):
         with contextlib.suppress(OSError):
-            fd = os.open(path, _READ)
+            fd = os.open(tmp / name, _READ)
             if _taken(fd):
                 try:
-                    path.unlink()
+                    remove(tmp / name)
                 finally:
                     os.close(fd)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -64,15 +63,27 @@ class FileQueue(Queue):
 
     Several instances, in one process or in many, may share a folder. A job whose worker died ``max_attempts`` times
     while running it ends in error. ``recover_every`` is how often, in seconds, :meth:`serve` looks for such workers.
-    At most ``max_waiting`` jobs wait; 0 is no limit. A stopped queue stays stopped. A process that serves must never
-    fork. Raises QueueUnusable, DiskFull.
+    At most ``max_waiting`` jobs wait; 0 is no limit. ``reserve`` are the bytes of the disk that new jobs leave to those
+    at hand. After ``pause_after_crashes`` deaths in a row the queue pauses itself; 0 is never. A stopped queue stays
+    stopped. A process that serves must never fork. Raises QueueUnusable, DiskFull.
     """
 
     @_as_queue_errors()
-    def __init__(self, root: Path, *, max_attempts: int = 3, max_waiting: int = 0, recover_every: float = 3.0) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        max_attempts: int = 3,
+        max_waiting: int = 0,
+        reserve: int = 0,
+        pause_after_crashes: int = 0,
+        recover_every: float = 3.0,
+    ) -> None:
         self._places = Folder(root)
-        self._max_waiting = max_waiting
-        self._recovery = Recovery(self._places, max_attempts=max_attempts, cancel=self._cancel)
+        self._max_waiting, self._reserve = max_waiting, reserve
+        self._recovery = Recovery(
+            self._places, max_attempts=max_attempts, pause_after_crashes=pause_after_crashes, cancel=self._cancel
+        )
         self._ended = Ended(self._places)
         self._keys = Keys(self._places)
         self._recover_every = recover_every
@@ -106,19 +117,16 @@ class FileQueue(Queue):
 
     def _store(self, job: Job) -> Job:
         record = storable(job)
+        self._places.check_room(self._reserve)
         with self._places.waiting.place_for(job, at_most=self._max_waiting) as name:
-            path = self._places.queued / name
-            try:
-                self._places.write(path, record)
-            except OSError:
-                path.unlink(missing_ok=True)
-                raise
+            self._places.write_waiting(name, record)
         self._announce(arrival=True)
         return job
 
     @_as_queue_errors()
     def check(self) -> None:
         """Try whether a job could be stored now. Raises what :meth:`enqueue` would, and leaves nothing behind."""
+        self._places.check_room(self._reserve)
         self._places.waiting.check(at_most=self._max_waiting)
         disk.probe(self._places.tmp)
 
@@ -203,11 +211,12 @@ class FileQueue(Queue):
     @_as_queue_errors()
     def pause(self, reason: str = PAUSED_BY_OPERATOR) -> None:
         """Let nothing be claimed, by any process, until :meth:`resume`, also after a restart."""
-        self._places.pause(reason)
+        with self._turn:
+            self._places.pause(reason)
 
     @_as_queue_errors()
     def resume(self) -> None:
-        """End the pause, if there is one."""
+        """End the pause, if there is one, and forget the crashes that may have led to it."""
         self._places.resume()
         self._announce(arrival=True)
 
@@ -238,6 +247,8 @@ class FileQueue(Queue):
         ]
         try:
             self._recover()
+            if reason := self.paused:
+                log.warning("no job will run until the queue is resumed: %s", reason)
             for thread in threads:
                 thread.start()
             while not self._wait_for_stop(self._recover_every):
@@ -348,7 +359,7 @@ class FileQueue(Queue):
         try:
             disk.rename_durably(path, target)
         except FileNotFoundError:
-            if os.path.lexists(path):
+            if disk.exists(path):
                 raise
             return
         try:
@@ -363,9 +374,11 @@ class FileQueue(Queue):
         try:
             self._places.write(note, _PARTIAL if partial else b"")
         except FileNotFoundError:
+            if disk.exists(path):
+                raise
             return False
-        if not os.path.lexists(path):
-            note.unlink(missing_ok=True)
+        if not disk.exists(path):
+            disk.remove(note)
             return False
         if claim := self._claims.get(job_id):
             claim.tell_cancelled(partial=partial)
@@ -397,13 +410,13 @@ class FileQueue(Queue):
     def _claim(self, worker: Worker, wants: Callable[[Job], bool]) -> _Claim | None:
         """The first waiting job that is wanted, now in hand; None while another's turn to start has not passed."""
         with self._turn:
-            in_hand = list(self._claims.values())
-            if any(claim.bars_others for claim in in_hand):
+            in_hand = [claim for claim in list(self._claims.values()) if not claim.over]
+            if self.paused is not None or any(claim.bars_others for claim in in_hand):
                 return None
             with _as_queue_errors():
                 self._places.waiting.sync()
             for name in self._places.waiting.names():
-                if self._stopped or self.paused is not None:
+                if self._stopped:
                     return None
                 job = self._peek(name)
                 if job is None or not wants(job):
@@ -435,10 +448,10 @@ class FileQueue(Queue):
         source, path = self._places.queued / name, worker.folder / name
         with self._places.tolerated(name):
             try:
-                os.rename(source, path)
+                disk.rename(source, path)
             except FileNotFoundError:
                 self._places.waiting.discard(name)
-                if worker.present and not worker.folder.is_dir():
+                if worker.present and not disk.is_folder(worker.folder):
                     raise QueueUnusable("the folder of this worker was removed") from None
                 return None
             self._places.waiting.discard(name)
@@ -455,7 +468,7 @@ class FileQueue(Queue):
             self._places.set_aside(path, error)
             return None
         except OSError:
-            os.rename(path, self._places.queued / path.name)
+            disk.rename(path, self._places.queued / path.name)
             raise
 
     def _recover(self) -> None:
@@ -530,7 +543,7 @@ class _Claim(Control):
     @property
     def bars_others(self) -> bool:
         """True while nothing else may be claimed: until the job has started, and a suspect's whole time."""
-        return not self.over and (not self._charged or self.job.suspect)
+        return not self._charged or self.job.suspect
 
     def tell_cancelled(self, *, partial: bool) -> None:
         """What the note says, without waiting until it is looked for."""
@@ -575,15 +588,12 @@ class _Claim(Control):
         with self._worker.guard:
             if not self._held("release"):
                 return
-            if os.path.lexists(note_of(self.path)):
+            if disk.exists(note_of(self.path)):
                 self.commit(self.job.cancelled())
                 return
             self._end(self.job.uncharged() if self._charged else self.job.requeued())
-        try:
-            note_of(self.path).unlink()
-        except FileNotFoundError:
-            return
-        self._queue.cancel(self.job.id)
+        if disk.remove(note_of(self.path)):
+            self._queue.cancel(self.job.id)
 
     @_as_queue_errors()
     def commit(self, job: Job) -> None:
@@ -594,12 +604,13 @@ class _Claim(Control):
             if self._held("commit"):
                 self._end(job.acquitted())
                 with contextlib.suppress(OSError):
-                    note_of(self.path).unlink()
+                    disk.remove(note_of(self.path))
+                    disk.remove(self._places.crashes)
 
     @property
     def here(self) -> bool:
         """True while the record is this worker's."""
-        return self._worker.present and os.path.lexists(self.path)
+        return self._worker.present and disk.exists(self.path)
 
     def _held(self, intent: str) -> bool:
         if self.over or not self.here:

@@ -192,8 +192,8 @@ class MemoryQueue(Queue):
 
     def pause(self, reason: str = PAUSED_BY_OPERATOR) -> None:
         """Let nothing be claimed until :meth:`resume`."""
-        self._paused = reason
-        self._announce()
+        with self._turn:
+            self._paused = reason
 
     def resume(self) -> None:
         """End the pause, if there is one."""
@@ -270,10 +270,10 @@ class MemoryQueue(Queue):
         """The first waiting job that is wanted, now in hand; None while another's turn to start has not passed."""
         with self._turn:
             in_hand = [entry.claim for entry in list(self._entries.values()) if entry.claim]
-            if any(claim.bars_others for claim in in_hand):
+            if self._paused is not None or any(claim.bars_others for claim in in_hand):
                 return None
             for job in self.jobs(frozenset({State.QUEUED})):
-                if self._stopped or self._paused is not None:
+                if self._stopped:
                     return None
                 if not wants(job):
                     continue
@@ -334,7 +334,7 @@ class _Claim(Control):
     @property
     def bars_others(self) -> bool:
         """True while nothing else may be claimed: until the job has started, and a suspect's whole time."""
-        return not self.over and (not self._charged or self.entry.job.suspect)
+        return not self._charged or self.entry.job.suspect
 
     @property
     def cancelled(self) -> bool:

@@ -12,7 +12,7 @@ import bisect
 import contextlib
 import hashlib
 import logging
-import os
+import math
 import re
 import threading
 import time
@@ -23,17 +23,22 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from diffusion_api import disk
-from diffusion_api.errors import InvalidRequest, QueueFull, QueueUnusable, TooLarge
+from diffusion_api.errors import DiskFull, InvalidRequest, QueueFull, QueueUnusable, TooLarge
 from diffusion_api.queues.base import PAUSED_BY_OPERATOR
 from diffusion_api.schema.job import Job, Progress, State, UnreadableRecord, dumps, loads
 
 log = logging.getLogger(__name__)
 
 FOLDERS = ("tmp", "queued", "running", "done", "error", "cancelled", "workers", "inputs", "progress", "keys", "gone")
-MAX_RECORD = 4 * 2**20
-MAX_ENQUEUED = 2 * 2**20  # leaves room for what the result adds to the record
+MIB = 2**20
+MAX_RECORD = 4 * MIB
+MAX_ENQUEUED = 2 * MIB  # leaves room for what the result adds to the record
 MAX_REASON = 1000
 SYNC_EVERY = 0.2
+TICK = 0.05
+"""Seconds after which the time of a folder's last change is surely another, whatever clock the kernel sets it by."""
+KEPT = 256
+"""Waiting records that are kept parsed."""
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NAME = re.compile(r"[01][0-9]-[0-9]{10}-[0-9]{20}-[0-9a-f]{8}-[A-Za-z0-9_-]{1,64}\.json")
@@ -42,7 +47,7 @@ _LAST_ROUND = 10**10 - 1
 
 
 class Folder:
-    """The queue's folder, made if need be. Raises OSError, or QueueUnusable if it spans file systems."""
+    """The queue's folder, made if need be. Raises OSError, or QueueUnusable if its file system is not fit for it."""
 
     def __init__(self, root: Path) -> None:
         self.tmp = root / "tmp"
@@ -51,15 +56,32 @@ class Folder:
         self.workers = root / "workers"
         self.keys = root / "keys"
         self.gone = root / "gone"
+        self.crashes = root / "crashes.json"
         self._root = root
         self._paused = root / "paused"
         self._complaints: set[str] = set()
         _make_folders(root)
+        self._flush_queued = disk.SharedFlush(self.queued)
         self.waiting = Waiting(self.queued, running=lambda: [path.name for path, _ in self.claimed()])
 
     def write(self, path: Path, record: bytes) -> None:
         """Write a record whole and durably."""
         disk.write_whole(path, record, tmp=self.tmp)
+
+    def write_waiting(self, name: str, record: bytes) -> None:
+        """Write a new record whole and durably; submissions that arrive together share the flush of the folder."""
+        path = self.queued / name
+        try:
+            disk.write_whole(path, record, tmp=self.tmp, flush=self._flush_queued)
+        except OSError:
+            disk.remove(path)
+            raise
+
+    def check_room(self, reserve: int) -> None:
+        """Raise DiskFull if no more than ``reserve`` bytes are left, which the jobs at hand may need."""
+        free = disk.free(self._root)
+        if free < reserve:
+            raise DiskFull(f"{free // MIB} MiB are left on the disk of the queue; new jobs need {reserve // MIB}")
 
     def place_of(self, job: Job, name: str) -> Path:
         """Where a job that is in nobody's hands belongs; ``name`` is its name while it waits."""
@@ -78,7 +100,7 @@ class Folder:
 
     def ended(self, state: State) -> list[str]:
         """Ids of the jobs that ended so, in no order."""
-        ids = (name.removesuffix(".json") for name in os.listdir(self._root / state) if name.endswith(".json"))
+        ids = (name.removesuffix(".json") for name in disk.names(self._root / state) if name.endswith(".json"))
         return [job_id for job_id in ids if is_id(job_id)]
 
     def read_ended(self, state: State, job_id: str) -> Job | None:
@@ -91,7 +113,7 @@ class Folder:
         job = read_if_there(path, job_id)
         if job is None or job.state.terminal:
             return job
-        return job.cancelled().model_copy(update={"finished": os.stat(path).st_ctime})
+        return job.cancelled().model_copy(update={"finished": disk.changed_at(path)})
 
     def read_waiting(self, name: str) -> Job | None:
         """The waiting job of that name, or None: gone, or for a worker to set aside."""
@@ -118,7 +140,7 @@ class Folder:
     def forget_progress(self, job_id: str) -> None:
         """Drop the progress of a job that runs no more; what cannot be dropped is met again by the next recovery."""
         with contextlib.suppress(OSError):
-            self._progress_path(job_id).unlink()
+            disk.remove(self._progress_path(job_id))
 
     def forget_stray_progress(self) -> None:
         """Drop the progress of jobs that nobody runs."""
@@ -134,23 +156,26 @@ class Folder:
 
     def resume(self) -> None:
         """Take that word back."""
-        self._paused.unlink(missing_ok=True)
+        disk.remove(self.crashes)
+        disk.remove(self._paused)
         disk.fsync_dir(self._root)
 
     def paused(self) -> str | None:
         """Why nothing shall be claimed. Whatever is named so pauses, were it made by hand and empty."""
-        if not os.path.lexists(self._paused):
+        if not disk.exists(self._paused):
             return None
         try:
             reason = disk.read_regular(self._paused, MAX_REASON).decode(errors="replace").strip()
+        except FileNotFoundError:
+            return None
         except (OSError, disk.Unusable):
-            reason = ""
+            return PAUSED_BY_OPERATOR
         return reason or PAUSED_BY_OPERATOR
 
     def set_aside(self, path: Path, reason: Exception) -> None:
         """Move what is no record out of the way, and say why."""
         target = self._root / State.ERROR / f"{path.name}.unreadable"
-        if os.path.lexists(target):
+        if disk.exists(target):
             target = target.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.unreadable")
         with self.tolerated(path.name), contextlib.suppress(FileNotFoundError):
             disk.rename_durably(path, target)
@@ -190,21 +215,30 @@ class Waiting:
         self._read: dict[str, tuple[tuple[int, int, int], Job]] = {}
         self._foreign: set[str] = set()
         self._last = max(map(_sequence_of, running()), default=0)
-        self._synced = float("-inf")
+        self._synced = -math.inf
+        self._modified = 0
+        self._modified_since = -math.inf
+        self._settled = False
 
     def sync(self, *, now: bool = False) -> None:
-        """List the folder, if that was not done a moment ago."""
+        """List the folder, if that was not done a moment ago, or not since it last changed."""
         with self._mutex:
             if not now and time.monotonic() - self._synced < SYNC_EVERY:
                 return
-            listed = set(os.listdir(self._folder))
+            self._synced = time.monotonic()
+            modified = disk.modified(self._folder)
+            if modified != self._modified:
+                self._modified, self._modified_since, self._settled = modified, self._synced, False
+            if self._settled:
+                return
+            self._settled = self._synced - self._modified_since > TICK
+            listed = set(disk.names(self._folder))
             known = set(self._names)
             self._foreign &= listed
             for name in known - listed - self._coming:
                 self._drop(name)
             for name in listed - known - self._foreign:
                 self._take_up(name)
-            self._synced = time.monotonic()
 
     @contextlib.contextmanager
     def place_for(self, job: Job, *, at_most: int) -> Iterator[str]:
@@ -224,7 +258,7 @@ class Waiting:
             yield name
         finally:
             self._coming.discard(name)
-            if not os.path.lexists(self._folder / name):
+            if not disk.exists(self._folder / name):
                 self.discard(name)
 
     def check(self, *, at_most: int) -> None:
@@ -235,7 +269,7 @@ class Waiting:
     def add(self, name: str) -> None:
         """Take up a name that came back to the folder, unless it is gone already."""
         with self._mutex:
-            if name not in self._at(name) and os.path.lexists(self._folder / name):
+            if name not in self._at(name) and disk.exists(self._folder / name):
                 self._take_up(name)
 
     def discard(self, name: str) -> None:
@@ -266,8 +300,7 @@ class Waiting:
 
     def read(self, name: str) -> Job:
         """The record, parsed once. Raises FileNotFoundError, Unusable, UnreadableRecord."""
-        status = os.lstat(self._folder / name)
-        version = (status.st_ino, status.st_mtime_ns, status.st_size)
+        version = disk.version(self._folder / name)
         known = self._read.get(name)
         if known and known[0] == version:
             return known[1]
@@ -275,6 +308,8 @@ class Waiting:
         with self._mutex:
             if name in self._at(name):
                 self._read[name] = (version, job)
+                while len(self._read) > KEPT:
+                    del self._read[next(iter(self._read))]
         return job
 
     def _check(self, at_most: int) -> None:
@@ -379,16 +414,21 @@ def note_of(record: Path) -> Path:
 def entries(folder: Path) -> list[Path]:
     """What lies in a folder, in order; nothing if it is gone or no folder."""
     try:
-        return sorted(folder.iterdir())
+        return sorted(folder / name for name in disk.names(folder))
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
 def _make_folders(root: Path) -> None:
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    disk.make_folder(root)
+    if kind := disk.network_file_system(root):
+        raise QueueUnusable(
+            f"the folder of the queue lies on a network file system ({kind}), whose locks and renames cannot be trusted; "
+            "it must lie on a local disk"
+        )
     for name in FOLDERS:
-        (root / name).mkdir(mode=0o700, exist_ok=True)
-    if len({os.stat(root / name).st_dev for name in FOLDERS}) > 1:
+        disk.make_folder(root / name)
+    if len({disk.device(root / name) for name in FOLDERS}) > 1:
         raise QueueUnusable("the folders of the queue must lie on one file system")
     disk.fsync_dir(root)
     disk.probe(root / "tmp")

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import Field, ValidationError
+
 from diffusion_api import disk
 from diffusion_api.queues._file import reports
-from diffusion_api.queues._file.places import Folder, entries, id_of, note_of, read_claimed
+from diffusion_api.queues._file.places import MAX_RECORD, Folder, entries, id_of, note_of, read_claimed
 from diffusion_api.schema.job import Job, State, UnreadableRecord, dumps
 from diffusion_api.schema.report import WorkerReport
+from diffusion_api.schema.request import Frozen
 
 log = logging.getLogger(__name__)
+
+VERSION = 1
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -34,7 +38,7 @@ class Worker:
         self._places = places
         self._lock_path, self._fd = _new_lock(places.workers)
         self.folder = places.running / self._lock_path.stem
-        self.folder.mkdir(mode=0o700)
+        disk.make_folder(self.folder)
         disk.fsync_dir(places.running)
 
     def tell(self, report: WorkerReport) -> None:
@@ -49,21 +53,31 @@ class Worker:
                 return
             self.present = False
             with contextlib.suppress(OSError):
-                reports.path_of(self._lock_path).unlink(missing_ok=True)
-                self.folder.rmdir()
-                self._lock_path.unlink()
-            os.close(self._fd)
+                disk.remove(reports.path_of(self._lock_path))
+                disk.remove_folder(self.folder)
+                disk.remove(self._lock_path)
+            disk.unlock(self._fd)
+
+
+class _Crashes(Frozen):
+    version: int = VERSION
+    in_a_row: int = Field(ge=0)
 
 
 class Recovery:
     """Takes over from workers that died, and clears away what belongs to nobody.
 
-    ``cancel`` cancels the job with that id, wherever it is. Raises OSError.
+    A crash is the death of a worker that had started a job, in this boot of the machine. After ``pause_after_crashes`` of
+    them in a row, with no job ended in between, the queue is paused; 0 is never. ``cancel`` cancels the job with that
+    id, wherever it is. Raises OSError.
     """
 
-    def __init__(self, places: Folder, *, max_attempts: int, cancel: Callable[[str], object]) -> None:
+    def __init__(
+        self, places: Folder, *, max_attempts: int, pause_after_crashes: int, cancel: Callable[[str], object]
+    ) -> None:
         self._places = places
         self._max_attempts = max_attempts
+        self._pause_after_crashes = pause_after_crashes
         self._cancel = cancel
 
     def run(self) -> None:
@@ -82,7 +96,7 @@ class Recovery:
         places.forget_stray_progress()
 
     def _take_over(self, folder: Path) -> None:
-        if folder.is_symlink() or not folder.is_dir():
+        if not disk.is_folder(folder):
             self._places.set_aside(folder, UnreadableRecord("not the folder of a worker"))
             return
         lock_path = self._places.workers / f"{folder.name}.lock"
@@ -90,38 +104,43 @@ class Recovery:
         if fd is None:
             return
         try:
-            self._empty(folder)
+            if self._empty(folder):
+                self._count_crash()
             with contextlib.suppress(FileNotFoundError):
-                folder.rmdir()
-            lock_path.unlink()
+                disk.remove_folder(folder)
+            disk.remove(lock_path)
         finally:
-            os.close(fd)
+            disk.unlock(fd)
 
-    def _empty(self, folder: Path) -> None:
+    def _empty(self, folder: Path) -> bool:
+        """True if a job had started that did not end, nor was it the machine that went down."""
+        crashed = False
         for path in entries(folder):
             if path.suffix != ".cancel":
                 with self._places.tolerated(path.name):
-                    self._recover(path)
+                    crashed |= self._recover(path)
         for note in entries(folder):
-            if note.suffix == ".cancel" and not os.path.lexists(note.with_suffix(".json")):
+            if note.suffix == ".cancel" and not disk.exists(note.with_suffix(".json")):
                 self._honour(note)
+        return crashed
 
-    def _recover(self, path: Path) -> None:
+    def _recover(self, path: Path) -> bool:
         try:
             job = read_claimed(path)
         except (disk.Unusable, UnreadableRecord) as error:
             self._places.set_aside(path, error)
-            return
+            return False
         note = note_of(path)
-        recovered = self._recovered(job, cancelled=os.path.lexists(note))
+        recovered = self._recovered(job, cancelled=disk.exists(note))
         if recovered != job:
             self._places.write(path, dumps(recovered))
         disk.rename_durably(path, self._places.place_of(recovered, path.name))
-        note.unlink(missing_ok=True)
+        disk.remove(note)
         self._places.forget_progress(job.id)
         if recovered.state is State.QUEUED:
             self._places.waiting.add(path.name)
         log.warning("%s: its worker died; %s after %d attempts", job.id, recovered.state, recovered.attempts)
+        return not job.state.terminal and job.started is not None and job.boot == boot_id()
 
     def _recovered(self, job: Job, *, cancelled: bool) -> Job:
         if job.state.terminal:
@@ -130,21 +149,37 @@ class Recovery:
             return job.cancelled()
         return job.orphaned(max_attempts=self._max_attempts, boot=boot_id())
 
+    def _count_crash(self) -> None:
+        crashes = _Crashes(in_a_row=self._crashes_before() + 1)
+        self._places.write(self._places.crashes, crashes.model_dump_json().encode())
+        if 0 < self._pause_after_crashes <= crashes.in_a_row and self._places.paused() is None:
+            reason = f"the service stopped {crashes.in_a_row} times in a row while it ran jobs"
+            self._places.pause(reason)
+            log.critical("the queue is paused now: %s", reason)
+
+    def _crashes_before(self) -> int:
+        """None where that cannot be read, or only by a newer release: they are counted anew."""
+        try:
+            crashes = _Crashes.model_validate_json(disk.read_regular(self._places.crashes, MAX_RECORD))
+        except (FileNotFoundError, disk.Unusable, ValidationError):
+            return 0
+        return crashes.in_a_row if crashes.version <= VERSION else 0
+
     def _honour(self, note: Path) -> None:
         """A note without its record was left while the job moved on: cancel the job where it is now."""
         if note.name.count("-") >= 4:
             self._cancel(id_of(note.name))
-        note.unlink(missing_ok=True)
+        disk.remove(note)
 
     def _remove_lock_of_nobody(self, path: Path) -> None:
-        if os.path.lexists(self._places.running / path.stem):
+        if disk.exists(self._places.running / path.stem):
             return
         fd = disk.lock(path)
         if fd is not None:
             try:
-                path.unlink()
+                disk.remove(path)
             finally:
-                os.close(fd)
+                disk.unlock(fd)
 
 
 def boot_id() -> str:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MIB = 2**20
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -65,7 +66,13 @@ def build_pace(settings: Settings) -> Pace:
 
 def build_queue(settings: Settings) -> Queue:
     """Where jobs wait."""
-    return FileQueue(settings.queue_dir, max_attempts=settings.max_attempts)
+    return FileQueue(
+        settings.queue_dir,
+        max_attempts=settings.max_attempts,
+        max_waiting=settings.max_queue,
+        reserve=settings.disk_reserve_mb * MIB,
+        pause_after_crashes=settings.pause_after_crashes,
+    )
 
 
 def build_webhooks(settings: Settings, queue: Queue) -> Webhooks | None:

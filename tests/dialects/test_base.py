@@ -43,7 +43,12 @@ class Caller:
     def __init__(self, path: str, query: str) -> None:
         self.scope: dict[str, Any] = {
             **{"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "root_path": ""},
-            **{"query_string": query.encode(), "headers": [], "http_version": "1.1", "scheme": "http"},
+            **{
+                "query_string": query.encode(),
+                "headers": [(b"host", b"127.0.0.1")],
+                "http_version": "1.1",
+                "scheme": "http",
+            },
             **{"client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2), "asgi": {"version": "3.0"}},
         }
         self.answers: list[Any] = []

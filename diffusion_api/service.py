@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_api import logs
-from diffusion_api.errors import DiffusionApiError, InvalidRequest, NotFound, QueueUnusable, ShuttingDown, TooLarge
+from diffusion_api.errors import (
+    Conflict,
+    DiffusionApiError,
+    InvalidRequest,
+    NotFound,
+    QueueUnusable,
+    ShuttingDown,
+    TooLarge,
+)
 from diffusion_api.pace import Forecast
 from diffusion_api.schema.job import Image, Job, State
 from diffusion_api.schema.request import Request
@@ -54,6 +62,7 @@ class Health:
     loras: int
     device: DeviceReport | None
     workers: tuple[WorkerReport, ...]
+    paused: bool
     warnings: tuple[str, ...]
 
 
@@ -61,8 +70,9 @@ class Health:
 class Readiness:
     """Whether a job would be run if it was posted now: not for any of the ``reasons``, and later while ``loading``."""
 
-    reasons: tuple[str, ...]
-    loading: bool
+    reasons: tuple[str, ...] = ()
+    loading: bool = False
+    paused: bool = False
 
 
 class _Disk:
@@ -150,12 +160,24 @@ class Service:
         """Snapshots as the job changes, for at most ``timeout`` seconds."""
         return self._queue.watch(job_id, timeout)
 
-    def cancel(self, job_id: str) -> Snapshot:
-        """Cancel a job. Raises NotFound."""
-        snapshot = self._queue.cancel(job_id)
+    def cancel(self, job_id: str, *, partial: bool = False) -> Snapshot:
+        """Cancel a job: a waiting one ends at once, a running one at its next step, with the picture so far if
+        ``partial``. Raises NotFound, and Conflict when it has ended otherwise already.
+        """
+        snapshot = self._queue.cancel(job_id, partial=partial)
         if snapshot is None:
             raise NotFound(f"Job {job_id} not found")
+        if snapshot.state in (State.DONE, State.ERROR):
+            raise Conflict(f"job {job_id} cannot be cancelled: its state is {snapshot.state}")
         return snapshot
+
+    def pause(self) -> None:
+        """Let no job begin until :meth:`resume`, also after a restart."""
+        self._queue.pause()
+
+    def resume(self) -> None:
+        """Let jobs begin again."""
+        self._queue.resume()
 
     def image(self, image: Image) -> bytes | None:
         """The file of a finished picture, None when it was deleted."""
@@ -185,12 +207,16 @@ class Service:
         """Whether a job would be run if it was posted now. What it takes to find out is done every few seconds only."""
         reasons = [SHUTTING_DOWN] if self._draining else []
         workers = self._workers()
+        paused = self._queue.paused
+        if paused:
+            reasons.append(paused)
         if self._engine is None and not workers:
             reasons.append("no worker runs")
         silent = max((worker.quiet for worker in workers if worker.jobs), default=0.0)
         if silent > self.settings.stuck_after:
             reasons.append(f"the running job is stuck: nothing was heard of it for {silent:.0f} seconds")
         return Readiness(
+            paused=paused is not None,
             reasons=(*reasons, *self._disk.reasons()),
             loading=self._engine is not None and self._engine.report() is None,
         )
@@ -215,6 +241,7 @@ class Service:
             (not outputs_available, "Outputs directory not accessible"),
             (free < 1, "Low disk space for outputs"),
         )
+        readiness = self.readiness()
         return Health(
             cpu_count=psutil.cpu_count() or 1,
             memory_total_gb=round(memory.total / GIB, 2),
@@ -228,7 +255,8 @@ class Service:
             loras=_count_files(settings.loras_dir),
             device=self._engine.report() if self._engine else next((w.device for w in workers if w.device), None),
             workers=tuple(workers),
-            warnings=(*(text for wrong, text in found if wrong), *self.readiness().reasons),
+            paused=readiness.paused,
+            warnings=(*(text for wrong, text in found if wrong), *readiness.reasons),
         )
 
     def _workers(self) -> list[WorkerReport]:

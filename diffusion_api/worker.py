@@ -203,7 +203,9 @@ class Worker:
 
         def stop() -> Stop | None:
             stopping = self._deadline is not None and (not hand.on_device or time.monotonic() > self._deadline)
-            return Stop.NOW if stopping or control.cancelled or hand.overdue else None
+            if control.cancelled:
+                return Stop.WITH_PICTURE if control.partial and not stopping else Stop.NOW
+            return Stop.NOW if stopping or hand.overdue else None
 
         try:
             return self._run(hand, stop)
@@ -241,9 +243,12 @@ class Worker:
                 began = hand.heard
             if isinstance(event, Finished):
                 hand.leaves()  # now, as it is free for the next job while this one is saved
-                if self._pace and first:
+                if self._pace and first and event.partial is None:
                     self._pace.learn(hand.job.request, hand.heard - first[0], share=1 - first[1])
-                return hand.job.succeeded(self._result(hand.job, event, began), event.warnings)
+                result = self._result(hand.job, event, began)
+                if event.partial is not None:
+                    return hand.job.cancelled(result)
+                return hand.job.succeeded(result, event.warnings)
             if first is None and event.state is State.PROCESSING:
                 first = hand.heard, event.fraction
             hand.control.progress(event)

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,27 +25,35 @@ from diffusion_api.client import ApiError, Client, Status
 from diffusion_api.demo import run_demo
 from diffusion_api.errors import Unavailable
 
-Answer = tuple[int, Any]
+Answer = tuple[int, Any] | tuple[int, Any, dict[str, str]]
 Routes = dict[str, Callable[[Any], Answer]]
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Routes], str]]:
-    """Starts servers that answer ``"METHOD /path"`` with a status and a JSON value, or with bytes."""
+def serve() -> Iterator[Callable[..., str]]:
+    """Starts servers that answer ``"METHOD /path"`` with a status and a JSON value, or with bytes, and with headers.
+
+    What is asked, each as ``METHOD /path?query``, and with which headers, is kept in the second argument.
+    """
     servers: list[ThreadingHTTPServer] = []
 
-    def start(routes: Routes) -> str:
+    def start(routes: Routes, asked: list[tuple[str, Message]] | None = None) -> str:
         class Handler(BaseHTTPRequestHandler):
             def answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                status, value = routes[f"{self.command} {self.path}"](json.loads(body) if body else None)
+                if asked is not None:
+                    asked.append((f"{self.command} {self.path}", self.headers))
+                route = routes[f"{self.command} {self.path.partition('?')[0]}"]
+                status, value, *headers = route(json.loads(body) if body else None)
                 data = value if isinstance(value, bytes) else json.dumps(value).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
+                for name, text in headers[0].items() if headers else ():
+                    self.send_header(name, text)
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_GET = do_POST = answer
+            do_GET = do_POST = do_DELETE = answer
 
             def log_message(self, format: str, *args: Any) -> None:
                 """Quiet."""
@@ -60,7 +69,7 @@ def serve() -> Iterator[Callable[[Routes], str]]:
         server.server_close()
 
 
-def test_txt2img_posts_the_fields_and_returns_id_and_seed(serve: Callable[[Routes], str]) -> None:
+def test_txt2img_posts_the_fields_and_returns_id_and_seed(serve: Callable[..., str]) -> None:
     seen: list[Any] = []
 
     def submit(body: Any) -> Answer:
@@ -73,7 +82,7 @@ def test_txt2img_posts_the_fields_and_returns_id_and_seed(serve: Callable[[Route
     assert seen == [{"prompt": "a circle", "steps": 4, "fileType": "png"}]
 
 
-def test_wait_reports_every_status_and_returns_the_last(serve: Callable[[Routes], str]) -> None:
+def test_wait_reports_every_status_and_returns_the_last(serve: Callable[..., str]) -> None:
     picture = base64.b64encode(b"the file").decode()
     answers = iter(
         [
@@ -91,16 +100,99 @@ def test_wait_reports_every_status_and_returns_the_last(serve: Callable[[Routes]
 
 
 @pytest.mark.parametrize("state", ["error", "cancelled"])
-def test_wait_returns_a_job_that_ended_without_a_picture(serve: Callable[[Routes], str], state: str) -> None:
+def test_wait_returns_a_job_that_ended_without_a_picture(serve: Callable[..., str], state: str) -> None:
     url = serve({"GET /queue/abc": lambda _: (200, {"state": state, "progress": 0, "error": "no memory"})})
     with Client(url) as client:
         assert client.wait("abc")["error"] == "no memory"
 
 
-def test_wait_gives_up_after_its_timeout(serve: Callable[[Routes], str]) -> None:
+def test_wait_gives_up_after_its_timeout(serve: Callable[..., str]) -> None:
     url = serve({"GET /queue/abc": lambda _: (200, {"state": "queued", "progress": 0})})
     with Client(url) as client, pytest.raises(TimeoutError, match=r"abc is queued after 0\.1 seconds"):
         client.wait("abc", interval=0.02, timeout=0.1)
+
+
+def test_wait_lets_the_service_do_the_waiting(serve: Callable[..., str]) -> None:
+    answers = iter([{"state": "queued"}, {"state": "processing"}, {"state": "done"}])
+    asked: list[tuple[str, Message]] = []
+    with Client(serve({"GET /queue/abc": lambda _: (200, next(answers))}, asked)) as client:
+        assert client.wait("abc", interval=0)["state"] == "done"
+    assert [request for request, _ in asked] == ["GET /queue/abc", *["GET /queue/abc?wait=30"] * 2]
+
+
+def test_wait_never_asks_for_longer_than_is_left(serve: Callable[..., str]) -> None:
+    asked: list[tuple[str, Message]] = []
+    url = serve({"GET /queue/abc": lambda _: (200, {"state": "queued"})}, asked)
+    with Client(url) as client, pytest.raises(TimeoutError):
+        client.wait("abc", interval=0.01, timeout=0.2)
+    waits = [float(request.partition("wait=")[2]) for request, _ in asked[1:]]
+    assert waits
+    assert all(0 < wait <= 0.2 for wait in waits)
+
+
+def test_wait_asks_a_service_that_cannot_wait_no_more_often_than_its_interval(serve: Callable[..., str]) -> None:
+    asked: list[tuple[str, Message]] = []
+    url = serve({"GET /queue/abc": lambda _: (200, {"state": "queued"})}, asked)
+    with Client(url) as client, pytest.raises(TimeoutError):
+        client.wait("abc", interval=0.2, timeout=1)
+    assert len(asked) <= 8
+
+
+@pytest.mark.parametrize("status", [503, 507])
+def test_a_job_is_posted_again_with_its_key_when_there_may_be_room(serve: Callable[..., str], status: int) -> None:
+    full: Answer = (status, {"error": "no room"}, {"Retry-After": "0"})
+    answers = iter([full, full, (200, {"job_id": "abc", "status": "queued", "seed": 1})])
+    asked: list[tuple[str, Message]] = []
+    with Client(serve({"POST /txt2img": lambda _: next(answers)}, asked)) as client:
+        assert client.txt2img(prompt="a circle").job_id == "abc"
+        keys = [headers["Idempotency-Key"] for _, headers in asked]
+        assert len(keys) == 3
+        assert len(set(keys)) == 1
+        answers = iter([(200, {"job_id": "def", "status": "queued", "seed": 1})])
+        client.txt2img(prompt="a circle")
+    assert asked[-1][1]["Idempotency-Key"] != keys[0]
+
+
+def test_a_job_is_posted_once_when_the_service_would_have_it_wait_too_long(serve: Callable[..., str]) -> None:
+    asked: list[tuple[str, Message]] = []
+    url = serve({"POST /txt2img": lambda _: (503, {"error": "the queue is full"}, {"Retry-After": "10"})}, asked)
+    began = time.monotonic()
+    with Client(url, patience=1) as client, pytest.raises(ApiError, match="the queue is full") as caught:
+        client.txt2img(prompt="a circle")
+    assert time.monotonic() - began < 8
+    assert (caught.value.status_code, caught.value.retry_after, len(asked)) == (503, 10, 1)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (503, {"error": "no"}, {}),
+        (503, {"error": "no"}, {"Retry-After": "soon"}),
+        (400, {"error": "no"}, {"Retry-After": "0"}),
+        (500, {"error": "no"}, {"Retry-After": "0"}),
+    ],
+    ids=str,
+)
+def test_what_may_not_be_tried_again_is_not(serve: Callable[..., str], answer: Answer) -> None:
+    asked: list[tuple[str, Message]] = []
+    with Client(serve({"POST /txt2img": lambda _: answer}, asked)) as client, pytest.raises(ApiError):
+        client.txt2img(prompt="a circle")
+    assert len(asked) == 1
+
+
+def test_a_job_is_cancelled(serve: Callable[..., str]) -> None:
+    asked: list[tuple[str, Message]] = []
+    url = serve({"DELETE /queue/abc": lambda _: (200, {"state": "error", "cancelled": True})}, asked)
+    with Client(url) as client:
+        assert client.cancel("abc")["cancelled"] is True
+        client.cancel("abc", partial=True)
+    assert [request for request, _ in asked] == ["DELETE /queue/abc", "DELETE /queue/abc?partial=true"]
+
+
+def test_a_job_that_has_ended_is_not_cancelled(serve: Callable[..., str]) -> None:
+    url = serve({"DELETE /queue/abc": lambda _: (409, {"error": "job abc has ended: it is done"})})
+    with Client(url) as client, pytest.raises(ApiError, match=r"it is done \(HTTP 409\)"):
+        client.cancel("abc")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +205,7 @@ def test_wait_gives_up_after_its_timeout(serve: Callable[[Routes], str]) -> None
     ],
 )
 def test_a_refusal_is_an_api_error_with_the_services_own_text(
-    serve: Callable[[Routes], str], answer: Answer, message: str
+    serve: Callable[..., str], answer: Answer, message: str
 ) -> None:
     with Client(serve({"GET /queue/abc": lambda _: answer})) as client, pytest.raises(ApiError) as caught:
         client.job("abc")
@@ -121,7 +213,7 @@ def test_a_refusal_is_an_api_error_with_the_services_own_text(
 
 
 @pytest.mark.parametrize("body", [b"hello", b"[1]"])
-def test_an_answer_that_is_no_object_is_an_api_error(serve: Callable[[Routes], str], body: bytes) -> None:
+def test_an_answer_that_is_no_object_is_an_api_error(serve: Callable[..., str], body: bytes) -> None:
     with Client(serve({"GET /hello": lambda _: (200, body)})) as client, pytest.raises(ApiError, match="GET /hello"):
         client.hello()
 
@@ -132,7 +224,7 @@ def test_a_service_that_is_not_there_is_unavailable() -> None:
 
 
 def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
-    serve: Callable[[Routes], str], monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.delenv("NO_PROXY", raising=False)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 FILE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png"}
 DEFAULT_SAMPLER = "DPM++ 2M"
 UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or no worker runs"}
+NEXT_STEP = 5.0
+"""Seconds that a running job gets to end before the caller who cancelled it is answered."""
+
 NOBODY = 499
 """Status of an answer that nobody will read, as the caller has hung up."""
 
@@ -156,6 +159,13 @@ class HelloBody(BaseModel):
     ok: bool = True
 
 
+class PausedBody(BaseModel):
+    """Whether waiting jobs are left to wait."""
+
+    status: Literal["success"] = "success"
+    paused: bool
+
+
 class ReadyBody(BaseModel):
     """A job would be run if it was posted now; while ``loading``, as soon as the engine has loaded."""
 
@@ -194,6 +204,9 @@ Wait = Annotated[
         description="answer when the job has ended, or after so many seconds as it then stands",
     ),
 ]
+
+
+Partial = Annotated[bool, Query(description="have a running job end with the picture that it has so far")]
 
 
 def mount(app: FastAPI, service: Service) -> None:
@@ -248,6 +261,28 @@ def mount(app: FastAPI, service: Service) -> None:
         if wait and not await hears(http, service.wait(job_id, wait)):
             return Response(status_code=NOBODY)
         return await run_in_threadpool(lambda: JSONResponse(_answer(service.get(job_id), service)))
+
+    @router.delete(
+        "/queue/{job_id}", tags=["jobs"], summary="Cancel a job", responses=_refusals(400, 404, 409, 503),
+        response_model=StatusBody,
+    )  # fmt: skip
+    async def cancel(job_id: str, http: Request, partial: Partial = False) -> Response:
+        await run_in_threadpool(service.cancel, job_id, partial=partial)
+        if not await hears(http, service.wait(job_id, NEXT_STEP)):
+            return Response(status_code=NOBODY)
+        # Asked once more: it may have ended in another way before it was heard.
+        cancelled = await run_in_threadpool(service.cancel, job_id, partial=partial)
+        return await run_in_threadpool(lambda: JSONResponse(_answer(cancelled, service) | {"cancelled": True}))
+
+    @router.post("/queue/pause", tags=["queue"], summary="Let no job begin", responses=_refusals(503, 507))
+    def pause() -> PausedBody:
+        service.pause()
+        return PausedBody(paused=True)
+
+    @router.post("/queue/resume", tags=["queue"], summary="Let jobs begin again", responses=_refusals(503, 507))
+    def resume() -> PausedBody:
+        service.resume()
+        return PausedBody(paused=False)
 
     app.include_router(router)
 
@@ -328,7 +363,9 @@ def _status(snapshot: Snapshot) -> dict[str, Any]:
         answer["position"] = snapshot.position
     if job.warnings:
         answer["warnings"] = list(job.warnings)
-    if done and job.result:
+    if job.state is State.CANCELLED:
+        answer["cancelled"] = True
+    if job.result:
         answer |= _result(job, job.result)
     return answer
 
@@ -387,7 +424,11 @@ def _health(service: Service) -> dict[str, Any]:
         "workers": [_worker(report) for report in health.workers],
         "models": {"count": health.models, "directory": _shown(settings.models_dir, settings.home)},
         "loras": {"count": health.loras, "directory": _shown(settings.loras_dir, settings.home)},
-        "queue": {"active_jobs": health.active_jobs, "directory": _shown(settings.queue_dir, settings.home)},
+        "queue": {
+            "active_jobs": health.active_jobs,
+            "paused": health.paused,
+            "directory": _shown(settings.queue_dir, settings.home),
+        },
         "outputs": {
             "available": health.outputs_available,
             "free_space_gb": health.outputs_free_gb,

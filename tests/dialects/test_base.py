@@ -45,7 +45,7 @@ class Caller:
             **{"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "root_path": ""},
             **{
                 "query_string": query.encode(),
-                "headers": [(b"host", b"localhost")],
+                "headers": [(b"host", b"127.0.0.1")],
                 "http_version": "1.1",
                 "scheme": "http",
             },

@@ -8,6 +8,7 @@ import io
 import json
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -287,14 +288,18 @@ def test_nobody_waits_for_an_unknown_job(stub_server: Program) -> None:
 
 
 def test_five_hundred_wait_at_once_and_take_no_thread_each(stub_server: Program) -> None:
-    job_id = stub_server.submit(prompt="stub:seconds=0.3", model="small", steps=20)
+    long = stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=150, n=16)
     others = [stub_server.submit(model="small", steps=1) for _ in range(10)]
-    asked = [job_id] * 400 + others * 10
+    asked = [long] * 400 + others * 10
     host, port = stub_server.url.removeprefix("http://").split(":")
+    arrived = 0
 
     async def poll(job_id: str) -> dict[str, Any]:
+        nonlocal arrived
         reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(f"GET /queue/{job_id}?wait=60 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        writer.write(f"GET /queue/{job_id}?wait=60 HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        await writer.drain()
+        arrived += 1
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()
         assert head.startswith(b"HTTP/1.1 200")
@@ -303,18 +308,135 @@ def test_five_hundred_wait_at_once_and_take_no_thread_each(stub_server: Program)
 
     async def poll_all() -> list[dict[str, Any]]:
         polls = [asyncio.create_task(poll(asked_id)) for asked_id in asked]
-        await asyncio.sleep(1)
-        assert not any(poll.done() for poll in polls)
+        while arrived < len(asked):
+            await asyncio.sleep(0.1)
         threads = await asyncio.to_thread(lambda: psutil.Process(stub_server.process.pid).num_threads())
         assert threads < 100
         # The others are still served.
-        for path in ("/hello", "/health", f"/queue/{job_id}"):
+        for path in ("/hello", "/health", f"/queue/{long}"):
             assert (await asyncio.to_thread(stub_server.get, path)).status_code == 200
+        assert not any(poll.done() for poll in polls)
+        await asyncio.to_thread(stub_server.request, "DELETE", f"/queue/{long}")
         return await asyncio.gather(*polls)
 
     answers = asyncio.run(poll_all())
     assert [answer["job_id"] for answer in answers] == asked
-    assert {answer["state"] for answer in answers} == {"done"}
+    assert [answer["state"] for answer in answers] == ["error"] * 400 + ["done"] * 100
+
+
+# Cancelling and pausing
+
+
+def cancelled(server: Program, job_id: str, query: str = "") -> dict[str, Any]:
+    answer = server.request("DELETE", f"/queue/{job_id}{query}")
+    assert answer.status_code == 200, answer.text
+    status: dict[str, Any] = answer.json()
+    return status
+
+
+def test_a_waiting_job_is_cancelled_at_once(stub_server: Program) -> None:
+    running, waiting = (stub_server.submit(prompt="stub:seconds=0.05", model="small", steps=100) for _ in range(2))
+    stub_server.wait(running, "processing")
+    following = stub_server.submit(model="small", steps=1)
+    status = cancelled(stub_server, waiting)
+    assert status == stub_server.status(waiting)
+    assert status.keys() == STATUS_KEYS | {"cancelled"}
+    assert (status["status"], status["state"], status["error"]) == ("success", "error", "cancelled")
+    assert status["cancelled"] is True
+    assert stub_server.status(running)["state"] == "processing"
+    cancelled(stub_server, running)
+    assert stub_server.wait(following)["state"] == "done"
+
+
+def test_a_running_job_is_cancelled_within_a_step(stub_server: Program) -> None:
+    job_id = stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=150)
+    stub_server.wait(job_id, "processing")
+    status = cancelled(stub_server, job_id)
+    assert (status["state"], status["error"], status["cancelled"]) == ("error", "cancelled", True)
+    assert "image" not in status
+    assert list((stub_server.home / "outputs").glob(f"{job_id}*")) == []
+    assert stub_server.result(model="small", steps=1)["state"] == "done"
+
+
+def test_a_running_job_may_be_cancelled_with_the_picture_that_it_has(stub_server: Program) -> None:
+    job_id = stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=150, seed=5, fileType="png")
+    stub_server.wait(job_id, "processing")
+    status = cancelled(stub_server, job_id, "?partial=true")
+    assert status.keys() == STATUS_KEYS | FINISHED_KEYS | {"cancelled"}
+    assert (status["state"], status["error"], status["cancelled"]) == ("error", "cancelled", True)
+    assert picture(status["image"]).size == (64, 64)
+    assert status == stub_server.status(job_id)
+
+
+def test_a_waiting_job_has_no_picture_to_be_cancelled_with(stub_server: Program) -> None:
+    running, waiting = (stub_server.submit(prompt="stub:seconds=0.05", model="small", steps=100) for _ in range(2))
+    status = cancelled(stub_server, waiting, "?partial=true")
+    assert status.keys() == STATUS_KEYS | {"cancelled"}
+    cancelled(stub_server, running)
+
+
+def test_a_step_that_takes_long_does_not_keep_who_cancels_waiting(stub_server: Program) -> None:
+    job_id = stub_server.submit(prompt="stub:seconds=8", model="small", steps=2)
+    eventually(lambda: stub_server.status(job_id)["state"] == "loading", "the job to begin")
+    status = cancelled(stub_server, job_id)
+    assert (status["state"], status["cancelled"], status["error"]) == ("loading", True, None)
+    assert stub_server.wait(job_id, "error")["error"] == "cancelled"
+
+
+def test_cancelling_twice_is_cancelling_once(stub_server: Program) -> None:
+    job_id = stub_server.submit(prompt="stub:seconds=0.05", model="small", steps=100)
+    assert cancelled(stub_server, job_id) == cancelled(stub_server, job_id)
+
+
+@pytest.mark.parametrize(("prompt", "state"), [("a lighthouse", "done"), ("stub:fail", "error")])
+def test_a_job_that_has_ended_cannot_be_cancelled(stub_server: Program, prompt: str, state: str) -> None:
+    job_id = stub_server.submit(prompt=prompt, model="small", steps=1)
+    before = stub_server.wait(job_id, state)
+    message = refusal(stub_server.request("DELETE", f"/queue/{job_id}"), 409)
+    assert message == f"job {job_id} cannot be cancelled: its state is {state}"
+    assert stub_server.status(job_id) == before
+
+
+def test_an_unknown_job_cannot_be_cancelled(stub_server: Program) -> None:
+    assert refusal(stub_server.request("DELETE", "/queue/x"), 404) == "Job x not found"
+    assert "partial is 'some'" in refusal(stub_server.request("DELETE", "/queue/x?partial=some"), 400)
+
+
+def test_cancelling_at_any_moment_ends_a_job_once(stub_server: Program) -> None:
+    ends = set()
+    for moment in range(12):
+        job_id = stub_server.submit(prompt="stub:seconds=0.01", model="small", steps=4)
+        time.sleep(moment * 0.015)
+        with ThreadPoolExecutor(3) as callers:
+            answers = list(callers.map(lambda _: stub_server.request("DELETE", f"/queue/{job_id}"), range(3)))  # noqa: B023
+        status = stub_server.get(f"/queue/{job_id}?wait=60").json()
+        assert {answer.status_code for answer in answers} == {200 if status.get("cancelled") else 409}
+        ends.add((status["state"], status.get("cancelled")))
+    assert ends <= {("error", True), ("done", None)}
+
+
+def test_a_paused_queue_takes_jobs_and_begins_none(stub_server: Program) -> None:
+    running = stub_server.submit(prompt="stub:seconds=0.05", model="small", steps=20)
+    stub_server.wait(running, "processing")
+    paused = stub_server.request("POST", "/queue/pause")
+    assert (paused.status_code, paused.json()) == (200, {"status": "success", "paused": True})
+    try:
+        waiting = stub_server.submit(model="small", steps=1)
+        assert stub_server.wait(running)["state"] == "done"
+        assert stub_server.get(f"/queue/{waiting}?wait=1").json()["state"] == "queued"
+        health = stub_server.get("/health").json()
+        assert health["queue"]["paused"] is True
+        ready = stub_server.get("/ready")
+        (reason,) = ready.json()["reasons"]
+        assert ready.status_code == 503
+        assert "paused" in reason
+        assert reason in health["warnings"]
+    finally:
+        resumed = stub_server.request("POST", "/queue/resume")
+    assert (resumed.status_code, resumed.json()) == (200, {"status": "success", "paused": False})
+    assert stub_server.wait(waiting)["state"] == "done"
+    assert stub_server.get("/ready").status_code == 200
+    assert stub_server.get("/health").json()["queue"]["paused"] is False
 
 
 def test_a_job_that_failed_says_why_and_nothing_of_the_host(stub_server: Program) -> None:
@@ -585,6 +707,7 @@ def test_health_tells_real_numbers(stub_server: Program) -> None:
     assert (worker["device_name"], worker["restarts"]) == ("stub", 0)
     assert health["models"] == {"count": 2, "directory": "stable_diffusion/models"}
     assert health["loras"] == {"count": 1, "directory": "stable_diffusion/loras"}
+    assert health["queue"].keys() == {"active_jobs", "paused", "directory"}
     assert health["queue"]["directory"] == "queue"
     assert health["outputs"].keys() == {"available", "free_space_gb", "directory"}
     assert health["outputs"]["available"] is True

@@ -44,12 +44,14 @@ def serve(
     engine: Engine = None,
     isolated: Isolated = None,
     worker: Annotated[bool, typer.Option(help="Also run jobs.")] = True,
+    handover: HandedOver = "{}",
 ) -> None:
     """Serve the API and run its jobs."""
+    from diffusion_api.restart import Handover
     from diffusion_api.server import run
 
     settings = _settings(host=host, port=port, home=home, engine=engine, isolated=isolated)
-    run(settings, worker=worker)
+    run(settings, worker=worker, handover=Handover.model_validate_json(handover))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from diffusion_api.engine.base import Engine
@@ -17,10 +17,13 @@ EVERY = 1.0
 
 
 class Presence:
-    """Reports a worker at each job's beginning and end, and once in a while when a job moves."""
+    """Reports a worker at each job's beginning and end, and once in a while when a job moves.
 
-    def __init__(self, queue: Queue, engine: Engine, restarts: int) -> None:
-        self._queue, self._engine, self._restarts = queue, engine, restarts
+    ``due`` says when the job on the device must have ended, None if it may take its time.
+    """
+
+    def __init__(self, queue: Queue, engine: Engine, restarts: int, due: Callable[[], float | None]) -> None:
+        self._queue, self._engine, self._restarts, self._due = queue, engine, restarts, due
         self._jobs: list[str] = []
         self._told = 0.0
         self._guard = threading.Lock()
@@ -50,6 +53,7 @@ class Presence:
                 device=self._engine.report(),
                 jobs=tuple(self._jobs),
                 event=self._told,
+                due=self._due(),
                 restarts=self._restarts,
             )
             self._queue.report(report)

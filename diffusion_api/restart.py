@@ -34,17 +34,18 @@ class Handover(Frozen):
     lifeline: int | None = None
 
 
-def restart(handover: Handover, reason: str) -> NoReturn:
+def restart(handover: Handover | None, reason: str) -> NoReturn:
     """Have this process begin again with the command line that it was started with, at once and in the same place.
 
     No lock, thread or memory outlives this, but the socket that listens does: who connects meanwhile waits, who waited
-    for an answer gets none. A supervised process ends with EXIT_RESTART instead, and so does one that restarts too often.
+    for an answer gets none. A process with a supervisor ends with EXIT_RESTART instead, and so does one that restarts
+    too often, or that has no handover because its command line is not ours.
     """
-    now = time.monotonic()
-    recent = tuple(at for at in handover.recent if now - at < WITHIN)
-    if handover.lifeline is not None:
+    if handover is None or handover.lifeline is not None:
         log.critical("%s; this process ends to be started again", reason)
         os._exit(EXIT_RESTART)
+    now = time.monotonic()
+    recent = tuple(at for at in handover.recent if now - at < WITHIN)
     if len(recent) >= LIMIT:
         log.critical("%s; this process ends: it began again %d times in %.0f minutes", reason, LIMIT, WITHIN / 60)
         os._exit(EXIT_RESTART)

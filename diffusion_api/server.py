@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -20,18 +21,18 @@ from diffusion_api.catalog.library import Library
 from diffusion_api.dialects import native
 from diffusion_api.engine.base import Engine
 from diffusion_api.engine.executor import Executor
-from diffusion_api.errors import Misconfigured
+from diffusion_api.errors import Misconfigured, QueueUnusable
 from diffusion_api.outputs import Outputs
 from diffusion_api.pace import Pace
 from diffusion_api.queues.base import Queue
 from diffusion_api.queues.file import FileQueue
-from diffusion_api.restart import Handover
+from diffusion_api.restart import Handover, restart
 from diffusion_api.retention import Limits
 from diffusion_api.service import Service
 from diffusion_api.settings import DATA, Settings
 from diffusion_api.supervisor import Supervisor, die_with_supervisor
 from diffusion_api.sweeper import Sweeper
-from diffusion_api.worker import Worker
+from diffusion_api.worker import HUNG, Worker
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MIB = 2**20
+HOPELESS = 2 * HUNG
+"""Seconds for which a job may hang beyond its deadline before its process is killed from outside: longer than it takes
+that process to notice, if it is still able to."""
+
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -108,7 +113,7 @@ def build_sweeper(settings: Settings, queue: Queue, outputs: Outputs) -> Sweeper
 
 def build_app(settings: Settings, *, worker: bool = True) -> App:
     """The whole service as one ASGI app; its worker starts and stops with the app."""
-    return build(settings, worker=worker).app
+    return build(settings, worker=worker, handover=None).app
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,11 @@ class Serving:
     drain: Callable[[], None]
 
 
-def build(settings: Settings, *, worker: bool) -> Serving:
-    """The service, with a worker in this process, in one of its own, or without."""
+def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Serving:
+    """The service, with a worker in this process, in one of its own, or without.
+
+    A process without a ``handover`` is not ours to start again: it ends where another would begin again.
+    """
     settings.create_folders()
     library, queue, outputs = build_library(settings), build_queue(settings), Outputs(settings.outputs_dir)
     pace = build_pace(settings)
@@ -130,9 +138,9 @@ def build(settings: Settings, *, worker: bool) -> Serving:
     service = Service(settings, library, queue, outputs, engine, pace=pace, webhooks=webhooks)
     hand: Worker | Supervisor | None = None
     if engine:
-        hand = Worker(queue, engine, outputs, pace=pace)
+        hand = build_worker(queue, engine, outputs, pace, handover)
     elif worker:
-        hand = build_supervisor(settings)
+        hand = build_supervisor(settings, queue)
 
     def start() -> None:
         if webhooks:
@@ -156,17 +164,30 @@ def build(settings: Settings, *, worker: bool) -> Serving:
     return Serving(create_app(service, settings, startup=start, shutdown=stop), drain)
 
 
-def build_supervisor(settings: Settings) -> Supervisor:
+def build_worker(queue: Queue, engine: Engine, outputs: Outputs, pace: Pace, handover: Handover | None) -> Worker:
+    """What runs the jobs, in a process that may have to begin again for it."""
+    restarts = handover.restarts if handover else 0
+    return Worker(queue, engine, outputs, pace=pace, restart=partial(restart, handover), restarts=restarts)
+
+
+def build_supervisor(settings: Settings, queue: Queue) -> Supervisor:
     """What keeps a worker process running on the same folder; it reads the same settings, but for flags of ours."""
     flags = ("--home", str(settings.home), "--engine", settings.engine)
-    return Supervisor((sys.executable, "-m", "diffusion_api", "worker", *flags))
+
+    def hangs(pid: int) -> bool:
+        with contextlib.suppress(QueueUnusable):
+            return any(report.pid == pid and report.overdue > HOPELESS for report in queue.workers())
+        return False
+
+    return Supervisor((sys.executable, "-m", "diffusion_api", "worker", *flags), hangs)
 
 
-def run(settings: Settings, *, worker: bool) -> None:
+def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
     """Serve until told to stop: SIGINT or SIGTERM drain, a second one ends at once. Raises Misconfigured."""
     logs.configure(settings)
-    listener = _listen(settings.host, settings.port)
-    serving = build(settings, worker=worker)
+    listener = _adopt(handover.listener) if handover.listener else _listen(settings.host, settings.port)
+    handover = handover.model_copy(update={"listener": listener.fileno()})
+    serving = build(settings, worker=worker, handover=handover)
     shown_host = "127.0.0.1" if settings.host in ("", "0.0.0.0") else settings.host
     url = f"http://{shown_host}:{listener.getsockname()[1]}"
     config = uvicorn.Config(
@@ -190,7 +211,7 @@ def work(settings: Settings, handover: Handover) -> None:
     queue = build_queue(settings)
     engine = build_engine(settings, build_library(settings))
     outputs, pace = Outputs(settings.outputs_dir), build_pace(settings)
-    hand = Worker(queue, engine, outputs, pace=pace, restarts=handover.restarts)
+    hand = build_worker(queue, engine, outputs, pace, handover)
     told = threading.Event()
     for number in STOPPING:
         signal.signal(number, lambda *_: told.set())
@@ -247,6 +268,13 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             print(self._greeting, flush=True)
+
+
+def _adopt(descriptor: int) -> socket.socket:
+    """The socket that an earlier life of this process listened on."""
+    listener = socket.socket(fileno=descriptor)
+    listener.set_inheritable(False)
+    return listener
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -57,7 +57,9 @@ class Settings(BaseSettings):
 
     max_attempts: int = Field(default=3, ge=1, description="how often a job may be started before it ends as an error")
     pause_after_crashes: int = Field(
-        default=0, ge=0, description="crashes in a row while running jobs, after which the queue pauses itself; 0 is never"
+        default=0,
+        ge=0,
+        description="crashes in a row while running jobs, after which the queue pauses itself; 0 is never",
     )
     max_queue: int = Field(default=1000, ge=0, description="jobs that may wait; 0 is no limit")
     disk_reserve_mb: int = Field(default=64, ge=0, description="MiB of the queue's disk that no new job may take")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from diffusion_api.restart import EXIT_RESTART, OPTION, Handover
 from diffusion_api.worker import EXIT_WORKER_DIED
@@ -25,6 +25,9 @@ LONG_LIFE = 60.0
 
 CLEARING = 20.0
 """Seconds beyond the grace after which a process that was told to stop is killed."""
+
+LOOK_EVERY = 2.0
+"""Seconds between two looks at whether the process hangs."""
 
 PR_SET_PDEATHSIG = 1
 
@@ -45,20 +48,25 @@ HINTS: dict[int, str] = {
 
 
 class Supervisor:
-    """Keeps a process running that is started by ``command`` and takes ``--handover``; has the two verbs of a Worker."""
+    """Keeps a process running that is started by ``command`` and takes ``--handover``; has the two verbs of a Worker.
 
-    def __init__(self, command: Sequence[str]) -> None:
-        self._command = tuple(command)
+    ``hangs`` says whether the process with that id is beyond hope; it is killed then.
+    """
+
+    def __init__(self, command: Sequence[str], hangs: Callable[[int], bool] = lambda pid: False) -> None:
+        self._command, self._hangs = tuple(command), hangs
         self._child: subprocess.Popen[bytes] | None = None
         self._restarts = 0
         self._guard = threading.Lock()
         self._told = threading.Event()
         # The kernel ends the child with the thread that started it: this one must live for as long as the child.
         self._thread = threading.Thread(target=self._main, name="supervisor", daemon=True)
+        self._watchdog = threading.Thread(target=self._watch, name="supervisor-watchdog", daemon=True)
 
     def start(self) -> None:
         """Start the process, and go on doing so; returns at once."""
         self._thread.start()
+        self._watchdog.start()
 
     def stop(self, grace: float) -> None:
         """Have the process stop as on SIGTERM; one that is still there well after ``grace`` seconds is killed. Blocks."""
@@ -86,6 +94,13 @@ class Supervisor:
             if self._told.wait(delay):
                 return
             delay = min(2 * delay, LAST_DELAY)
+
+    def _watch(self) -> None:
+        while not self._told.wait(LOOK_EVERY):
+            child = self._child
+            if child and self._hangs(child.pid):
+                log.critical("worker process %d hangs beyond the deadline of its job and is killed", child.pid)
+                child.kill()
 
     def _life(self) -> str:
         """Run the process once, to its end: what became of it."""

@@ -104,7 +104,7 @@ class Worker:
         restarts: int = 0,
     ) -> None:
         self._queue, self._engine, self._outputs, self._pace = queue, engine, outputs, pace
-        self._presence = Presence(queue, engine, restarts)
+        self._presence = Presence(queue, engine, restarts, self._due)
         self._died = died or (lambda: os._exit(EXIT_WORKER_DIED))
         self._restart = restart or (lambda reason: self._died())
         self._hands: dict[str, _Hand] = {}
@@ -132,6 +132,11 @@ class Worker:
                 hand.control.release()
         self._ended.set()
         self._engine.close()
+
+    def _due(self) -> float | None:
+        """When the job on the device must have left it."""
+        due = min((hand.due for hand in list(self._hands.values())), default=math.inf)
+        return due if due < math.inf else None
 
     def _end_by(self, deadline: float) -> None:
         self._deadline = deadline
@@ -240,6 +245,7 @@ class Worker:
             self._presence.moved()
             if began is None:
                 hand.enters(hand.control.started())
+                self._presence.tell()
                 began = hand.heard
             if isinstance(event, Finished):
                 hand.leaves()  # now, as it is free for the next job while this one is saved

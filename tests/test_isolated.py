@@ -169,6 +169,21 @@ def test_the_api_answers_while_the_worker_is_frozen(home: Path) -> None:
     assert record(home, job_id).attempts == 1
 
 
+def test_the_api_answers_while_native_code_holds_the_interpreter_and_the_deadline_ends_that(home: Path) -> None:
+    with serving(home, "--isolated", max_attempts=1) as server:
+        first = server.worker()
+        held = server.submit(prompt="stub:gil=600", deadline=0.2)
+        neighbour = server.submit(prompt="a lighthouse")
+        server.wait(held, "loading")
+        with pulse(server) as took:
+            began = time.monotonic()
+            assert "the service stopped" in server.wait(held, "error")["error"]
+            hold = time.monotonic() - began
+        assert max(took) < hold / 2
+        assert f"worker process {first.pid} hangs beyond the deadline of its job and is killed" in server.log
+        assert server.wait(neighbour)["state"] == "done"
+
+
 def test_a_worker_that_dies_again_and_again_leaves_no_zombie_and_no_descriptor(home: Path) -> None:
     with serving(home, "--isolated") as server:
         parent = psutil.Process(server.process.pid)

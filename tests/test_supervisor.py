@@ -120,6 +120,24 @@ def test_a_process_that_does_not_stop_is_killed(
     assert psutil.Process().children() == []
 
 
+def test_a_process_that_hangs_is_killed_and_started_again(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "LOOK_EVERY", 0.05)
+    seen: list[int] = []
+
+    def hangs(pid: int) -> bool:
+        seen.append(pid)
+        return pid == seen[0]
+
+    one = Supervisor((sys.executable, "-c", "import time; time.sleep(600)"), hangs)
+    one.start()
+    eventually(lambda: len(set(seen)) == 2, "a second process")
+    one.stop(grace=0)
+    assert f"worker process {seen[0]} hangs beyond the deadline of its job and is killed" in caplog.text
+    assert f"worker process {seen[0]} was ended by SIGKILL" in caplog.text
+
+
 def test_a_stop_between_two_lives_starts_no_third(
     new_supervisor: NewSupervisor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,7 +111,8 @@ class Control(ABC):
 
     @abstractmethod
     def commit(self, job: Job) -> None:
-        """End the job with a terminal record, once. A suspect that ends so gets the attempts of its crashes back."""
+        """End the job with a terminal record, once. A suspect that ends so gets those attempts back that
+        ended in a crash beside others."""
 
 
 Handler = Callable[[Job, Control], None]

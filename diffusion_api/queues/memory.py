@@ -298,16 +298,17 @@ class MemoryQueue(Queue):
     def _give_up(self) -> None:
         """What recovery is to a queue on disk: no job stays with a server that has gone."""
         with self._event:
-            for entry in self._entries.values():
-                if entry.claim:
-                    entry.job = self._recovered(entry.job, cancelled=entry.claim.cancelled)
-                    entry.claim = None
+            in_hand = [entry for entry in self._entries.values() if entry.claim]
+            alone = sum(entry.job.begun for entry in in_hand) == 1
+            for entry in in_hand:
+                cancelled = entry.claim is not None and entry.claim.cancelled
+                entry.job, entry.claim = self._recovered(entry.job, alone=alone, cancelled=cancelled), None
             self._announce()
 
-    def _recovered(self, job: Job, *, cancelled: bool) -> Job:
+    def _recovered(self, job: Job, *, alone: bool, cancelled: bool) -> Job:
         if cancelled:
             return job.cancelled()
-        return job.orphaned(max_attempts=self._max_attempts)
+        return job.orphaned(max_attempts=self._max_attempts, alone=alone)
 
     def _announce(self) -> None:
         with self._event:

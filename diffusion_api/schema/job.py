@@ -71,7 +71,8 @@ class Job(Frozen):
     """One job. ``payload`` is the body as the client sent it (pictures replaced); times are epoch seconds.
 
     ``deadline`` is the seconds that it may run, ``webhook`` the URL that is told of its end. ``boot`` is the boot of the
-    machine in which the last attempt was charged; a ``suspect`` was in hand when a worker died, so it runs alone.
+    machine in which the last attempt was charged; a ``suspect`` had begun when its worker died, so it runs alone, and
+    ``shared`` of its attempts ended so when others had begun as well.
     """
 
     version: int = VERSION
@@ -89,10 +90,16 @@ class Job(Frozen):
     attempts: int = 0
     boot: str = ""
     suspect: bool = False
+    shared: int = 0
     started: float | None = None
     finished: float | None = None
     result: Result | None = None
     error: Failure | None = None
+
+    @property
+    def begun(self) -> bool:
+        """True while the job runs: it was charged and has not ended."""
+        return self.started is not None and not self.state.terminal
 
     def charged(self, boot: str = "") -> Job:
         """The job with one more attempt on its account, about to use the device in that boot of the machine."""
@@ -118,24 +125,24 @@ class Job(Frozen):
         """The job, cancelled by its caller; ``result`` is what there was so far, if the caller asked for it."""
         return self._ended(State.CANCELLED, error=Failure(kind="JobCancelled", message="cancelled"), result=result)
 
-    def orphaned(self, *, max_attempts: int, boot: str = "") -> Job:
+    def orphaned(self, *, max_attempts: int, alone: bool, boot: str = "") -> Job:
         """The job after the death of its worker, found in that ``boot``: waiting again, or ended without a picture.
 
         An attempt charged in another boot is given back: a reboot is nobody's fault. Otherwise the job may be what the
-        worker died of, so it is a suspect until it passes alone, or its attempts are used up.
+        worker died of, ``alone`` or one of several that had begun: it is a suspect until it passes alone, or its attempts
+        are used up.
         """
         if self.started is not None and self.boot != boot:
             return self.uncharged()
         if self.attempts >= max_attempts:
             return self.failed("WorkerDied", f"the service stopped {self.attempts} times while running this job")
-        suspect = self.suspect or self.started is not None
-        return self.requeued().model_copy(update={"suspect": suspect})
+        if self.started is None:
+            return self.requeued()
+        return self.requeued().model_copy(update={"suspect": True, "shared": self.shared + (not alone)})
 
     def acquitted(self) -> Job:
-        """The job with the attempts of its crashes given back: it ended, so they were no fault of its own."""
-        if not self.suspect:
-            return self
-        return self.model_copy(update={"suspect": False, "attempts": 0 if self.started is None else 1})
+        """The job with the attempts given back that ended in a crash beside others: it ended, so the crash was theirs."""
+        return self.model_copy(update={"suspect": False, "shared": 0, "attempts": self.attempts - self.shared})
 
     def _ended(self, state: State, **changes: Any) -> Job:
         return self.model_copy(update={"state": state, "finished": time.time(), **changes})

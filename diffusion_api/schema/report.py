@@ -22,8 +22,9 @@ class DeviceReport:
 class WorkerReport(Frozen):
     """A worker that serves a queue.
 
-    ``jobs`` are the ids in its hands. ``event`` is when one of them last moved (or the worker began), in seconds of the
-    machine's monotonic clock, which all processes share. ``restarts`` is how often its process had to begin again.
+    ``jobs`` are the ids in its hands. ``event`` is when one of them last moved (or the worker began), ``due`` when the one
+    on the device must have ended; both in seconds of the machine's monotonic clock, which all processes share.
+    ``restarts`` is how often its process had to begin again.
     """
 
     version: int = VERSION
@@ -31,6 +32,7 @@ class WorkerReport(Frozen):
     device: DeviceReport | None = None
     jobs: tuple[str, ...] = ()
     event: float
+    due: float | None = None
     restarts: int = 0
 
     @property
@@ -42,3 +44,8 @@ class WorkerReport(Frozen):
     def quiet(self) -> float:
         """Seconds since something last happened."""
         return max(0.0, time.monotonic() - self.event)
+
+    @property
+    def overdue(self) -> float:
+        """Seconds for which a job that should have ended has not even moved."""
+        return 0.0 if self.due is None else max(0.0, time.monotonic() - max(self.due, self.event))

@@ -284,7 +284,7 @@ def test_a_cancelled_job_whose_worker_died_ends_cancelled(
     assert names(root, "running") == names(root, "workers") == names(root, "progress") == []
 
 
-def test_a_surviving_worker_takes_over_and_gives_the_attempt_back_at_the_end(
+def test_a_surviving_worker_takes_over_what_a_dead_one_ran(
     root: Path, queue: FileQueue, nursery: Nursery, new_job: Any, serving: Any, eventually: Any, result: Result
 ) -> None:
     job, handled = new_job(), []
@@ -305,7 +305,7 @@ def test_a_surviving_worker_takes_over_and_gives_the_attempt_back_at_the_end(
     assert handled == [(job.id, 1)]
     snapshot = queue.get(job.id)
     assert snapshot is not None
-    assert (snapshot.job.attempts, snapshot.job.suspect) == (1, False)
+    assert (snapshot.job.attempts, snapshot.job.suspect) == (2, False)
 
 
 def test_a_job_that_kills_its_worker_ends_in_error(

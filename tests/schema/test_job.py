@@ -124,6 +124,19 @@ def test_the_seeds_follow_each_other_and_go_round() -> None:
     assert plain(seed=MAX_SEED - 1, count=3).seeds == (MAX_SEED - 1, MAX_SEED, 0)
 
 
+@pytest.mark.parametrize(("alone", "attempts"), [(True, 2), (False, 1)])
+def test_an_attempt_is_given_back_when_another_may_have_killed_the_worker(alone: bool, attempts: int) -> None:
+    orphan = new_job().charged().orphaned(max_attempts=3, alone=alone)
+    assert (orphan.state, orphan.attempts, orphan.suspect) == (State.QUEUED, 1, True)
+    passed = orphan.charged().acquitted()
+    assert (passed.attempts, passed.suspect) == (attempts, False)
+
+
+def test_a_job_that_had_not_begun_is_no_suspect() -> None:
+    job = new_job()
+    assert job.orphaned(max_attempts=3, alone=False) == job
+
+
 @pytest.mark.parametrize(
     "change",
     [

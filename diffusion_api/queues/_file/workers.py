@@ -114,24 +114,30 @@ class Recovery:
 
     def _empty(self, folder: Path) -> bool:
         """True if a job had started that did not end, nor was it the machine that went down."""
+        found = [(path, self._claimed(path)) for path in entries(folder) if path.suffix != ".cancel"]
+        begun = sum(job is not None and job.begun for _, job in found)
         crashed = False
-        for path in entries(folder):
-            if path.suffix != ".cancel":
+        for path, job in found:
+            if job is not None:
                 with self._places.tolerated(path.name):
-                    crashed |= self._recover(path)
+                    crashed |= self._recover(path, job, alone=begun == 1)
         for note in entries(folder):
             if note.suffix == ".cancel" and not disk.exists(note.with_suffix(".json")):
                 self._honour(note)
         return crashed
 
-    def _recover(self, path: Path) -> bool:
-        try:
-            job = read_claimed(path)
-        except (disk.Unusable, UnreadableRecord) as error:
-            self._places.set_aside(path, error)
-            return False
+    def _claimed(self, path: Path) -> Job | None:
+        """The job in the folder of a worker; what is none is set aside, what cannot be read now is left for later."""
+        with self._places.tolerated(path.name):
+            try:
+                return read_claimed(path)
+            except (disk.Unusable, UnreadableRecord) as error:
+                self._places.set_aside(path, error)
+        return None
+
+    def _recover(self, path: Path, job: Job, *, alone: bool) -> bool:
         note = note_of(path)
-        recovered = self._recovered(job, cancelled=disk.exists(note))
+        recovered = self._recovered(job, alone=alone, cancelled=disk.exists(note))
         if recovered != job:
             self._places.write(path, dumps(recovered))
         disk.rename_durably(path, self._places.place_of(recovered, path.name))
@@ -140,14 +146,14 @@ class Recovery:
         if recovered.state is State.QUEUED:
             self._places.waiting.add(path.name)
         log.warning("%s: its worker died; %s after %d attempts", job.id, recovered.state, recovered.attempts)
-        return not job.state.terminal and job.started is not None and job.boot == boot_id()
+        return job.begun and job.boot == boot_id()
 
-    def _recovered(self, job: Job, *, cancelled: bool) -> Job:
+    def _recovered(self, job: Job, *, alone: bool, cancelled: bool) -> Job:
         if job.state.terminal:
             return job
         if cancelled:
             return job.cancelled()
-        return job.orphaned(max_attempts=self._max_attempts, boot=boot_id())
+        return job.orphaned(max_attempts=self._max_attempts, alone=alone, boot=boot_id())
 
     def _count_crash(self) -> None:
         crashes = _Crashes(in_a_row=self._crashes_before() + 1)

@@ -21,7 +21,7 @@ LOCKING    = $(BIN)/uv pip compile --universal --python-version 3.11 --generate-
 # What differs between the builds of PyTorch.
 TORCH_PACKAGES = torch|torchvision|triton|nvidia-.*|cuda-.*
 
-# The choice is kept in .venv, so that it is made once; "registry" is the build that the package registry has.
+# The choice is kept in .venv once it has worked; "registry" is the build that the package registry has.
 ifndef TORCH
 TORCH := $(or $(shell cat $(VENV)/.torch 2>/dev/null),registry)
 endif
@@ -96,7 +96,7 @@ $(INSTALLED): $(BIN)/uv $(LOCKS) pyproject.toml
 	esac; echo "== dependencies into $(VENV), torch from '$(TORCH)': about $$size, less what uv has in its cache"
 	@rm -f $(VENV)/.installed-*
 	@if [ "$(TORCH)" != "$$(cat $(VENV)/.torch 2>/dev/null)" ]; then \
-	    $(BIN)/uv pip uninstall --quiet --python $(BIN)/python torch torchvision 2>/dev/null; echo "$(TORCH)" >$(VENV)/.torch; fi
+	    $(BIN)/uv pip uninstall --quiet --python $(BIN)/python torch torchvision 2>/dev/null; rm -f $(VENV)/.torch; fi
 ifeq ($(TORCH),registry)
 	@$(BIN)/uv pip sync --python $(BIN)/python --require-hashes $(LOCKS)
 else
@@ -106,4 +106,5 @@ else
 	    "torch<=$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.txt)"
 endif
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@echo "$(TORCH)" >$(VENV)/.torch
 	@touch $@

@@ -185,11 +185,10 @@ def build_supervisor(settings: Settings, queue: Queue) -> Supervisor:
 def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
     """Serve until told to stop: SIGINT or SIGTERM drain, a second one ends at once. Raises Misconfigured."""
     logs.configure(settings)
-    listener = _adopt(handover.listener) if handover.listener else _listen(settings.host, settings.port)
+    listener = _adopt(handover.listener) if handover.listener else listen(settings.host, settings.port)
     handover = handover.model_copy(update={"listener": listener.fileno()})
     serving = build(settings, worker=worker, handover=handover)
-    shown_host = "127.0.0.1" if settings.host in ("", "0.0.0.0") else settings.host
-    url = f"http://{shown_host}:{listener.getsockname()[1]}"
+    url = f"http://{_shown_host(settings.host)}:{listener.getsockname()[1]}"
     config = uvicorn.Config(
         serving.app,
         http=connections.protocol(settings),
@@ -277,9 +276,10 @@ def _adopt(descriptor: int) -> socket.socket:
     return listener
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket. Raises Misconfigured."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # by name, or asyncio leaves Nagle on
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -290,6 +290,12 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
     listener.set_inheritable(False)
     return listener
+
+
+def _shown_host(host: str) -> str:
+    """The host of a URL that works on this machine."""
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
 
 def _greeting(url: str) -> str:

@@ -144,6 +144,7 @@ class Worker:
 
     def _main(self) -> None:
         try:
+            self._queue.recover()  # now, as the engine may take a while to load
             self._engine.wait()
             self._presence.tell()
             if self._deadline is None:

@@ -23,6 +23,7 @@ from fake_models import diffusers_folder
 from serving import Program, environment, eventually, serving, started
 
 from diffusion_api.schema.job import Job, State, loads
+from diffusion_api.server import listen
 
 
 @pytest.fixture
@@ -350,3 +351,17 @@ def test_the_log_tells_of_each_job_and_holds_no_picture(home: Path) -> None:
     assert f"job {failed} failed" in log
     assert "AAAAAAAA" not in log
     assert done["image"][:40] not in log
+
+
+def test_the_greeting_has_an_address_that_can_be_used(home: Path) -> None:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        with serving(home, "--host", "::1") as program:
+            assert program.url.startswith("http://[::1]:")
+            assert program.get("/hello").json() == {"ok": True}
+
+
+def test_answers_are_not_held_back_for_an_acknowledgement() -> None:
+    """asyncio turns Nagle's algorithm off for sockets that say that they are TCP; else kept connections wait 40 ms."""
+    with listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP

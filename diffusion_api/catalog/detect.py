@@ -18,6 +18,9 @@ PIPELINES = {
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
 }
+PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+"""What a diffusers folder must hold beside the UNet, where its index names it."""
+
 SD2_WIDTH = 1024
 
 
@@ -47,13 +50,32 @@ def folder_family(folder: Path) -> tuple[str, int]:
     unet = _json(folder / "unet" / "config.json")
     if family == "sd1" and unet.get("cross_attention_dim") == SD2_WIDTH:
         family = "sd2"
-    weights = sorted((folder / "unet").glob("diffusion_pytorch_model*.safetensors"))
-    if not weights:
-        raise Unrecognised("its unet/ holds no safetensors weights")
-    for path in weights:
-        safetensors_header(path)
+    _check_weights(folder / "unet")
+    for part in PARTS:
+        if isinstance(index.get(part), list) and None not in index[part]:
+            _check_part(folder / part)
     size = unet.get("sample_size")
     return family, (size if isinstance(size, int) else 64) * 8
+
+
+def _check_part(folder: Path) -> None:
+    """Raises Unrecognised for a part of a diffusers folder whose files are missing or damaged."""
+    if folder.name.startswith("tokenizer"):
+        if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+            raise Unrecognised(f"its {folder.name}/ holds no vocab.json or tokenizer.json")
+    else:
+        _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise Unrecognised(f"its {folder.name}/ holds no safetensors weights")
+    for path in weights:
+        try:
+            safetensors_header(path)
+        except Unrecognised as error:
+            raise Unrecognised(f"{folder.name}/{error}") from error
 
 
 def file_family(path: Path) -> tuple[str, int]:

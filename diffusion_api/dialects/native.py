@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 FILE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png"}
 DEFAULT_SAMPLER = "DPM++ 2M"
+TOLD = 10
+"""Unknown fields of one request that its caller is told of by name."""
+
+LONGEST_NAME = 100
+"""Characters of an unknown field's name that are looked at."""
+
 UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or no worker runs"}
 NEXT_STEP = 5.0
 """Seconds that a running job gets to end before the caller who cancelled it is answered."""
@@ -96,7 +102,7 @@ class Txt2ImgBody(BaseModel):
     loras: list[LoraBody | str] | None = None
     hires: HiresBody | None = None
     refiner_checkpoint: str | None = None
-    refiner_switch_at: float | None = None
+    refiner_switch_at: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False, description="0 to 1")
     priority: int | None = Field(default=None, ge=-9, le=9, description="higher runs first; 0 when left out")
     deadline: float | None = Field(
         default=None,
@@ -289,7 +295,7 @@ def mount(app: FastAPI, service: Service) -> None:
 
 def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]:
     """The frozen request that a body means, and what the caller should know. Raises InvalidRequest."""
-    warnings = [_unknown(name) for name in body.model_extra or {}]
+    warnings = _unknown(list(body.model_extra or {}))
     model = service.model(body.model)
     sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
     width, width_note = round_size(_given(body.width, model.native_size), "width")
@@ -327,9 +333,15 @@ def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, Txt2ImgBody.model_fields, n=1)
-    return f"unknown field {name!r} was ignored" + (f"; did you mean {near[0]!r}?" if near else "")
+def _unknown(names: list[str]) -> list[str]:
+    """What the caller is told of fields that nobody knows: of the first ones, as looking for what was meant takes time."""
+    told = []
+    for name in names[:TOLD]:
+        near = difflib.get_close_matches(name[:LONGEST_NAME], Txt2ImgBody.model_fields, n=1)
+        told.append(
+            f"unknown field {name[:LONGEST_NAME]!r} was ignored" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    return told + ([f"{len(names) - TOLD} more unknown fields were ignored"] if len(names) > TOLD else [])
 
 
 def ended(job: Job) -> dict[str, Any]:
@@ -348,8 +360,10 @@ def _answer(snapshot: Snapshot, service: Service) -> dict[str, Any]:
 
 
 def _status(snapshot: Snapshot) -> dict[str, Any]:
-    job, progress = snapshot.job, snapshot.progress
+    job, progress, position = snapshot.job, snapshot.progress, snapshot.position
     state = State.ERROR if snapshot.state is State.CANCELLED else snapshot.state
+    if progress and not job.begun:  # in the hands of a worker, and waiting for the device
+        state, progress, position = State.QUEUED, None, 0
     done = job.state is State.DONE
     answer: dict[str, Any] = {
         "status": "success",
@@ -359,8 +373,8 @@ def _status(snapshot: Snapshot) -> dict[str, Any]:
         "state": state.value,
         "error": job.error.message if job.error else None,
     }
-    if snapshot.position is not None:
-        answer["position"] = snapshot.position
+    if position is not None:
+        answer["position"] = position
     if job.warnings:
         answer["warnings"] = list(job.warnings)
     if job.state is State.CANCELLED:

@@ -132,7 +132,9 @@ def gpu_nodes(root: Path = Path("/dev")) -> list[str]:
 
 def diagnosis(torch_build: str | None, nodes: list[str]) -> str:
     """What is wrong with the GPU, and what to type."""
-    found = f"a GPU is present ({', '.join(nodes)})" if nodes else "no GPU device node is present under /dev"
+    found = "no GPU device node is present under /dev, so torch finds no GPU"
+    if nodes:
+        found = f"a GPU is present ({', '.join(nodes)}), but torch cannot use it"
     if not torch_build:
         fix = "torch is a CPU build: run `make clean setup TORCH=cu126` (or the backend of your card)"
     elif nodes:
@@ -142,4 +144,4 @@ def diagnosis(torch_build: str | None, nodes: list[str]) -> str:
         )
     else:
         fix = "load the driver (`nvidia-smi` must work); in a container, pass the GPU through"
-    return f"{found}, but torch cannot use it; {fix}. To run on the CPU on purpose: DIFFUSION_API_DEVICE=cpu"
+    return f"{found}; {fix}. To run on the CPU on purpose: DIFFUSION_API_DEVICE=cpu"

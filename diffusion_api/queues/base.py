@@ -203,6 +203,10 @@ class Queue(ABC):
     # worker half
 
     @abstractmethod
+    def recover(self) -> None:
+        """Give the jobs of workers that died back to the queue, or end them; :meth:`serve` does so as well."""
+
+    @abstractmethod
     def serve(self, handle: Handler, *, wants: Callable[[Job], bool] = lambda job: True, slots: int = 1) -> None:
         """Claim and handle jobs, ``slots`` at a time, until :meth:`stop`. Blocks.
 

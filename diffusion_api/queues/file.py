@@ -227,6 +227,12 @@ class FileQueue(Queue):
 
     # worker half
 
+    @_as_queue_errors()
+    def recover(self) -> None:
+        """Give the jobs of workers that died back to the queue, or end them; :meth:`serve` does so as well."""
+        self._recovery.run()
+        self._announce(arrival=True)
+
     def serve(self, handle: Handler, *, wants: Callable[[Job], bool] = lambda job: True, slots: int = 1) -> None:
         """Claim and handle jobs, ``slots`` at a time, until :meth:`stop`. Blocks.
 
@@ -246,13 +252,13 @@ class FileQueue(Queue):
             for n in range(slots)
         ]
         try:
-            self._recover()
+            self.recover()
             if reason := self.paused:
                 log.warning("no job will run until the queue is resumed: %s", reason)
             for thread in threads:
                 thread.start()
             while not self._wait_for_stop(self._recover_every):
-                self._recover()
+                self.recover()
         finally:
             self.stop()
             for thread in threads:
@@ -470,11 +476,6 @@ class FileQueue(Queue):
         except OSError:
             disk.rename(path, self._places.queued / path.name)
             raise
-
-    def _recover(self) -> None:
-        with _as_queue_errors():
-            self._recovery.run()
-        self._announce(arrival=True)
 
     def _leave(self) -> None:
         worker, self._worker = self._worker, None

@@ -207,6 +207,9 @@ class MemoryQueue(Queue):
 
     # worker half
 
+    def recover(self) -> None:
+        """Nothing: the jobs of a server that ended went back when it did."""
+
     def serve(self, handle: Handler, *, wants: Callable[[Job], bool] = lambda job: True, slots: int = 1) -> None:
         """Claim and handle jobs, ``slots`` at a time, until :meth:`stop`. Blocks.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_api.catalog.detect import Unrecognised, file_family, folder_family, safetensors_header
+from diffusion_api.settings import DATA
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 
@@ -153,6 +155,31 @@ def test_a_folder_needs_its_weights_whole(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(Unrecognised, match="its unet/ holds no safetensors weights"):
         folder_family(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        ("vae/diffusion_pytorch_model.safetensors", "its vae/ holds no safetensors weights"),
+        ("text_encoder/model.safetensors", "its text_encoder/ holds no safetensors weights"),
+        ("tokenizer/vocab.json", r"its tokenizer/ holds no vocab\.json or tokenizer\.json"),
+    ],
+)
+def test_a_folder_needs_each_part_that_its_index_names(tmp_path: Path, missing: str, reason: str) -> None:
+    folder = tmp_path / "shapes"
+    shutil.copytree(DATA / "models" / "shapes", folder)
+    assert folder_family(folder)[0] == "sd1"
+    (folder / missing).unlink()
+    with pytest.raises(Unrecognised, match=reason):
+        folder_family(folder)
+
+
+def test_an_unfinished_part_of_a_folder_is_noticed(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "models" / "shapes", tmp_path / "shapes")
+    weights = tmp_path / "shapes" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(Unrecognised, match=r"vae/diffusion_pytorch_model\.safetensors .*unfinished download"):
+        folder_family(tmp_path / "shapes")
 
 
 @settings(deadline=None)

@@ -490,7 +490,7 @@ def test_jobs_start_in_the_order_of_their_claims(
 def test_a_suspect_runs_alone_and_is_acquitted_when_it_ends(
     queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
 ) -> None:
-    suspect = {"suspect": True, "attempts": 2}
+    suspect = {"suspect": True, "attempts": 2, "shared": 1}
     jobs = {
         name: new_job(id=name, **options)
         for name, options in (("before", {}), ("first", suspect), ("second", suspect), ("after", {}), ("last", {}))
@@ -521,7 +521,7 @@ def test_a_suspect_runs_alone_and_is_acquitted_when_it_ends(
     for name in jobs:
         snapshot = queue.get(name)
         assert snapshot is not None
-        assert (snapshot.job.attempts, snapshot.job.suspect) == (1, False)
+        assert (snapshot.job.attempts, snapshot.job.suspect) == (2 if jobs[name].suspect else 1, False)
 
 
 def test_a_released_suspect_is_one_still(

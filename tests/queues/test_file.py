@@ -379,8 +379,15 @@ def test_two_that_were_running_are_tried_alone_and_the_innocent_passes(
     assert nursery.lines("started") == [["innocent"], ["poison"], ["innocent"]]
     recover(root)
     assert [(job.id, job.attempts, job.suspect) for job in queue.jobs()] == [("innocent", 2, True), ("poison", 1, True)]
-    with serving(queue, finish(result), wants=lambda job: job.id == "innocent"):
+
+    def handle(job: Job, control: Control) -> None:
+        control.commit(control.started().succeeded(result))
+
+    with serving(queue, handle, wants=lambda job: job.id == "innocent"):
         eventually(lambda: names(root, "done"))
+    snapshot = queue.get("innocent")
+    assert snapshot is not None
+    assert (snapshot.job.attempts, snapshot.job.suspect) == (2, False)
     nursery.wait(nursery.spawn("die_with_two"))
     nursery.wait(nursery.spawn("die_with_two"))
     recover(root)

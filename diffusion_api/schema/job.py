@@ -71,8 +71,8 @@ class Job(Frozen):
     """One job. ``payload`` is the body as the client sent it (pictures replaced); times are epoch seconds.
 
     ``deadline`` is the seconds that it may run, ``webhook`` the URL that is told of its end. ``boot`` is the boot of the
-    machine in which the last attempt was charged; a ``suspect`` had begun when its worker died, so it runs alone, and
-    ``shared`` of its attempts ended so when others had begun as well.
+    machine in which it was ``started``; a ``suspect`` had begun when its worker died, so it runs alone, and ``shared`` of
+    its attempts ended so when others had begun as well.
     """
 
     version: int = VERSION
@@ -107,7 +107,7 @@ class Job(Frozen):
 
     def requeued(self) -> Job:
         """The job as it waits again."""
-        return self.model_copy(update={"state": State.QUEUED, "started": None})
+        return self.model_copy(update={"state": State.QUEUED, "started": None, "boot": ""})
 
     def uncharged(self) -> Job:
         """The job with its last attempt given back: it was stopped through no fault of its own."""

@@ -115,6 +115,23 @@ def die_when_started(queue: FileQueue, journal: Journal) -> None:
     queue.serve(handle)
 
 
+def die_with_two(queue: FileQueue, journal: Journal) -> None:
+    """Kill itself with two jobs started, or with one when it gets no other for a while."""
+    both = threading.Event()
+    started: list[str] = []
+
+    def handle(job: Job, control: Control) -> None:
+        control.started()
+        journal.write("started", job.id)
+        started.append(job.id)
+        if len(started) == 2:
+            both.set()
+        both.wait(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    queue.serve(handle, slots=2)
+
+
 def hit_a_limit(queue: FileQueue, journal: Journal) -> None:
     """Enqueue with no right to write more than a few bytes to a file."""
     made = job()
@@ -126,7 +143,8 @@ def hit_a_limit(queue: FileQueue, journal: Journal) -> None:
         journal.write("refused", made.id)
 
 
-ROLES = {role.__name__: role for role in (write, work, write_and_work, hang, claim, die_when_started, hit_a_limit)}
+ALL = (write, work, write_and_work, hang, claim, die_when_started, die_with_two, hit_a_limit)
+ROLES = {role.__name__: role for role in ALL}
 
 
 def main() -> None:

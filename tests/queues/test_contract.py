@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,23 +12,35 @@ from typing import Any
 
 import pytest
 
+from diffusion_api.errors import QueueFull
 from diffusion_api.queues.base import Control, Queue, Snapshot
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.schema.job import Job, Progress, Result, State
 from diffusion_api.schema.report import DeviceReport, WorkerReport
 
-QUEUES: dict[str, Callable[[Path], Queue]] = {
-    "file": lambda home: FileQueue(home / "queue"),
-    "memory": lambda home: MemoryQueue(),
+QUEUES: dict[str, Callable[..., Queue]] = {
+    "file": lambda home, **options: FileQueue(home / "queue", **options),
+    "memory": lambda home, **options: MemoryQueue(**options),
 }
 
 
 @pytest.fixture(params=QUEUES)
-def queue(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Queue]:
-    made = QUEUES[request.param](tmp_path)
-    yield made
-    made.close()
+def make_queue(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Queue]]:
+    made: list[Queue] = []
+
+    def make(**options: Any) -> Queue:
+        made.append(QUEUES[request.param](tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for queue in made:
+        queue.close()
+
+
+@pytest.fixture
+def queue(make_queue: Callable[..., Queue]) -> Queue:
+    return make_queue()
 
 
 def state_of(queue: Queue, job: Job) -> State:
@@ -38,6 +51,19 @@ def state_of(queue: Queue, job: Job) -> State:
 
 def is_ended(queue: Queue, *jobs: Job) -> Callable[[], bool]:
     return lambda: all(state_of(queue, job).terminal for job in jobs)
+
+
+def started_in_order(queue: Queue, serving: Any, eventually: Any, result: Result, ids: list[str]) -> list[str]:
+    """Serve these jobs with one slot: their ids in the order in which they started."""
+    handled = []
+
+    def handle(job: Job, control: Control) -> None:
+        handled.append(control.started().id)
+        control.commit(job.succeeded(result))
+
+    with serving(queue, handle):
+        eventually(lambda: len(handled) == len(ids))
+    return handled
 
 
 def test_a_job_is_kept_as_it_was_given(queue: Queue, new_job: Any) -> None:
@@ -72,6 +98,166 @@ def test_jobs_run_by_priority_then_by_age(
     with serving(queue, handle):
         eventually(is_ended(queue, *jobs))
     assert handled == expected
+
+
+def test_callers_take_turns(queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result) -> None:
+    for name in ("a1", "a2", "a3", "a4", "b1", "b2", "c1", "a5", "c2"):
+        queue.enqueue(new_job(id=name, caller=name[0]))
+    queue.enqueue(new_job(id="urgent", caller="a", priority=1))
+    expected = ["urgent", "a1", "b1", "c1", "a2", "b2", "c2", "a3", "a4", "a5"]
+    assert [job.id for job in queue.jobs(frozenset({State.QUEUED}))] == expected
+    assert [snapshot.position for name in expected if (snapshot := queue.get(name))] == list(range(len(expected)))
+    assert started_in_order(queue, serving, eventually, result, expected) == expected
+
+
+def test_a_newcomer_is_served_within_two(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    busy = [new_job(caller="busy") for _ in range(60)]
+    for job in busy:
+        queue.enqueue(job)
+    handled: list[str] = []
+    newcomers: dict[str, int] = {}
+
+    def handle(job: Job, control: Control) -> None:
+        handled.append(job.id)
+        if len(handled) in (1, 20, 40):
+            newcomer = new_job(caller=f"caller {len(handled)}")
+            queue.enqueue(newcomer)
+            newcomers[newcomer.id] = len(handled)
+        control.commit(control.started().succeeded(result))
+
+    with serving(queue, handle):
+        eventually(lambda: len(handled) == 63)
+    assert [handled.index(job_id) + 1 - came for job_id, came in newcomers.items()] == [2, 2, 2]
+    assert [job_id for job_id in handled if job_id not in newcomers] == [job.id for job in busy]
+
+
+def test_who_asks_for_one_at_a_time_does_not_starve_who_asked_for_many(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    handled: list[str] = []
+    for _ in range(10):
+        queue.enqueue(new_job(caller="many"))
+    queue.enqueue(new_job(caller="one"))
+
+    def handle(job: Job, control: Control) -> None:
+        handled.append(job.caller)
+        if job.caller == "one":
+            queue.enqueue(new_job(caller="one"))
+        control.commit(control.started().succeeded(result))
+
+    with serving(queue, handle):
+        eventually(lambda: len(handled) >= 20)
+    assert handled[:20] == ["many", "one"] * 10
+
+
+def test_a_job_that_comes_back_is_before_those_that_came_meanwhile(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    first, held, other = new_job(caller="a"), new_job(caller="a"), new_job(caller="b")
+    handled: list[str] = []
+    queue.enqueue(first)
+    queue.enqueue(held)
+
+    def handle(job: Job, control: Control) -> None:
+        handled.append(job.id)
+        if handled == [first.id, held.id]:
+            queue.enqueue(other)
+            control.release()
+        else:
+            control.commit(control.started().succeeded(result))
+
+    with serving(queue, handle):
+        eventually(is_ended(queue, first, held, other))
+    assert handled == [first.id, held.id, held.id, other.id]
+
+
+def test_no_more_jobs_wait_than_may(
+    make_queue: Any, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    queue = make_queue(max_waiting=20)
+    accepted: list[Job] = []
+    refused: list[str] = []
+
+    def give() -> None:
+        for _ in range(5):
+            job = new_job()
+            try:
+                queue.enqueue(job)
+                accepted.append(job)
+            except QueueFull as error:
+                refused.append(str(error))
+
+    givers = [threading.Thread(target=give) for _ in range(8)]
+    for giver in givers:
+        giver.start()
+    for giver in givers:
+        giver.join()
+    assert (len(accepted), len(refused)) == (20, 20)
+    assert set(refused) == {"20 jobs wait already; at most 20 may"}
+    with pytest.raises(QueueFull):
+        queue.check()
+    assert {job.id for job in queue.jobs()} == {job.id for job in accepted}
+    with serving(queue, lambda job, control: control.commit(job.succeeded(result))):
+        eventually(is_ended(queue, *accepted))
+        queue.check()
+        queue.enqueue(new_job())
+
+
+def test_a_job_in_hand_takes_no_place_among_the_waiting(
+    make_queue: Any, new_job: Any, serving: Any, eventually: Any
+) -> None:
+    queue, in_hand, let_go = make_queue(max_waiting=1), threading.Event(), threading.Event()
+    job = new_job()
+    queue.enqueue(job)
+
+    def handle(job: Job, control: Control) -> None:
+        in_hand.set()
+        assert let_go.wait(20)
+        control.release()
+
+    with serving(queue, handle):
+        assert in_hand.wait(20)
+        queue.enqueue(new_job())
+        with pytest.raises(QueueFull):
+            queue.enqueue(new_job())
+        queue.stop()
+        let_go.set()
+    assert queue.counts()[State.QUEUED] == 2
+
+
+def test_a_paused_queue_takes_jobs_and_starts_none(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    running, waiting, late = new_job(), new_job(), new_job()
+    in_hand, go_on = threading.Event(), threading.Event()
+
+    def handle(job: Job, control: Control) -> None:
+        job = control.started()
+        in_hand.set()
+        assert go_on.wait(20)
+        control.commit(job.succeeded(result))
+
+    assert queue.paused is None
+    queue.enqueue(running)
+    with serving(queue, handle, slots=2):
+        assert in_hand.wait(20)
+        queue.pause()
+        assert queue.paused == "the queue was paused by its operator"
+        queue.pause("a new card is coming")
+        assert queue.paused == "a new card is coming"
+        queue.enqueue(waiting)
+        go_on.set()
+        eventually(is_ended(queue, running))
+        queue.enqueue(late)
+        time.sleep(0.6)
+        assert [state_of(queue, job) for job in (waiting, late)] == [State.QUEUED] * 2
+        assert queue.get(late.id) == Snapshot(late, position=1)
+        queue.resume()
+        assert queue.paused is None
+        eventually(is_ended(queue, waiting, late))
+        queue.resume()
 
 
 def test_a_watcher_sees_a_job_through_its_states(
@@ -162,6 +348,38 @@ def test_a_running_job_is_told_that_it_is_cancelled(queue: Queue, new_job: Any, 
     assert state_of(queue, job) is State.CANCELLED
 
 
+def test_a_running_job_is_told_how_to_stop(queue: Queue, new_job: Any, serving: Any, eventually: Any) -> None:
+    jobs, told = [new_job(id="plain"), new_job(id="partial"), new_job(id="changed")], {}
+
+    def handle(job: Job, control: Control) -> None:
+        assert not control.partial
+        control.started()
+        queue.cancel(job.id, partial=job.id != "plain")
+        if job.id == "changed":
+            queue.cancel(job.id)
+        eventually(lambda: control.cancelled)
+        told[job.id] = control.partial
+        control.commit(job.cancelled())
+
+    for job in jobs:
+        queue.enqueue(job)
+    with serving(queue, handle):
+        eventually(is_ended(queue, *jobs))
+    assert told == {"plain": False, "partial": True, "changed": False}
+
+
+def test_a_cancelled_job_may_have_a_result(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    job = new_job()
+    queue.enqueue(job)
+    with serving(queue, lambda job, control: control.commit(control.started().cancelled(result))):
+        eventually(is_ended(queue, job))
+    snapshot = queue.get(job.id)
+    assert snapshot is not None
+    assert (snapshot.state, snapshot.job.result) == (State.CANCELLED, result)
+
+
 def test_a_finished_job_stays_as_it_ended(
     queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
 ) -> None:
@@ -246,6 +464,104 @@ def test_an_attempt_is_charged_once_per_claim(
     with serving(queue, handle):
         eventually(is_ended(queue, job))
     assert state_of(queue, job) is State.DONE
+
+
+def test_jobs_start_in_the_order_of_their_claims(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    jobs = [new_job() for _ in range(40)]
+    for job in jobs:
+        queue.enqueue(job)
+    chance, begun = random.Random(1), []
+
+    def handle(job: Job, control: Control) -> None:
+        begun.append(job.id)
+        time.sleep(chance.uniform(0, 0.01))
+        assert begun[-1] == job.id
+        control.started()
+        time.sleep(chance.uniform(0, 0.02))
+        control.commit(job.succeeded(result))
+
+    with serving(queue, handle, slots=4):
+        eventually(is_ended(queue, *jobs))
+    assert begun == [job.id for job in jobs]
+
+
+def test_a_suspect_runs_alone_and_is_acquitted_when_it_ends(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    suspect = {"suspect": True, "attempts": 2, "shared": 1}
+    jobs = {
+        name: new_job(id=name, **options)
+        for name, options in (("before", {}), ("first", suspect), ("second", suspect), ("after", {}), ("last", {}))
+    }
+    for job in jobs.values():
+        queue.enqueue(job)
+    in_hand: list[str] = []
+    together: dict[str, set[str]] = {name: set() for name in jobs}
+
+    def handle(job: Job, control: Control) -> None:
+        in_hand.append(job.id)
+        control.started()
+        if job.id == "after":
+            eventually(lambda: "last" in in_hand)
+        until = time.monotonic() + 0.1
+        while time.monotonic() < until:
+            together[job.id].update(in_hand)
+            time.sleep(0.005)
+        in_hand.remove(job.id)
+        ended = queue.get(job.id).job  # type: ignore[union-attr]
+        control.commit(ended.failed("Oops", "no picture") if job.id == "second" else ended.succeeded(result))
+
+    with serving(queue, handle, slots=3):
+        eventually(is_ended(queue, *jobs.values()))
+    assert together["first"] == {"first"}
+    assert together["second"] == {"second"}
+    assert together["after"] == {"after", "last"}
+    for name in jobs:
+        snapshot = queue.get(name)
+        assert snapshot is not None
+        assert (snapshot.job.attempts, snapshot.job.suspect) == (2 if jobs[name].suspect else 1, False)
+
+
+def test_a_released_suspect_is_one_still(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    job = new_job(suspect=True, attempts=1)
+    queue.enqueue(job)
+
+    def handle(job: Job, control: Control) -> None:
+        assert control.started().attempts == 2
+        queue.stop()
+        control.release()
+
+    queue.serve(handle)
+    assert queue.get(job.id) == Snapshot(job, position=0)
+
+
+def test_what_the_worker_had_started_is_suspect_after_its_death(
+    make_queue: Any, new_job: Any, eventually: Any, result: Result
+) -> None:
+    queue = make_queue()
+    jobs = {name: new_job(id=name) for name in ("first", "second", "claimed", "waiting")}
+    for job in jobs.values():
+        queue.enqueue(job)
+    all_in_hand = threading.Barrier(3)
+
+    def fail(job: Job, control: Control) -> None:
+        if job.id != "claimed":
+            control.started()
+        all_in_hand.wait(20)
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        queue.serve(fail, slots=3)
+    if isinstance(queue, FileQueue):
+        queue = make_queue()
+        queue.stop()
+        queue.serve(fail)
+    found = [(job.id, job.attempts, job.suspect) for job in queue.jobs()]
+    assert found == [("first", 1, True), ("second", 1, True), ("claimed", 0, False), ("waiting", 0, False)]
 
 
 def test_nothing_is_written_after_the_end(

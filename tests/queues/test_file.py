@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -161,6 +162,45 @@ def test_a_folder_that_cannot_be_used_is_named_so(tmp_path: Path) -> None:
     with pytest.raises(QueueUnusable) as raised:
         FileQueue(tmp_path / "queue")
     assert str(tmp_path) not in str(raised.value)
+
+
+MOUNTS = """\
+22 27 0:21 / /proc rw,relatime - proc proc rw
+27 1 254:0 / / rw,relatime - ext4 /dev/vda rw
+40 27 0:40 / {home}/on\\040nfs rw shared:1 - nfs4 server:/home rw,vers=4.2
+41 27 0:41 / {home}/host rw - 9p host rw
+42 27 0:42 / {home}/cloud rw master:7 propagate_from:2 - fuse.sshfs someone@host: rw
+43 27 0:43 / {home}/disk rw - cifs //server/share rw
+44 27 0:44 / {home}/disk rw - xfs /dev/vdb rw
+45 27 0:45 / {home}/usb rw - fuse.ntfs-3g /dev/sdb rw
+46 27 0:46 / {home}/n rw - nfs server:/n rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [("on nfs", "nfs4"), ("on nfs/deep/er", "nfs4"), ("host", "9p"), ("cloud", "fuse.sshfs"), ("link", "nfs4")]
+    + [(local, None) for local in ("here", "disk", "usb", "nn")],
+)
+def test_a_network_file_system_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, kind: str | None
+) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(MOUNTS.format(home=tmp_path))
+    monkeypatch.setattr(disk, "_MOUNTS", mounts)
+    (tmp_path / "on nfs").mkdir()
+    (tmp_path / "link").symlink_to("on nfs")
+    if kind is None:
+        FileQueue(tmp_path / folder / "queue")
+        return
+    with pytest.raises(QueueUnusable, match=re.escape(f"network file system ({kind})")) as raised:
+        FileQueue(tmp_path / folder / "queue")
+    assert str(tmp_path) not in str(raised.value)
+
+
+def test_a_system_that_tells_no_mounts_is_trusted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "_MOUNTS", root / "none")
+    FileQueue(root)
 
 
 def test_a_job_outlives_its_process(root: Path, queue: FileQueue, new_job: Any) -> None:
@@ -326,6 +366,150 @@ def test_a_job_that_kills_its_worker_ends_in_error(
     assert snapshot.job.error.kind == "WorkerDied"
     assert snapshot.job.error.message == "the service stopped 3 times while running this job"
     assert records(root) == {job.id: ["error"]}
+
+
+def test_two_that_were_running_are_tried_alone_and_the_innocent_passes(
+    root: Path, queue: FileQueue, nursery: Nursery, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    innocent, poison = new_job(id="innocent"), new_job(id="poison")
+    queue.enqueue(innocent)
+    queue.enqueue(poison)
+    nursery.wait(nursery.spawn("die_with_two"))
+    nursery.wait(nursery.spawn("die_with_two"))
+    assert nursery.lines("started") == [["innocent"], ["poison"], ["innocent"]]
+    recover(root)
+    assert [(job.id, job.attempts, job.suspect) for job in queue.jobs()] == [("innocent", 2, True), ("poison", 1, True)]
+
+    def handle(job: Job, control: Control) -> None:
+        control.commit(control.started().succeeded(result))
+
+    with serving(queue, handle, wants=lambda job: job.id == "innocent"):
+        eventually(lambda: names(root, "done"))
+    snapshot = queue.get("innocent")
+    assert snapshot is not None
+    assert (snapshot.job.attempts, snapshot.job.suspect) == (2, False)
+    nursery.wait(nursery.spawn("die_with_two"))
+    nursery.wait(nursery.spawn("die_with_two"))
+    recover(root)
+    snapshot = queue.get("poison")
+    assert snapshot is not None
+    assert snapshot.job.error is not None
+    assert snapshot.job.error.message == "the service stopped 3 times while running this job"
+    assert records(root) == {"innocent": ["done"], "poison": ["error"]}
+
+
+def test_the_attempt_of_another_boot_is_given_back(root: Path, queue: FileQueue, new_job: Any) -> None:
+    jobs = {
+        "this boot": new_job(attempts=1).charged(boot_id()),
+        "another boot": new_job(attempts=1).charged("00000000-0000-0000-0000-000000000000"),
+    }
+    for job in jobs.values():
+        dead_worker(root, job)
+    recover(root, pause_after_crashes=2)
+    found = {name: queue.get(job.id).job for name, job in jobs.items()}  # type: ignore[union-attr]
+    assert {name: (job.attempts, job.suspect, job.started) for name, job in found.items()} == {
+        "this boot": (2, True, None),
+        "another boot": (1, False, None),
+    }
+    assert queue.paused is None
+
+
+def test_a_crash_during_recovery_charges_nothing_twice(
+    root: Path, queue: FileQueue, new_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = new_job(attempts=1).charged(boot_id())
+    dead_worker(root, job)
+
+    def die(source: Path, target: Path) -> None:
+        raise SystemExit("killed between the writing and the rename")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "rename_durably", die)
+        with pytest.raises(SystemExit):
+            recover(root)
+    recover(root)
+    snapshot = queue.get(job.id)
+    assert snapshot is not None
+    assert (snapshot.state, snapshot.job.attempts, snapshot.job.suspect) == (State.QUEUED, 2, True)
+
+
+# pausing
+
+
+def test_a_pause_outlives_its_process_and_holds_for_all(
+    root: Path, queue: FileQueue, nursery: Nursery, new_job: Any, eventually: Any
+) -> None:
+    queue.pause("a new card is coming")
+    queue.close()
+    queue = FileQueue(root)
+    job = new_job()
+    queue.enqueue(job)
+    nursery.spawn("work")
+    time.sleep(1)
+    assert (queue.paused, nursery.lines("claimed")) == ("a new card is coming", [])
+    queue.resume()
+    eventually(lambda: nursery.lines("ended"))
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("/nowhere")])
+def test_whatever_is_named_paused_pauses(root: Path, queue: FileQueue, make: Any) -> None:
+    make(root / "paused")
+    assert queue.paused == "the queue was paused by its operator"
+
+
+def crash(nursery: Nursery, queue: FileQueue, new_job: Any) -> None:
+    """Have a worker die of a new job."""
+    queue.enqueue(new_job())
+    nursery.wait(nursery.spawn("die_when_started"))
+
+
+def test_the_queue_pauses_itself_after_crashes_in_a_row(
+    root: Path, queue: FileQueue, nursery: Nursery, new_job: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    crash(nursery, queue, new_job)
+    recover(root, pause_after_crashes=2)
+    assert queue.paused is None
+    crash(nursery, queue, new_job)
+    recover(root)
+    assert queue.paused is None
+    crash(nursery, queue, new_job)
+    recover(root, pause_after_crashes=2)
+    reason = "the service stopped 3 times in a row while it ran jobs"
+    assert queue.paused == reason
+    assert f"no job will run until the queue is resumed: {reason}" in caplog.text
+    queue.resume()
+    recover(root, pause_after_crashes=2)
+    assert queue.paused is None
+    assert not (root / "crashes.json").exists()
+
+
+def test_a_job_that_ends_ends_the_row_of_crashes(
+    root: Path, queue: FileQueue, nursery: Nursery, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    crash(nursery, queue, new_job)
+    with serving(queue, finish(result)):
+        eventually(lambda: names(root, "done"))
+    crash(nursery, FileQueue(root), new_job)
+    recover(root, pause_after_crashes=2)
+    assert queue.paused is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 99, "in_a_row": 50}', '{"in_a_row": -1}'])
+def test_a_count_of_crashes_that_cannot_be_read_is_begun_anew(
+    root: Path, queue: FileQueue, new_job: Any, content: str
+) -> None:
+    (root / "crashes.json").write_text(content)
+    dead_worker(root, new_job().charged(boot_id()))
+    recover(root, pause_after_crashes=2)
+    assert queue.paused is None
+    assert json.loads((root / "crashes.json").read_text()) == {"version": 1, "in_a_row": 1}
+
+
+def test_who_could_start_nothing_did_not_crash(root: Path, queue: FileQueue, new_job: Any, result: Result) -> None:
+    dead_worker(root, new_job())
+    dead_worker(root, new_job().charged(boot_id()).succeeded(result))
+    recover(root, pause_after_crashes=1)
+    assert queue.paused is None
 
 
 def test_a_claim_without_device_work_costs_no_attempt(
@@ -629,6 +813,12 @@ def test_what_is_no_record_is_set_aside_and_work_goes_on(
     place("other").write_bytes(dumps(new_job()))
     place("ended").write_bytes(dumps(new_job(id="ended").succeeded(result)))
     place("binary").write_bytes(os.urandom(100))
+    place("deep").write_text("[" * 10**5)
+    place("deeper").write_text('{"payload": ' * 10**5)
+    place("bom").write_bytes(b"\xef\xbb\xbf" + dumps(new_job(id="bom")))
+    place("nul").write_bytes(dumps(new_job(id="nul")).replace(b"lighthouse", b"light\0house"))
+    with place("sparse").open("wb") as sparse:
+        sparse.truncate(2**30)
     (queued / "notes.txt").write_text("hello")
     (queued / "a folder").mkdir()
     (queued / "dangling").symlink_to("/nowhere")
@@ -801,6 +991,82 @@ def test_a_job_that_could_not_be_made_durable_is_taken_back(
     assert names(root, "tmp") == names(root, "queued") == []
 
 
+class Flushes:
+    """Lets the flushes of the waiting jobs' folder take long; ``broken`` ones fail. Remembers what happened when."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        self.broken = False
+        fsync, rename = os.fsync, os.rename
+
+        def flush(fd: int) -> None:
+            if os.readlink(f"/proc/self/fd/{fd}") != str(root / "queued"):
+                fsync(fd)
+                return
+            self.events.append("flush")
+            time.sleep(0.05)
+            if self.broken:
+                raise OSError(errno.EIO, "input/output error")
+            fsync(fd)
+            self.events.append("flushed")
+
+        def move(source: str | Path, target: str | Path) -> None:
+            rename(source, target)
+            if Path(target).parent == root / "queued":
+                self.events.append(Path(target).stem[-4:])
+
+        monkeypatch.setattr(os, "fsync", flush)
+        monkeypatch.setattr(os, "rename", move)
+
+
+def test_submissions_that_arrive_together_share_a_flush(
+    root: Path, queue: FileQueue, new_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes = Flushes(root, monkeypatch)
+    jobs = [new_job(id=f"job-{n:04d}") for n in range(32)]
+
+    def give(job: Job) -> None:
+        queue.enqueue(job)
+        flushes.events.append(f"stored {job.id[-4:]}")
+
+    givers = [threading.Thread(target=give, args=(job,)) for job in jobs]
+    for giver in givers:
+        giver.start()
+    for giver in givers:
+        giver.join()
+    events = flushes.events
+    assert events.count("flush") < len(jobs) / 2
+    for job in jobs:
+        between = events[events.index(job.id[-4:]) : events.index(f"stored {job.id[-4:]}")]
+        assert "flushed" in between[between.index("flush") :]
+
+
+def test_a_shared_flush_that_failed_has_failed_for_all(
+    root: Path, queue: FileQueue, new_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes = Flushes(root, monkeypatch)
+    flushes.broken = True
+    refused = []
+
+    def give() -> None:
+        with pytest.raises(QueueUnusable):
+            queue.enqueue(new_job())
+        refused.append(1)
+
+    givers = [threading.Thread(target=give) for _ in range(8)]
+    for giver in givers:
+        giver.start()
+    for giver in givers:
+        giver.join()
+    assert len(refused) == 8
+    assert names(root, "queued") == names(root, "tmp") == []
+    assert queue.counts()[State.QUEUED] == 0
+    flushes.broken = False
+    job = new_job()
+    queue.enqueue(job)
+    assert queue.get(job.id) == Snapshot(job, position=0)
+
+
 def test_short_writes_are_continued(
     root: Path, queue: FileQueue, new_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -872,6 +1138,28 @@ def test_a_full_disk_loses_nothing(
         State.ERROR: 0,
         State.CANCELLED: 1,
     }
+    queue.close()
+
+
+def test_new_jobs_leave_room_for_those_at_hand(
+    small_disk: Path, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    root = small_disk / "queue"
+    queue = FileQueue(root, reserve=60 * 1024)
+    job = new_job()
+    queue.enqueue(job)
+    (small_disk / "others").write_bytes(b"x" * 20 * 1024)
+    queue.check()
+    (small_disk / "more").write_bytes(b"x" * 20 * 1024)
+    with pytest.raises(DiskFull):
+        queue.check()
+    with pytest.raises(DiskFull, match="kept for the jobs at hand"):
+        queue.enqueue(new_job())
+    assert names(root, "tmp") == []
+    with serving(queue, finish(result)):
+        eventually(lambda: names(root, "done"))
+    (small_disk / "more").unlink()
+    queue.enqueue(new_job())
     queue.close()
 
 

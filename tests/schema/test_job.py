@@ -43,6 +43,36 @@ def test_an_attempt_is_charged_and_can_be_given_back() -> None:
     assert new_job().uncharged().attempts == 0
 
 
+def test_a_job_of_a_dead_worker_is_suspect_until_its_attempts_are_used_up() -> None:
+    job = new_job().charged("boot")
+    for attempts in (1, 2):
+        job = job.orphaned(max_attempts=3, alone=True, boot="boot")
+        assert (job.state, job.attempts, job.suspect, job.started) == (State.QUEUED, attempts, True, None)
+        job = job.charged("boot")
+    ended = job.orphaned(max_attempts=3, alone=True, boot="boot")
+    assert ended.state is State.ERROR
+    assert ended.error.message == "the service stopped 3 times while running this job"
+
+
+def test_a_job_that_had_not_started_is_no_suspect() -> None:
+    job = new_job(attempts=1)
+    assert job.orphaned(max_attempts=3, alone=True, boot="boot") == job
+    assert new_job(attempts=1, suspect=True).orphaned(max_attempts=3, alone=True).suspect
+
+
+def test_a_reboot_is_no_jobs_fault() -> None:
+    job = new_job(attempts=2)
+    assert job.charged("boot").orphaned(max_attempts=3, alone=True, boot="another") == job
+
+
+@pytest.mark.parametrize(("alone", "attempts"), [(True, 2), (False, 1)])
+def test_an_attempt_is_given_back_when_another_may_have_killed_the_worker(alone: bool, attempts: int) -> None:
+    orphan = new_job().charged().orphaned(max_attempts=3, alone=alone)
+    assert (orphan.state, orphan.attempts, orphan.suspect) == (State.QUEUED, 1, True)
+    passed = orphan.charged().acquitted()
+    assert (passed.attempts, passed.suspect) == (attempts, False)
+
+
 @pytest.mark.parametrize(
     ("end", "state", "kind"),
     [
@@ -122,19 +152,6 @@ def test_a_record_of_a_newer_release_is_told_so() -> None:
 
 def test_the_seeds_follow_each_other_and_go_round() -> None:
     assert plain(seed=MAX_SEED - 1, count=3).seeds == (MAX_SEED - 1, MAX_SEED, 0)
-
-
-@pytest.mark.parametrize(("alone", "attempts"), [(True, 2), (False, 1)])
-def test_an_attempt_is_given_back_when_another_may_have_killed_the_worker(alone: bool, attempts: int) -> None:
-    orphan = new_job().charged().orphaned(max_attempts=3, alone=alone)
-    assert (orphan.state, orphan.attempts, orphan.suspect) == (State.QUEUED, 1, True)
-    passed = orphan.charged().acquitted()
-    assert (passed.attempts, passed.suspect) == (attempts, False)
-
-
-def test_a_job_that_had_not_begun_is_no_suspect() -> None:
-    job = new_job()
-    assert job.orphaned(max_attempts=3, alone=False) == job
 
 
 @pytest.mark.parametrize(

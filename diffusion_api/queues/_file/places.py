@@ -78,10 +78,11 @@ class Folder:
             raise
 
     def check_room(self, reserve: int) -> None:
-        """Raise DiskFull if no more than ``reserve`` bytes are left, which the jobs at hand may need."""
+        """Raise DiskFull if fewer than ``reserve`` bytes are left, which the jobs at hand may need to be saved."""
         free = disk.free(self._root)
         if free < reserve:
-            raise DiskFull(f"{free // MIB} MiB are left on the disk of the queue; new jobs need {reserve // MIB}")
+            left, kept = free // MIB, reserve // MIB
+            raise DiskFull(f"{left} MiB are left on the disk of the queue; {kept} are kept for the jobs at hand")
 
     def place_of(self, job: Job, name: str) -> Path:
         """Where a job that is in nobody's hands belongs; ``name`` is its name while it waits."""

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from diffusion_api.errors import (
 from diffusion_api.pace import Forecast
 from diffusion_api.schema.job import Image, Job, State
 from diffusion_api.schema.request import Request
+from diffusion_api.usage import Usage, Use
 from diffusion_api.waiters import Waiters
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Health:
     device: DeviceReport | None
     workers: tuple[WorkerReport, ...]
     paused: bool
+    disk: Mapping[str, Use]
     warnings: tuple[str, ...]
 
 
@@ -123,6 +125,7 @@ class Service:
         self._forecast = Forecast(queue, pace) if pace else None
         self._waiters = Waiters(queue)
         self._disk = _Disk(queue.check, outputs.check)
+        self._usage = Usage({folder.relative_to(settings.home).as_posix(): folder for folder in settings.folders})
         self._draining = False
 
     def submit(self, job: Job, *, key: Key | None = None) -> Job:
@@ -269,6 +272,7 @@ class Service:
             device=self._engine.report() if self._engine else next((w.device for w in workers if w.device), None),
             workers=tuple(workers),
             paused=readiness.paused,
+            disk=self._usage.now(),
             warnings=(*(text for wrong, text in found if wrong), *readiness.reasons),
         )
 

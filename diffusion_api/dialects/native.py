@@ -460,6 +460,7 @@ def _health(service: Service) -> dict[str, Any]:
             "free_space_gb": health.outputs_free_gb,
             "directory": _shown(settings.outputs_dir, settings.home),
         },
+        "disk": {folder: {"bytes": use.bytes, "files": use.files} for folder, use in health.disk.items()},
     }
     if health.warnings:
         answer["warnings"] = list(health.warnings)

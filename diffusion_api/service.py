@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from diffusion_api.errors import (
 from diffusion_api.pace import Forecast
 from diffusion_api.schema.job import Image, Job, State
 from diffusion_api.schema.request import Request
+from diffusion_api.usage import Usage, Use
 from diffusion_api.waiters import Waiters
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from diffusion_api.engine.base import Engine
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
-    from diffusion_api.queues.base import Queue, Snapshot
+    from diffusion_api.queues.base import Key, Queue, Snapshot
     from diffusion_api.schema.report import DeviceReport, WorkerReport
     from diffusion_api.settings import Settings
     from diffusion_api.webhooks import Webhooks
@@ -63,6 +64,7 @@ class Health:
     device: DeviceReport | None
     workers: tuple[WorkerReport, ...]
     paused: bool
+    disk: Mapping[str, Use]
     warnings: tuple[str, ...]
 
 
@@ -123,12 +125,13 @@ class Service:
         self._forecast = Forecast(queue, pace) if pace else None
         self._waiters = Waiters(queue)
         self._disk = _Disk(queue.check, outputs.check)
+        self._usage = Usage({folder.relative_to(settings.home).as_posix(): folder for folder in settings.folders})
         self._draining = False
 
-    def submit(self, job: Job) -> Job:
+    def submit(self, job: Job, *, key: Key | None = None) -> Job:
         """Store a new job; when this returns it is on disk. The job as stored: without the pictures in its payload, and
-        with the operator's deadline if it had none. Raises InvalidRequest, TooLarge, ShuttingDown, DiskFull,
-        QueueUnusable.
+        with the operator's deadline if it had none. It is an earlier job, with another id, if its caller sent that with
+        the same ``key``. Raises InvalidRequest, TooLarge, KeyReused, ShuttingDown, DiskFull, QueueUnusable.
         """
         from diffusion_api.images import sanitized
 
@@ -137,12 +140,15 @@ class Service:
         self._check(job.request)
         stored = job.model_copy(update={"payload": sanitized(job.payload), "deadline": self._deadline(job)})
         with self._promised(stored):
-            self._queue.enqueue(stored)
-        self._log_queued(stored)
-        return stored
+            kept = self._queue.enqueue(stored, key=key)
+        if kept.id == stored.id:
+            self._log_queued(kept)
+        else:
+            self._repeated(stored, kept)
+        return kept
 
     def get(self, job_id: str) -> Snapshot:
-        """The job as it stands. Raises NotFound."""
+        """The job as it stands. Raises NotFound, Gone."""
         snapshot = self._queue.get(job_id)
         if snapshot is None:
             raise NotFound(f"Job {job_id} not found")
@@ -151,6 +157,16 @@ class Service:
     def seconds_left(self, snapshot: Snapshot) -> float | None:
         """Seconds until a job that has not ended will have; None when that cannot be known."""
         return self._forecast.seconds_left(snapshot) if self._forecast else None
+
+    def was_read(self, snapshot: Snapshot) -> None:
+        """Let go of a result that may be read once, if it is one. Raises NotFound if another has read it meanwhile."""
+        job_id = snapshot.job.id
+        if not self.settings.delete_after_read or not snapshot.state.terminal:
+            return
+        if self._webhooks and snapshot.job.webhook:
+            self._webhooks.settle(snapshot.job)
+        if not self._queue.forget(job_id):
+            self.get(job_id)  # still there when its worker died in the middle of ending it: then it is read once more
 
     async def wait(self, job_id: str, seconds: float) -> None:
         """Return when the job has ended or there is none, or after ``seconds``. No thread is held meanwhile."""
@@ -162,7 +178,7 @@ class Service:
 
     def cancel(self, job_id: str, *, partial: bool = False) -> Snapshot:
         """Cancel a job: a waiting one ends at once, a running one at its next step, with the picture so far if
-        ``partial``. Raises NotFound, and Conflict when it has ended otherwise already.
+        ``partial``. Raises NotFound, Gone, and Conflict when it has ended otherwise already.
         """
         snapshot = self._queue.cancel(job_id, partial=partial)
         if snapshot is None:
@@ -256,6 +272,7 @@ class Service:
             device=self._engine.report() if self._engine else next((w.device for w in workers if w.device), None),
             workers=tuple(workers),
             paused=readiness.paused,
+            disk=self._usage.now(),
             warnings=(*(text for wrong, text in found if wrong), *readiness.reasons),
         )
 
@@ -281,6 +298,11 @@ class Service:
                 "job %s queued: %s, %s, %d steps, n %d, %s",
                 job.id, request.model, size, request.steps, request.count, prompt,
             )  # fmt: skip
+
+    def _repeated(self, job: Job, earlier: Job) -> None:
+        log.info("job %s sent again with its Idempotency-Key", earlier.id)
+        if self._webhooks and job.webhook:
+            self._webhooks.turn(job, earlier)
 
     def _deadline(self, job: Job) -> float | None:
         """Seconds that the job may run, within what the operator allows. Raises InvalidRequest."""

@@ -114,9 +114,14 @@ class Settings(BaseSettings):
         """The pictures."""
         return self.home / "outputs"
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All folders of this installation."""
+        return (self.models_dir, self.loras_dir, self.upscalers_dir, self.queue_dir, self.outputs_dir)
+
     def create_folders(self) -> None:
         """Make the folders of this installation where they are missing. Raises Misconfigured."""
-        for folder in (self.models_dir, self.loras_dir, self.upscalers_dir, self.queue_dir, self.outputs_dir):
+        for folder in self.folders:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:

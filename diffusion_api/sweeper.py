@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
+from collections.abc import Iterator
 
 from diffusion_api.errors import DiffusionApiError
 from diffusion_api.outputs import Outputs
@@ -40,11 +42,10 @@ class Sweeper:
     def sweep(self) -> None:
         """Do it once. What goes wrong is logged, and met again by the next."""
         now = self._clock.now()
-        try:
+        with _told("results"):
             self._queue.sweep(self._results, now=now)
+        with _told("pictures"):
             self._outputs.sweep(self._pictures, now=now, in_use=self._in_use)
-        except (DiffusionApiError, OSError) as error:
-            log.error("what is no longer kept could not all be removed: %s", error)
 
     def _main(self) -> None:
         while True:
@@ -54,3 +55,11 @@ class Sweeper:
 
     def _in_use(self) -> set[str]:
         return {job.id for job in self._queue.jobs(UNFINISHED)}
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (DiffusionApiError, OSError) as error:
+        log.error("%s that are no longer kept could not all be removed: %s", what, error)

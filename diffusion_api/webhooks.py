@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_api import __version__, disk
-from diffusion_api.errors import DiffusionApiError, DiskFull, QueueUnusable, Unreachable, UrlRefused
+from diffusion_api.errors import DiffusionApiError, DiskFull, Gone, QueueUnusable, Unreachable, UrlRefused
 from diffusion_api.fetch import Fetcher, Origin, masked
-from diffusion_api.queues.base import Queue
+from diffusion_api.queues.base import Queue, Snapshot
 from diffusion_api.schema.job import Job
 from diffusion_api.schema.request import Frozen
 
@@ -188,6 +188,20 @@ class Webhooks:
                 self._outbox.drop(job.id)
             raise
 
+    def turn(self, job: Job, earlier: Job) -> None:
+        """A job that was promised turned out to be an earlier one, sent again: promise of that instead, if need be."""
+        with _as_queue_errors():
+            self._outbox.drop(job.id)
+            if earlier.webhook and self._outbox.read(earlier.id) is None:
+                self._outbox.write(earlier.id, Hook(url=earlier.webhook))
+
+    def settle(self, job: Job) -> None:
+        """Make what is told of an ended job now, as its record is about to go."""
+        with _as_queue_errors():
+            hook = self._outbox.read(job.id)
+            if hook and hook.body is None:
+                self._outbox.write(job.id, self._described(hook, job))
+
     def report(self, job: Job) -> dict[str, Any]:
         """What the caller is shown: ``url`` without the values in its query, and ``deliveries`` so far."""
         assert job.webhook is not None
@@ -235,7 +249,7 @@ class Webhooks:
                 self._look_at(job_id)
         if not self._to_sweep:
             self._to_sweep = self._outbox.done()
-        if self._to_sweep and self._queue.get(job_id := self._to_sweep.pop()) is None:
+        if self._to_sweep and self._job(job_id := self._to_sweep.pop()) is None:
             self._outbox.drop(job_id)
 
     def _look_at(self, job_id: str) -> None:
@@ -249,7 +263,7 @@ class Webhooks:
 
     def _ended(self, job_id: str) -> Job | None:
         """The job once it has ended."""
-        snapshot = self._queue.get(job_id)
+        snapshot = self._job(job_id)
         if snapshot is None:
             self._forget(job_id)
             return None
@@ -259,6 +273,12 @@ class Webhooks:
         ahead = SECONDS_AHEAD * (snapshot.position or 0)
         self._next_look[job_id] = time.monotonic() + min(ahead, LOOK_AT_LEAST_EVERY)
         return None
+
+    def _job(self, job_id: str) -> Snapshot | None:
+        try:
+            return self._queue.get(job_id)
+        except Gone:
+            return None
 
     def _forget(self, job_id: str) -> None:
         """Drop a promise whose job is not known, unless that may be because it is about to be stored."""
@@ -271,11 +291,14 @@ class Webhooks:
     async def _deliver(self, job_id: str, hook: Hook, job: Job | None) -> None:
         """Try until the promise is done. ``job`` is the ended one if what is told has yet to be made of it."""
         if job:
-            hook = hook.model_copy(update={"body": json.dumps(self._describe(job))})
+            hook = self._described(hook, job)
         while not hook.done:
             await asyncio.sleep(self._wait(hook))
             hook = await self._tried(job_id, hook)
             await self._keep(job_id, hook)
+
+    def _described(self, hook: Hook, job: Job) -> Hook:
+        return hook.model_copy(update={"body": json.dumps(self._describe(job))})
 
     def _wait(self, hook: Hook) -> float:
         """Seconds until the next try; never more than from one to the next, however the clock was set meanwhile."""

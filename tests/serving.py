@@ -30,7 +30,8 @@ def environment(**settings: object) -> dict[str, str]:
     """This process's environment with no setting of the service in it but these, named as in ``Settings``."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("DIFFUSION_API_")}
     wanted = {f"DIFFUSION_API_{name.upper()}": str(value) for name, value in settings.items()}
-    return plain | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "200"} | wanted
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return plain | {"PYTHONPATH": path, "NO_COLOR": "1", "COLUMNS": "200"} | wanted
 
 
 def command(*arguments: object) -> list[str]:

@@ -39,7 +39,7 @@ LAYERS = (
     ("metrics", "logs"),
     ("settings",),
     ("schema",),
-    ("disk", "retention"),
+    ("disk", "retention", "usage"),
     ("errors",),
     ("",),  # the package itself: its version
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from diffusion_api import __version__, images, infotext
 from diffusion_api.engine.base import Finished
 from diffusion_api.errors import DiskFull
 from diffusion_api.outputs import Outputs
+from diffusion_api.retention import Limits
 from diffusion_api.schema.job import Image, Job
 from diffusion_api.schema.request import Output
 
@@ -97,3 +100,44 @@ def test_a_full_disk_is_told_and_leaves_no_half_picture(small_disk: Path) -> Non
     with pytest.raises(DiskFull, match="the disk is full: the picture could not be saved"):
         outputs.save(job, Finished(images=(noise,), seeds=(1,)))
     assert [path.name for path in outputs.folder.rglob("*")] == [".tmp"]
+
+
+def swept(tmp_path: Path, limits: Limits, *, now: float, in_use: set[str] | None = None) -> list[str]:
+    """What is left of the folder."""
+    outputs = Outputs(tmp_path / "outputs")
+    outputs.sweep(limits, now=now, in_use=lambda: in_use or set())
+    return sorted(path.name for path in outputs.folder.iterdir() if path.name != ".tmp")
+
+
+def test_pictures_beyond_what_is_kept_are_deleted_the_oldest_first(tmp_path: Path) -> None:
+    outputs = Outputs(tmp_path / "outputs")
+    names = [f"{uuid.uuid4()}{tail}" for tail in (".png", "-0.png", "-12.jpg", ".jpg")]
+    for age, name in enumerate(names):
+        (outputs.folder / name).write_bytes(b"x" * 1000)
+        os.utime(outputs.folder / name, (1000 - age,) * 2)
+    assert swept(tmp_path, Limits(), now=10**9) == sorted(names)
+    assert swept(tmp_path, Limits(seconds=10.5), now=1008) == sorted(names[:3])
+    assert swept(tmp_path, Limits(count=2), now=0) == sorted(names[:2])
+    assert swept(tmp_path, Limits(size=1999), now=0) == names[:1]
+
+
+def test_pictures_of_jobs_in_use_are_spared(tmp_path: Path) -> None:
+    outputs, job = Outputs(tmp_path / "outputs"), new_job(count=2)
+    outputs.save(job, pictures(job))
+    assert len(swept(tmp_path, Limits(count=0), now=0, in_use={job.id})) == 2
+    assert swept(tmp_path, Limits(count=0), now=0) == []
+
+
+def test_only_pictures_of_the_service_are_deleted(tmp_path: Path) -> None:
+    outputs, name = Outputs(tmp_path / "outputs"), str(uuid.uuid4())
+    (tmp_path / "mine").write_bytes(b"mine")
+    others = ["favourite.png", "notes.txt", f"{name}.txt", f"{name}.png.bak", f"{name} copy.jpg", f"x{name}.jpg"]
+    for other in others:
+        (outputs.folder / other).write_bytes(b"x")
+    (outputs.folder / f"{name}.png").symlink_to(tmp_path / "mine")
+    (outputs.folder / f"{name}.jpg").mkdir()
+    (outputs.folder / f"{name}.jpg" / f"{name}.jpg").write_bytes(b"x")
+    left = swept(tmp_path, Limits(seconds=0, count=0, size=0), now=10**10)
+    assert left == sorted([*others, f"{name}.png", f"{name}.jpg"])
+    assert (outputs.folder / f"{name}.jpg" / f"{name}.jpg").exists()
+    assert (tmp_path / "mine").exists()

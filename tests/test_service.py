@@ -144,6 +144,15 @@ def test_health_counts_what_is_there(service: Service) -> None:
     assert health.outputs_free_gb > 0
 
 
+def test_health_shows_what_each_folder_takes(service: Service) -> None:
+    (service.settings.outputs_dir / "picture.jpg").write_bytes(b"x" * 5000)
+    disk = service.health().disk
+    assert list(disk) == [f"stable_diffusion/{n}" for n in ("models", "loras", "upscalers")] + ["queue", "outputs"]
+    assert disk["outputs"].files == 1
+    assert disk["outputs"].bytes >= 5000
+    assert disk["stable_diffusion/models"].files > 0
+
+
 def test_health_warns_of_what_is_missing(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     settings.create_folders()

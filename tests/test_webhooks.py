@@ -23,7 +23,9 @@ from serving import PATIENCE, ROOT, eventually, run, serving
 from diffusion_api import webhooks
 from diffusion_api.errors import DiskFull, QueueUnusable, UrlRefused
 from diffusion_api.fetch import Fetcher, origins
+from diffusion_api.queues.base import Key
 from diffusion_api.queues.memory import MemoryQueue
+from diffusion_api.retention import Limits
 from diffusion_api.schema.job import Job
 from diffusion_api.webhooks import Delivery, Hook, Outbox, Webhooks
 
@@ -322,6 +324,60 @@ def test_a_promise_whose_job_comes_a_moment_later_is_kept(tmp_path: Path) -> Non
             teller.queue.enqueue(job)
             teller.queue.cancel(job.id)
         eventually(teller.done)
+    assert len(receiver.heard) == 1
+
+
+def test_a_job_sent_again_is_told_of_once(tmp_path: Path) -> None:
+    with receiving() as receiver, telling(tmp_path, receiver.host) as teller:
+        first, again = (Job(request=plain(), webhook=receiver.url) for _ in range(2))
+        for job in (first, again):
+            with teller.webhooks.promised(job):
+                kept = teller.queue.enqueue(job, key=Key.of("k", {}))
+        assert kept == first
+        teller.webhooks.turn(again, kept)
+        assert teller.waiting() == [first.id]
+        teller.queue.cancel(first.id)
+        eventually(lambda: teller.done() == [first.id])
+        teller.webhooks.turn(again, kept)
+    assert len(receiver.heard) == 1
+
+
+def test_a_job_stored_only_when_it_was_sent_again_is_promised_then(tmp_path: Path) -> None:
+    with receiving() as receiver, telling(tmp_path, receiver.host) as teller:
+        job = Job(request=plain(), webhook=receiver.url)
+        teller.queue.enqueue(job)  # its promise was dropped meanwhile, as there was no such job
+        teller.webhooks.turn(Job(request=plain(), webhook=receiver.url), job)
+        teller.queue.cancel(job.id)
+        eventually(teller.done)
+    assert len(receiver.heard) == 1
+
+
+def test_what_was_settled_is_told_without_the_record(tmp_path: Path) -> None:
+    with receiving() as receiver:
+        teller = Teller(tmp_path, receiver.host)
+        job = teller.ended(receiver.url)
+        snapshot = teller.queue.get(job.id)
+        assert snapshot
+        teller.webhooks.settle(snapshot.job)
+        teller.queue.forget(job.id)
+        teller.webhooks.start()
+        eventually(lambda: receiver.heard)
+        teller.webhooks.stop()
+    assert json.loads(receiver.heard[0].body)["state"] == "cancelled"
+
+
+def test_a_result_that_is_no_longer_kept_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhooks, "FORGOTTEN_AFTER", 0.1)
+    with receiving() as receiver:
+        teller = Teller(tmp_path, receiver.host)
+        teller.ended(receiver.url)
+        teller.queue.sweep(Limits(count=0), now=time.time())
+        told = teller.ended(receiver.url)
+        teller.webhooks.start()
+        eventually(lambda: teller.done() == [told.id])
+        teller.queue.sweep(Limits(count=0), now=time.time())
+        eventually(lambda: teller.done() == teller.waiting() == [])
+        teller.webhooks.stop()
     assert len(receiver.heard) == 1
 
 

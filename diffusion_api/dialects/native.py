@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import base64
 import difflib
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Body, FastAPI, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from diffusion_api import __version__
 from diffusion_api.catalog import samplers
 from diffusion_api.dialects._base import ErrorRoute, build, caller_of, hears, resolve_seed, round_size
 from diffusion_api.errors import InvalidRequest
-from diffusion_api.queues.base import Snapshot
+from diffusion_api.queues.base import Key, Snapshot
 from diffusion_api.schema.job import Job, Result, State
 from diffusion_api.schema.request import Output, Txt2Img
 
@@ -215,6 +216,18 @@ Wait = Annotated[
 Partial = Annotated[bool, Query(description="have a running job end with the picture that it has so far")]
 
 
+def _visible(key: str) -> str:
+    if not re.fullmatch(r"[!-~]{1,255}", key):
+        raise ValueError("1 to 255 visible ASCII characters are allowed")
+    return key
+
+
+IdempotencyKey = Annotated[
+    Annotated[str, AfterValidator(_visible)] | None,
+    Header(description="sent again by the same caller within a day, with the same body, it makes no second job"),
+]
+
+
 def mount(app: FastAPI, service: Service) -> None:
     """Add the routes of this dialect."""
     router = APIRouter(route_class=ErrorRoute, responses=_refusals())
@@ -240,36 +253,41 @@ def mount(app: FastAPI, service: Service) -> None:
         return ModelsBody(models=rows)
 
     @router.post(
-        "/txt2img", tags=["jobs"], summary="A picture from words", responses=_refusals(400, 413, 503, 507)
+        "/txt2img", tags=["jobs"], summary="A picture from words", responses=_refusals(400, 413, 422, 503, 507)
     )  # fmt: skip
-    def txt2img(body: Annotated[Txt2ImgBody, Body()], http: Request) -> SubmittedBody:
+    def txt2img(
+        body: Annotated[Txt2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
+    ) -> SubmittedBody:
         request, warnings = to_request(body, service)
-        payload = body.model_dump(exclude_unset=True, exclude={"webhook"})  # its query may hold a credential
-        job = service.submit(
-            build(
-                Job,
-                request=request,
-                payload=payload,
-                warnings=tuple(warnings),
-                caller=caller_of(http),
-                priority=_given(body.priority, 0),
-                deadline=body.deadline,
-                webhook=body.webhook,
-            )
+        payload = body.model_dump(exclude_unset=True)
+        key = None if idempotency_key is None else Key.of(idempotency_key, payload)
+        payload.pop("webhook", None)  # its query may hold a credential
+        job = build(
+            Job,
+            request=request,
+            payload=payload,
+            warnings=tuple(warnings),
+            caller=caller_of(http),
+            priority=_given(body.priority, 0),
+            deadline=body.deadline,
+            webhook=body.webhook,
         )
-        return SubmittedBody(job_id=job.id, seed=request.seed, warnings=warnings)
+        stored = service.submit(job, key=key)
+        if stored.id != job.id:
+            answer.headers["Idempotency-Replayed"] = "true"
+        return SubmittedBody(job_id=stored.id, seed=stored.request.seed, warnings=list(stored.warnings))
 
     @router.get(
-        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=_refusals(400, 404, 503),
+        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=_refusals(400, 404, 410, 503),
         response_model=StatusBody,
     )  # fmt: skip
     async def queue(job_id: str, http: Request, wait: Wait = 0) -> Response:
         if wait and not await hears(http, service.wait(job_id, wait)):
             return Response(status_code=NOBODY)
-        return await run_in_threadpool(lambda: JSONResponse(_answer(service.get(job_id), service)))
+        return await run_in_threadpool(_read, job_id, service)
 
     @router.delete(
-        "/queue/{job_id}", tags=["jobs"], summary="Cancel a job", responses=_refusals(400, 404, 409, 503),
+        "/queue/{job_id}", tags=["jobs"], summary="Cancel a job", responses=_refusals(400, 404, 409, 410, 503),
         response_model=StatusBody,
     )  # fmt: skip
     async def cancel(job_id: str, http: Request, partial: Partial = False) -> Response:
@@ -347,6 +365,14 @@ def _unknown(names: list[str]) -> list[str]:
 def ended(job: Job) -> dict[str, Any]:
     """What a webhook is told of a job's end: its status, without the pictures."""
     return _status(Snapshot(job))
+
+
+def _read(job_id: str, service: Service) -> Response:
+    """The answer about a job; built before the result is let go of, if it may be read once."""
+    snapshot = service.get(job_id)
+    answer = JSONResponse(_answer(snapshot, service))
+    service.was_read(snapshot)
+    return answer
 
 
 def _answer(snapshot: Snapshot, service: Service) -> dict[str, Any]:
@@ -448,6 +474,7 @@ def _health(service: Service) -> dict[str, Any]:
             "free_space_gb": health.outputs_free_gb,
             "directory": _shown(settings.outputs_dir, settings.home),
         },
+        "disk": {folder: {"bytes": use.bytes, "files": use.files} for folder, use in health.disk.items()},
     }
     if health.warnings:
         answer["warnings"] = list(health.warnings)

@@ -31,7 +31,7 @@ from diffusion_api.queues._file.places import (
     storable,
 )
 from diffusion_api.queues._file.workers import Recovery, Worker, boot_id
-from diffusion_api.queues.base import PAUSED_BY_OPERATOR, Control, Handler, Key, Queue, Snapshot
+from diffusion_api.queues.base import PAUSED_BY_OPERATOR, Control, Handler, Key, Queue, Snapshot, Submission
 from diffusion_api.retention import Limits
 from diffusion_api.schema.job import Job, Progress, State, UnreadableRecord, dumps
 from diffusion_api.schema.report import WorkerReport
@@ -42,6 +42,10 @@ CLAIM_POLL = 0.25
 WATCH_POLL = 0.2
 CANCEL_LOOK_EVERY = 0.05
 PROGRESS_EVERY = 0.1
+
+ABOUT_TO_END = 2.0
+"""Seconds that a worker may take to move away a record into which it has written the end."""
+LOOK_EVERY = 0.01
 
 _PARTIAL = b"partial"
 _ENDS = tuple(state for state in State if state.terminal)
@@ -107,13 +111,17 @@ class FileQueue(Queue):
         """
         if key is None:
             return self._store(job)
-        with self._keys.held(job, key) as held:
-            if held.id != job.id:
-                if found := self._look(held.id):
+        with self._keys.held(job.caller, key) as held:
+            if held.submission:
+                job = held.submission.repeated(job, key)
+                if found := self._look(job.id):
                     return found[0].job
-                if self._ended.is_known(held.id):
-                    return held
-            return self._store(held)
+                if self._ended.is_known(job.id):
+                    return job
+            else:
+                self._check_room()
+                held.announce(Submission.of(job, key))
+            return self._store(job)
 
     def _store(self, job: Job) -> Job:
         record = storable(job)
@@ -126,9 +134,12 @@ class FileQueue(Queue):
     @_as_queue_errors()
     def check(self) -> None:
         """Try whether a job could be stored now. Raises what :meth:`enqueue` would, and leaves nothing behind."""
+        self._check_room()
+        disk.probe(self._places.tmp)
+
+    def _check_room(self) -> None:
         self._places.check_room(self._reserve)
         self._places.waiting.check(at_most=self._max_waiting)
-        disk.probe(self._places.tmp)
 
     @_as_queue_errors()
     def get(self, job_id: str) -> Snapshot | None:
@@ -152,7 +163,13 @@ class FileQueue(Queue):
     @_as_queue_errors()
     def forget(self, job_id: str) -> bool:
         """Drop the record of a job that has ended, durably; False if there is none, or another was faster."""
-        return self._ended.forget(job_id)
+        deadline = time.monotonic() + ABOUT_TO_END
+        while not self._ended.forget(job_id):
+            found = self._look(job_id)
+            if not found or not found[0].state.terminal or time.monotonic() > deadline:
+                return False
+            time.sleep(LOOK_EVERY)
+        return True
 
     @_as_queue_errors()
     def sweep(self, results: Limits, *, now: float) -> None:

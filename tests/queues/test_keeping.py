@@ -17,12 +17,12 @@ import pytest
 
 import diffusion_api
 from diffusion_api import disk, retention
-from diffusion_api.errors import Gone, KeyReused, TooLarge, Unavailable
+from diffusion_api.errors import Gone, KeyReused, QueueFull, TooLarge, Unavailable
 from diffusion_api.queues.base import DAY, Key, Queue
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.retention import Limits
-from diffusion_api.schema.job import Job, Result, State
+from diffusion_api.schema.job import Job, Result, State, dumps
 
 FIXTURES = Path(__file__).with_name("fixtures")
 FOR_EVER = Limits()
@@ -149,6 +149,18 @@ def test_one_key_sent_by_many_at_once_makes_one_job(queue: Queue, new_job: Any) 
     with ThreadPoolExecutor(50) as threads:
         answers = set(threads.map(send, range(50)))
     assert list(answers) == waiting(queue)
+
+
+def test_a_full_queue_refuses_new_keys_and_knows_the_old(tmp_path: Path, new_job: Any) -> None:
+    for queue in (FileQueue(tmp_path / "queue", max_waiting=1), MemoryQueue(max_waiting=1)):
+        job = queue.enqueue(new_job(), key=key_of("old"))
+        with pytest.raises(QueueFull):
+            queue.enqueue(new_job(), key=key_of("new", size=1))
+        assert queue.enqueue(new_job(), key=key_of("old")).id == job.id
+        queue.cancel(job.id)
+        assert queue.enqueue(new_job(), key=key_of("new", size=2)).id in waiting(queue)
+        queue.close()
+    assert len(keys(tmp_path / "queue")) == 2
 
 
 @pytest.mark.parametrize("way", ["expired", "forgotten"])
@@ -470,6 +482,23 @@ def test_a_record_whose_dropping_was_cut_in_half_is_emptied(
     assert file_queue.get(job.id) is None
     file_queue.sweep(FOR_EVER, now=time.time())
     assert (root / "gone" / f"{job.id}.read").read_bytes() == b""
+
+
+def test_a_record_that_is_about_to_be_moved_away_is_waited_for(
+    root: Path, file_queue: FileQueue, new_job: Any, result: Result
+) -> None:
+    job = new_job().succeeded(result)
+    worker = root / "running" / "00000000-0000-4000-8000-000000000000"
+    worker.mkdir()
+    file_queue.enqueue(new_job(id=job.id))
+    (name,) = (path.name for path in (root / "queued").iterdir())
+    (root / "queued" / name).rename(worker / name)
+    (worker / name).write_bytes(dumps(job))
+    moving = threading.Timer(0.2, (worker / name).rename, [root / "done" / f"{job.id}.json"])
+    moving.start()
+    assert file_queue.forget(job.id)
+    assert file_queue.get(job.id) is None
+    moving.join()
 
 
 def test_a_sweep_touches_nothing_but_records(root: Path, file_queue: FileQueue, tmp_path: Path) -> None:

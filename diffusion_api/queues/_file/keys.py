@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -21,9 +20,6 @@ from diffusion_api.errors import CallerError, Unavailable
 from diffusion_api.queues._file.places import Folder
 from diffusion_api.queues.base import KEYS, Key, Submission
 from diffusion_api.retention import due, entries
-from diffusion_api.schema.job import Job
-
-log = logging.getLogger(__name__)
 
 VERSION = Submission.model_fields["version"].default
 MAX_KEY = 4096
@@ -35,6 +31,21 @@ class _Versioned(BaseModel):
     version: int
 
 
+class Held:
+    """A key that nobody else has meanwhile. ``submission`` is what it stands for, None if for nothing yet."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self._path, self._fd = path, fd
+        self.submission = _read(fd)
+        self.announced = False
+
+    def announce(self, submission: Submission) -> None:
+        """Say, durably, for which job the key stands from now on."""
+        self.announced = True
+        disk.rewrite(self._fd, submission.model_dump_json().encode())
+        disk.fsync_dir(self._path.parent)
+
+
 class Keys:
     """The folder ``keys/``. Methods raise OSError."""
 
@@ -42,25 +53,18 @@ class Keys:
         self._places = places
 
     @contextlib.contextmanager
-    def held(self, job: Job, key: Key) -> Iterator[Job]:
-        """The job that this key stands for, which is an earlier one if it was sent before, for the caller to store.
-
-        Nobody else has the key meanwhile. A job that is refused inside leaves the key free. Raises KeyReused, Unavailable.
-        """
-        name = hashlib.sha256(f"{job.caller}\0{key.text}".encode()).hexdigest()
+    def held(self, caller: str, key: Key) -> Iterator[Held]:
+        """A caller's key. A job that is announced and then refused leaves it free. Raises Unavailable."""
+        name = hashlib.sha256(f"{caller}\0{key.text}".encode()).hexdigest()
         path = self._places.keys / f"{name}.json"
         fd = _lock(path)
         try:
-            known = _read(fd)
-            if known and known.stands:
-                yield known.repeated(job, key)
-                return
-            disk.rewrite(fd, Submission.of(job, key).model_dump_json().encode())
-            disk.fsync_dir(path.parent)
+            held = Held(path, fd)
             try:
-                yield job
+                yield held
             except (CallerError, Unavailable):
-                path.unlink()
+                if held.announced or held.submission is None:
+                    path.unlink()
                 raise
         finally:
             os.close(fd)
@@ -82,14 +86,15 @@ def _lock(path: Path) -> int:
 
 
 def _read(fd: int) -> Submission | None:
-    """What an open key file says; None when it says nothing, or was torn by a crash."""
+    """What an open key file says; None when it says nothing any more, or was torn by a crash. Raises Unavailable."""
     data = os.pread(fd, MAX_KEY, 0)
     try:
         if _Versioned.model_validate_json(data).version > VERSION:
             raise Unavailable("this Idempotency-Key was stored by a newer release of the service")
-        return Submission.model_validate_json(data)
+        known = Submission.model_validate_json(data)
     except ValidationError:
         return None
+    return known if known.stands else None
 
 
 def _remove(path: Path, *, since: float) -> None:

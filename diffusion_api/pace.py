@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
+import math
 import os
 import threading
 import time
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,7 @@ def work(request: Request) -> float:
 
 @dataclass(frozen=True)
 class _Line:
-    """The jobs at one moment: seconds until each running one has ended, and until each of the next waiting ones."""
+    """The jobs at one moment: seconds until each running one has ended, and until each of the next waiting ones begins."""
 
     seen: float
     running: dict[str, float]
@@ -133,17 +134,24 @@ class Forecast:
 
     def _look(self) -> _Line:
         claimed = filter(None, (self._queue.get(job.id) for job in self._queue.jobs(RUNNING)))
-        # One runs; the others that a worker holds wait for the device, as if they still stood in the queue.
-        begun = sorted(claimed, key=lambda s: s.job.started or float("inf"))
-        left = list(accumulate(self._left(snapshot) for snapshot in begun))
-        busy = left[-1] if left else 0.0
+        # What a worker holds and has not begun waits for its device, as if it still stood in the queue.
+        begun = sorted(claimed, key=lambda snapshot: snapshot.job.started or math.inf)
         waiting = self._queue.jobs(frozenset({State.QUEUED}), limit=LOOK_AHEAD)
-        return _Line(
-            seen=time.monotonic(),
-            running={snapshot.job.id: seconds for snapshot, seconds in zip(begun, left, strict=True)},
-            waiting=tuple(accumulate((self._pace.seconds(job.request) or 0.0 for job in waiting), initial=busy)),
-        )
+        free = [0.0] * max(1, len(self._queue.workers()))
+        running = {snapshot.job.id: _taken(free, self._left(snapshot)) for snapshot in begun}
+        begins = [free[0]]
+        for job in waiting:
+            _taken(free, self._pace.seconds(job.request) or 0.0)
+            begins.append(free[0])
+        return _Line(seen=time.monotonic(), running=running, waiting=tuple(begins))
 
     def _left(self, snapshot: Snapshot) -> float:
         done = snapshot.progress.fraction if snapshot.progress else 0.0
         return (1 - done) * (self._pace.seconds(snapshot.job.request) or 0.0)
+
+
+def _taken(free: list[float], seconds: float) -> float:
+    """Put a job on the device that is free first; when it ends there. ``free`` is a heap of when each device is."""
+    ends = free[0] + seconds
+    heapq.heapreplace(free, ends)
+    return ends

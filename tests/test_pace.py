@@ -14,8 +14,10 @@ from diffusion_api.engine.stub import StubEngine
 from diffusion_api.outputs import Outputs
 from diffusion_api.pace import LOOK_AHEAD, Forecast, Pace, work
 from diffusion_api.queues.base import Control, Queue
+from diffusion_api.queues.file import FileQueue
 from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.schema.job import Job, Progress, State
+from diffusion_api.schema.report import WorkerReport
 from diffusion_api.schema.request import Txt2Img
 from diffusion_api.worker import Worker
 
@@ -188,3 +190,24 @@ def test_running_jobs_count_with_what_is_left_of_them(pace: Pace, queue: Queue) 
     over.set()
     serving.join(60)
     assert found == [pytest.approx(seconds, abs=5) for seconds in (25, 125, 225)]
+
+
+def test_two_workers_take_half_the_time(pace: Pace, tmp_path: Path) -> None:
+    pace.learn(plain(steps=10), 10)
+    ends = {}
+    for count in (1, 2):
+        queue = FileQueue(tmp_path / str(count))
+        others = [FileQueue(tmp_path / str(count)) for _ in range(count)]
+        queue.pause()
+        threads = [threading.Thread(target=other.serve, args=(lambda job, control: None,)) for other in others]
+        for thread, other in zip(threads, others, strict=True):
+            thread.start()
+            other.report(WorkerReport(pid=1, event=0))
+        eventually(lambda queue=queue, count=count: len(queue.workers()) == count, "the workers to be seen")
+        last = queued(queue, plain(steps=10), 10)[-1]
+        ends[count] = left(Forecast(queue, pace), queue, last)
+        for each in (*others, queue):
+            each.close()
+        for thread in threads:
+            thread.join(60)
+    assert ends == {1: pytest.approx(100, abs=3), 2: pytest.approx(50, abs=3)}

@@ -191,6 +191,20 @@ def test_a_job_that_waits_for_the_device_is_cancelled(queue: Queue, new_worker: 
     queue.cancel(first.id)
 
 
+def test_a_job_that_is_cancelled_may_keep_the_picture_that_it_has(
+    queue: Queue, new_worker: NewWorker, tmp_path: Path
+) -> None:
+    job = new_job("stub:seconds=0.02", steps=1000)
+    queue.enqueue(job)
+    new_worker()
+    running(queue, job)
+    queue.cancel(job.id, partial=True)
+    cancelled = ended(queue, job)
+    assert (cancelled.state, cancelled.error) == (State.CANCELLED, Failure(kind="JobCancelled", message="cancelled"))
+    assert cancelled.result is not None
+    assert [(tmp_path / image.path).is_file() for image in cancelled.result.images] == [True]
+
+
 def test_a_job_may_finish_within_the_grace(queue: Queue, new_worker: NewWorker) -> None:
     first, second = new_job("stub:seconds=0.05", steps=10), new_job()
     for job in (first, second):

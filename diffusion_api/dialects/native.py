@@ -132,7 +132,7 @@ class ErrorBody(BaseModel):
 
 
 class StatusBody(BaseModel):
-    """A job as it stands; the fields after ``error`` are there once it is done."""
+    """A job as it stands. From ``payload`` on: once it is done, or was cancelled with a picture."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -141,7 +141,27 @@ class StatusBody(BaseModel):
     progress: float = Field(description="0 to 100")
     current_phase: str
     state: Literal["queued", "loading", "processing", "done", "error"]
-    error: str | None = None
+    error: str | None = Field(description="why there is no picture, or not the whole one")
+    position: int = Field(default=0, description="while it waits: how many are before it")
+    eta_seconds: float | None = Field(
+        default=None, description="until it ends: in how many seconds that will probably be; null when not known"
+    )
+    cancelled: bool = Field(default=False, description="there, and true, once it was cancelled")
+    warnings: list[str] = []
+    webhook: dict[str, Any] = Field(default={}, description="the URL that is told of its end, and the tries so far")
+    payload: dict[str, Any] = Field(default={}, description="the body of the POST, without its pictures")
+    image: str | None = Field(default=None, description="the file in base64; null when it was deleted meanwhile")
+    images: list[str | None] = Field(default=[], description="with n > 1: all of them")
+    output_path: str = Field(default="", description="where the service keeps the file, from its home folder")
+    output_paths: list[str] = Field(default=[], description="with n > 1: all of them")
+    width: int = Field(default=0, description="pixels")
+    height: int = Field(default=0, description="pixels")
+    file_type: Literal["jpg", "png"] = "jpg"
+    jpeg_quality: int | None = None
+    generation_time_sec: float = 0
+    memory_before_mb: float = Field(default=0, description="resident on a CPU, allocated on a GPU")
+    memory_after_mb: float = 0
+    seed: int = 0
 
 
 class ModelBody(BaseModel):

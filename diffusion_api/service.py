@@ -252,7 +252,6 @@ class Service:
         found = (
             (memory.percent > 90, "High memory usage"),
             (used > 90, "High disk usage"),
-            (not workers, "No worker serves the queue: jobs wait"),
             (models == 0, "No models found"),
             (not outputs_available, "Outputs directory not accessible"),
             (free < 1, "Low disk space for outputs"),

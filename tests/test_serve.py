@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fake_models import diffusers_folder
-from serving import Program, environment, eventually, serving, started
+from serving import MODES, Program, environment, eventually, serving, started
 
 from diffusion_api.schema.job import Job, State, loads
 from diffusion_api.server import listen
@@ -32,6 +32,13 @@ def home(tmp_path: Path) -> Path:
     folder = tmp_path / "home"
     diffusers_folder(folder / "stable_diffusion" / "models" / "small", sample_size=8)
     return folder
+
+
+@pytest.fixture(params=MODES.values(), ids=MODES)
+def mode(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """Jobs run in the serving process, or in one of their own."""
+    arguments: tuple[str, ...] = request.param
+    return arguments
 
 
 def record(home: Path, job_id: str) -> Job:
@@ -140,8 +147,10 @@ def test_an_idle_service_stops_at_once(home: Path) -> None:
         assert server.ended() == 0
 
 
-def test_a_job_longer_than_the_grace_goes_back_and_is_done_after_the_next_start(home: Path) -> None:
-    with serving(home, grace=0.5) as server:
+def test_a_job_longer_than_the_grace_goes_back_and_is_done_after_the_next_start(
+    home: Path, mode: tuple[str, ...]
+) -> None:
+    with serving(home, *mode, grace=0.5) as server:
         job_id = server.submit(**slow(0.02, 100))
         server.wait(job_id, "processing")
         with within(15):
@@ -150,14 +159,14 @@ def test_a_job_longer_than_the_grace_goes_back_and_is_done_after_the_next_start(
     waiting = record(home, job_id)
     assert (waiting.state, waiting.attempts) == (State.QUEUED, 0)
     assert pictures(home) == []
-    with serving(home) as server:
+    with serving(home, *mode) as server:
         server.wait(job_id)
     assert (record(home, job_id).state, record(home, job_id).attempts) == (State.DONE, 1)
     assert pictures(home) == [f"{job_id}.png"]
 
 
-def test_while_it_stops_it_answers_but_takes_no_job(home: Path) -> None:
-    with serving(home) as server, ThreadPoolExecutor(2) as callers:
+def test_while_it_stops_it_answers_but_takes_no_job(home: Path, mode: tuple[str, ...]) -> None:
+    with serving(home, *mode) as server, ThreadPoolExecutor(2) as callers:
         job_id = server.submit(**slow(0.1, 50))
         waiting = server.submit(**slow(0.1, 50))
         server.wait(job_id, "processing")
@@ -202,8 +211,8 @@ def test_no_open_connection_keeps_it_from_stopping(home: Path) -> None:
         assert idle.recv(1) == b""
 
 
-def test_a_step_that_does_not_end_does_not_keep_it_from_stopping(home: Path) -> None:
-    with serving(home, grace=0.2) as server:
+def test_a_step_that_does_not_end_does_not_keep_it_from_stopping(home: Path, mode: tuple[str, ...]) -> None:
+    with serving(home, *mode, grace=0.2) as server:
         job_id = server.submit(**slow(3600, 1))
         server.wait(job_id, "loading")
         eventually(lambda: record(home, job_id).attempts, "the job to begin")
@@ -212,10 +221,11 @@ def test_a_step_that_does_not_end_does_not_keep_it_from_stopping(home: Path) -> 
     assert (record(home, job_id).state, record(home, job_id).attempts) == (State.QUEUED, 0)
 
 
-def test_a_stuck_step_shows(home: Path) -> None:
-    with serving(home, stuck_after=0.5) as server:
+def test_a_stuck_step_shows(home: Path, mode: tuple[str, ...]) -> None:
+    with serving(home, *mode, stuck_after=0.5) as server:
         job_id = server.submit(**slow(4, 1))
-        not_ready = eventually(lambda: (a := server.get("/ready")).status_code == 503 and a, "the step to be stuck")
+        not_ready = eventually(lambda: "stuck" in (a := server.get("/ready")).text and a, "the step to be stuck")
+        assert not_ready.status_code == 503
         (reason,) = not_ready.json()["reasons"]
         assert re.fullmatch(r"the running job is stuck: nothing was heard of it for \d+ seconds", reason)
         health = server.get("/health")
@@ -240,14 +250,14 @@ def test_a_second_signal_ends_it_at_once(home: Path) -> None:
 # Dying
 
 
-def test_a_job_survives_a_kill_and_is_run_again(home: Path) -> None:
-    with serving(home) as server:
+def test_a_job_survives_a_kill_and_is_run_again(home: Path, mode: tuple[str, ...]) -> None:
+    with serving(home, *mode) as server:
         job_id = server.submit(**slow(0.1, 12))
         waiting = [server.submit(**slow(0, 1)) for _ in range(2)]
         server.wait(job_id, "processing")
         server.kill()
     assert record(home, job_id).attempts == 1
-    with serving(home) as server:
+    with serving(home, *mode) as server:
         status = server.wait(job_id)
         for other in waiting:
             assert server.wait(other)["state"] == "done"

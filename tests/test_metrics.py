@@ -69,7 +69,7 @@ def test_the_time_of_a_job_is_told_by_phase() -> None:
     spent = {p: value(samples, "job_phase_seconds_sum", phase=p) for p in ("load", "generation", "decode")}
     assert 0.1 <= spent["load"] < spent["generation"]
     assert 0.05 <= spent["decode"] < spent["generation"]
-    assert 0.2 <= spent["generation"]
+    assert spent["generation"] >= 0.2
     assert value(samples, "job_phase_seconds_count", phase="generation") == 1
     assert 100 <= value(samples, "job_wait_seconds_sum") < 200
     assert value(samples, "steps_total") == 4
@@ -161,7 +161,8 @@ def test_a_service_counts_its_jobs(home: Path, mode: list[str]) -> None:
         server.result(steps=3)
         server.wait(server.submit(prompt="stub:fail", steps=4), "error")
         samples: Samples = eventually(
-            lambda: value(s := scrape(server), "jobs_ended_total", state="error", error="InternalError") and s, "a count"
+            lambda: value(s := scrape(server), "jobs_ended_total", state="error", error="InternalError") and s,
+            "a count",
         )
         assert value(samples, "jobs_ended_total", state="done", error="") == 1
         assert value(samples, "jobs", state="done") == 1

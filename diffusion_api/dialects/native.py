@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 FILE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png"}
 DEFAULT_SAMPLER = "DPM++ 2M"
+MAX_UNKNOWN = 100
+"""Fields of a body that are ignored with a warning each; looking for a near name takes its time."""
+LONGEST_NAME = 100
 UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or no worker runs"}
 NEXT_STEP = 5.0
 """Seconds that a running job gets to end before the caller who cancelled it is answered."""
@@ -289,7 +292,7 @@ def mount(app: FastAPI, service: Service) -> None:
 
 def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]:
     """The frozen request that a body means, and what the caller should know. Raises InvalidRequest."""
-    warnings = [_unknown(name) for name in body.model_extra or {}]
+    warnings = _unknown_fields(list(body.model_extra or {}))
     model = service.model(body.model)
     sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
     width, width_note = round_size(_given(body.width, model.native_size), "width")
@@ -325,6 +328,13 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
 
 def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+def _unknown_fields(names: list[str]) -> list[str]:
+    """What to tell the caller of fields that mean nothing here. Raises InvalidRequest when that would be a book."""
+    if len(names) > MAX_UNKNOWN:
+        raise InvalidRequest(f"the body has {len(names)} fields that are not known; at most {MAX_UNKNOWN} are ignored")
+    return [_unknown(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...") for name in names]
 
 
 def _unknown(name: str) -> str:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from diffusion_api import __version__, door
 from diffusion_api.dialects import native
 from diffusion_api.dialects._base import error_body
-from diffusion_api.metrics import Metrics
+from diffusion_api.metrics import CONTENT_TYPE, Metrics
 
 if TYPE_CHECKING:
     from diffusion_api.service import Service
@@ -35,7 +35,7 @@ def create_app(
     shutdown: Callable[[], None] = lambda: None,
 ) -> App:
     """The app around a service. ``startup`` and ``shutdown`` run with the app's life; both may block for a while."""
-    metrics = Metrics()
+    metrics = Metrics(service.counts, service.workers)
     app = FastAPIOffline(
         title="Diffusion API",
         version=__version__,
@@ -51,7 +51,7 @@ def create_app(
 
     @app.get("/metrics", include_in_schema=False)
     def shown_metrics() -> PlainTextResponse:
-        return PlainTextResponse(metrics.render())
+        return PlainTextResponse(metrics.render(), media_type=CONTENT_TYPE)
 
     @app.exception_handler(HTTPException)
     def refused(request: Request, error: HTTPException) -> JSONResponse:

@@ -73,7 +73,7 @@ def configure(settings: Settings, *, role: str = "") -> None:
     ``role`` tells one process of several: it stands in each line, and in the name of the log's file, as two processes
     that rotate one file would lose lines.
     """
-    faulthandler.enable()
+    faulthandler.enable(2)  # the descriptor: sys.stderr may be anything
     process = f"{role} {os.getpid()}" if role else ""
     formatter = (Json if settings.log_format == "json" else Plain)(process, prompts=settings.log_prompts)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]

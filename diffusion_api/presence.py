@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from diffusion_api.engine.base import Engine
+from diffusion_api.metrics import JobMetrics
 from diffusion_api.queues.base import Queue
 from diffusion_api.schema.report import WorkerReport
 
@@ -22,8 +23,11 @@ class Presence:
     ``due`` says when the job on the device must have ended, None if it may take its time.
     """
 
-    def __init__(self, queue: Queue, engine: Engine, restarts: int, due: Callable[[], float | None]) -> None:
-        self._queue, self._engine, self._restarts, self._due = queue, engine, restarts, due
+    def __init__(
+        self, queue: Queue, engine: Engine, metrics: JobMetrics, restarts: int, due: Callable[[], float | None]
+    ) -> None:
+        self._queue, self._engine, self._metrics = queue, engine, metrics
+        self._restarts, self._due = restarts, due
         self._jobs: list[str] = []
         self._told = 0.0
         self._guard = threading.Lock()
@@ -55,5 +59,6 @@ class Presence:
                 event=self._told,
                 due=self._due(),
                 restarts=self._restarts,
+                metrics=self._metrics.render(),
             )
             self._queue.report(report)

@@ -203,6 +203,14 @@ class Service:
         """Where the end of this job is told and how that went, None for a job that asked for nothing of the kind."""
         return self._webhooks.report(job) if self._webhooks and job.webhook else None
 
+    def counts(self) -> dict[State, int]:
+        """How many jobs are in each state. Raises QueueUnusable."""
+        return self._queue.counts()
+
+    def workers(self) -> list[WorkerReport]:
+        """The last word of every worker that serves the queue. Raises QueueUnusable."""
+        return self._queue.workers()
+
     def models(self) -> list[Model]:
         """Installed models."""
         return self._library.models()

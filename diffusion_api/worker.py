@@ -21,6 +21,7 @@ from diffusion_api.errors import (
     QueueUnusable,
     TooLarge,
 )
+from diffusion_api.metrics import JobMetrics
 from diffusion_api.outputs import Outputs
 from diffusion_api.pace import Pace
 from diffusion_api.presence import Presence
@@ -104,7 +105,8 @@ class Worker:
         restarts: int = 0,
     ) -> None:
         self._queue, self._engine, self._outputs, self._pace = queue, engine, outputs, pace
-        self._presence = Presence(queue, engine, restarts, self._due)
+        self._metrics = JobMetrics()
+        self._presence = Presence(queue, engine, self._metrics, restarts, self._due)
         self._died = died or (lambda: os._exit(EXIT_WORKER_DIED))
         self._restart = restart or (lambda reason: self._died())
         self._hands: dict[str, _Hand] = {}
@@ -241,7 +243,7 @@ class Worker:
             raise Interrupted("stopped before it began")
         began: float | None = None
         first: tuple[float, float] | None = None
-        for event in self._engine.run(hand.job.request, stop=stop):
+        for event in self._metrics.watched(hand.job, self._engine.run(hand.job.request, stop=stop)):
             hand.heard = time.monotonic()
             self._presence.moved()
             if began is None:
@@ -271,6 +273,7 @@ class Worker:
         except TooLarge as error:
             bare = job.model_copy(update={"result": None})
             return self._committed(control, bare.failed(type(error).__name__, str(error)))
+        self._metrics.ended(job)
         if job.error:
             log.warning("job %s %s: %s", job.id, job.state, job.error.message)
         else:
@@ -278,7 +281,8 @@ class Worker:
         return True
 
     def _result(self, job: Job, finished: Finished, began: float) -> Result:
-        saved = self._outputs.save(job, finished)
+        with self._metrics.saving():
+            saved = self._outputs.save(job, finished)
         return Result(
             images=saved,
             seconds=time.monotonic() - began,

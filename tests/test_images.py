@@ -8,6 +8,7 @@ import logging
 import resource
 import struct
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -458,6 +459,58 @@ def test_a_picture_beyond_the_limit_takes_no_memory(format: str) -> None:
     with pytest.raises(TooLarge, match="12000x12000"):
         decode(bomb, max_pixels=10_000_000)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+def film(format: str, frames: int) -> bytes:
+    """An animation of that many frames, made without a codec: one frame's bytes again and again."""
+    tiny = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime")]
+    data = saved(tiny[0], format, save_all=True, append_images=tiny[1:], duration=10)
+    if format == "GIF":
+        at = data.rindex(b"\x21\xf9")  # the graphic control extension before the last frame
+        return data[:at] + data[at:-1] * frames + b";"
+    at = data.rindex(b"ANMF")
+    body = data[8:at] + data[at:] * frames
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.parametrize("format", ["GIF", "WEBP"])
+def test_a_film_of_a_hundred_thousand_frames_costs_its_first(format: str) -> None:
+    def seconds(data: bytes) -> float:
+        began = time.process_time()
+        assert decode(data, max_pixels=256).convert("RGB").getpixel((8, 8)) == pytest.approx((255, 0, 0), abs=15)
+        read_metadata(data)
+        return time.process_time() - began
+
+    long = film(format, 100_000)
+    assert len(long) > 5_000_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    took = min(seconds(long) for _ in range(3))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000
+    assert took < 1000 * (min(seconds(film(format, 1)) for _ in range(3)) + 0.001)
+
+
+@pytest.mark.parametrize(
+    "tail", [b"<script>alert(1)</script>", b"PK\x03\x04evil", b"%PDF-1.4 evil", b"#!/bin/sh\nevil"]
+)
+def test_what_hangs_on_a_picture_is_not_passed_on(tail: bytes) -> None:
+    for format in FORMATS:
+        file = encode(picture(), format=format, quality=80, infotext=None) + tail
+        again = encode(
+            np.asarray(decode(file, max_pixels=10_000).convert("RGB")), format="png", quality=1, infotext=None
+        )
+        assert tail not in again
+    with pytest.raises(InvalidImage):
+        decode(tail + encode(picture(), format="png", quality=1, infotext=None), max_pixels=10_000)
+
+
+def test_what_a_picture_says_of_its_maker_is_not_passed_on() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "camera of Jane"
+    for format in EXIF_FORMATS:
+        decoded = decode(saved(plain(), format, exif=exif), max_pixels=10_000)
+        again = encode(np.asarray(decoded.convert("RGB")), format="jpeg", quality=80, infotext=None)
+        assert b"Jane" not in again
 
 
 def resized_header(data: bytes, format: str, side: int) -> bytes:

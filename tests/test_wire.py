@@ -109,7 +109,7 @@ def test_a_bomb_is_refused_before_it_takes_memory(bomb: bytes) -> None:
     "piece",
     [b"A", rb"\"", rb"\\", rb"\u0041", "\u2222".encode(), b" "],
     ids=["text", "quotes", "backslashes", "code", "wide", "space"],
-)  # fmt: skip
+)
 def test_a_long_text_takes_time_in_proportion(piece: bytes) -> None:
     def seconds(size: int) -> float:
         body = b'{"a": "' + piece * (size // len(piece)) + b'"}'

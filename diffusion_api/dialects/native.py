@@ -28,12 +28,9 @@ if TYPE_CHECKING:
 
 FILE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png"}
 DEFAULT_SAMPLER = "DPM++ 2M"
-TOLD = 10
-"""Unknown fields of one request that its caller is told of by name."""
-
+MAX_UNKNOWN = 100
+"""Fields of a body that are ignored with a warning each; looking for a near name takes its time."""
 LONGEST_NAME = 100
-"""Characters of an unknown field's name that are looked at."""
-
 UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or no worker runs"}
 NEXT_STEP = 5.0
 """Seconds that a running job gets to end before the caller who cancelled it is answered."""
@@ -333,7 +330,7 @@ def mount(app: FastAPI, service: Service) -> None:
 
 def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]:
     """The frozen request that a body means, and what the caller should know. Raises InvalidRequest."""
-    warnings = _unknown(list(body.model_extra or {}))
+    warnings = _unknown_fields(list(body.model_extra or {}))
     model = service.model(body.model)
     sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
     width, width_note = round_size(_given(body.width, model.native_size), "width")
@@ -371,15 +368,16 @@ def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _unknown(names: list[str]) -> list[str]:
-    """What the caller is told of fields that nobody knows: of the first ones, as looking for what was meant takes time."""
-    told = []
-    for name in names[:TOLD]:
-        near = difflib.get_close_matches(name[:LONGEST_NAME], Txt2ImgBody.model_fields, n=1)
-        told.append(
-            f"unknown field {name[:LONGEST_NAME]!r} was ignored" + (f"; did you mean {near[0]!r}?" if near else "")
-        )
-    return told + ([f"{len(names) - TOLD} more unknown fields were ignored"] if len(names) > TOLD else [])
+def _unknown_fields(names: list[str]) -> list[str]:
+    """What to tell the caller of fields that mean nothing here. Raises InvalidRequest when that would be a book."""
+    if len(names) > MAX_UNKNOWN:
+        raise InvalidRequest(f"the body has {len(names)} fields that are not known; at most {MAX_UNKNOWN} are ignored")
+    return [_unknown(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...") for name in names]
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, Txt2ImgBody.model_fields, n=1)
+    return f"unknown field {name!r} was ignored" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def ended(job: Job) -> dict[str, Any]:

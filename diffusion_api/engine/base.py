@@ -39,13 +39,15 @@ class Finished:
     """The pictures, in order, with the seed of each, and what the infotext should say beyond the request.
 
     ``partial`` is there when the job was told to stop with what it had: the steps that its last picture got, or 0 when
-    all of ``images`` are whole and only the rest of them is missing.
+    all of ``images`` are whole and only the rest of them is missing. ``model_cached`` is true when the model was in
+    memory already; None for an engine that keeps none.
     """
 
     images: tuple[Pixels, ...]
     seeds: tuple[int, ...]
     partial: int | None = None
     model_hash: str | None = None
+    model_cached: bool | None = None
     memory_before_mb: float = 0.0
     memory_after_mb: float = 0.0
     warnings: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,7 +134,7 @@ class Executor:
             task.request, load=weights.load, memory=lambda: device.memory_mb, report=task.events.put, stop=task.stop
         )
         try:
-            outcome = self._drive(asks, task)
+            outcome = replace(self._drive(asks, task), model_cached=weights.hit)
         except Exception as error:  # the job fails, whatever it was; the device thread lives on for the next one
             outcome = self._explained(error, task.request, device)
             _forget_tensors(error)

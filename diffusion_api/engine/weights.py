@@ -27,13 +27,16 @@ class Weights:
     def __init__(self, library: Library, device: Device, tokenizer: Path) -> None:
         self._library, self._device, self._tokenizer = library, device, tokenizer
         self._loaded: tuple[Model, Lane] | None = None
+        self.hit = False
+        """Whether the model that was asked for last was in memory already."""
 
     def load(self, name: str) -> Lane:
         """The lane of that model. Raises ModelUnreadable, OutOfMemory, and UnknownModel when it has gone from the folder."""
         model = self._library.find(name)
         if model is None:
             raise UnknownModel(f"model {name!r} is no longer installed", field="model")
-        if self._loaded and self._loaded[0] == model:
+        self.hit = self._loaded is not None and self._loaded[0] == model
+        if self._loaded and self.hit:
             return self._loaded[1]
         self._loaded = None
         started = time.monotonic()

@@ -24,7 +24,7 @@ class WorkerReport(Frozen):
 
     ``jobs`` are the ids in its hands. ``event`` is when one of them last moved (or the worker began), ``due`` when the one
     on the device must have ended; both in seconds of the machine's monotonic clock, which all processes share.
-    ``restarts`` is how often its process had to begin again.
+    ``restarts`` is how often its process had to begin again, ``metrics`` what it counted, in Prometheus's text format.
     """
 
     version: int = VERSION
@@ -34,6 +34,7 @@ class WorkerReport(Frozen):
     event: float
     due: float | None = None
     restarts: int = 0
+    metrics: str = ""
 
     @property
     def state(self) -> str:

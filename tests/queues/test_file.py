@@ -474,7 +474,7 @@ def test_the_queue_pauses_itself_after_crashes_in_a_row(
     assert queue.paused is None
     crash(nursery, queue, new_job)
     recover(root, pause_after_crashes=2)
-    reason = "the service stopped 3 times in a row while it ran jobs"
+    reason = "crashes in a row while jobs ran: 3"
     assert queue.paused == reason
     assert f"no job will run until the queue is resumed: {reason}" in caplog.text
     queue.resume()

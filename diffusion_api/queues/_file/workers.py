@@ -159,7 +159,7 @@ class Recovery:
         crashes = _Crashes(in_a_row=self._crashes_before() + 1)
         self._places.write(self._places.crashes, crashes.model_dump_json().encode())
         if 0 < self._pause_after_crashes <= crashes.in_a_row and self._places.paused() is None:
-            reason = f"the service stopped {crashes.in_a_row} times in a row while it ran jobs"
+            reason = f"crashes in a row while jobs ran: {crashes.in_a_row}"
             self._places.pause(reason)
             log.critical("the queue is paused now: %s", reason)
 

@@ -16,7 +16,7 @@ import re
 import stat
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +136,21 @@ def changed_at(path: Path) -> float:
     return os.lstat(path).st_ctime
 
 
+def written_at(path: Path) -> float:
+    """When what the file holds was last changed, in epoch seconds. Raises FileNotFoundError."""
+    return os.lstat(path).st_mtime
+
+
+def files(folder: Path) -> Iterator[tuple[str, float, int]]:
+    """Name, time of the last change and size of each regular file in a folder; none if it is gone. No link counts."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
+        for item in found:
+            with contextlib.suppress(FileNotFoundError):
+                status = item.stat(follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode):
+                    yield item.name, status.st_mtime, status.st_size
+
+
 def device(folder: Path) -> int:
     """The number of the file system on which a folder lies."""
     return os.stat(folder).st_dev
@@ -227,7 +242,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 def lock(path: Path) -> int | None:
     """A descriptor that holds the lock of this file, made if need be; None while another does. Closing it unlocks.
 
-    It may be read, and rewritten with :func:`rewrite`.
+    What the file holds is for :func:`content` and :func:`rewrite`.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     return fd if _taken(fd) else None
@@ -253,6 +268,11 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+def content(fd: int, limit: int) -> bytes:
+    """The first ``limit`` bytes of a locked file."""
+    return os.pread(fd, limit, 0)
+
+
 def rewrite(fd: int, data: bytes) -> None:
     """Put ``data`` in the place of what an open file holds, durably. A crash may leave it torn: its reader must tell."""
     os.ftruncate(fd, 0)
@@ -263,7 +283,11 @@ def rewrite(fd: int, data: bytes) -> None:
 
 def empty(path: Path) -> None:
     """Take away what a file holds. No link is followed."""
-    os.close(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
 
 
 def remove_abandoned(tmp: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-import stat
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from diffusion_api import disk
 
 log = logging.getLogger(__name__)
 
@@ -56,21 +56,7 @@ class Clock:
 
 def entries(folder: Path, suffix: str = "") -> list[Entry]:
     """The regular files of a folder whose names end so; nothing if it is gone. Raises OSError."""
-    found = []
-    try:
-        listed = list(os.scandir(folder))
-    except FileNotFoundError:
-        return []
-    for item in listed:
-        if not item.name.endswith(suffix):
-            continue
-        try:
-            status = item.stat(follow_symlinks=False)
-        except FileNotFoundError:
-            continue
-        if stat.S_ISREG(status.st_mode):
-            found.append(Entry(item.name, status.st_mtime, status.st_size))
-    return found
+    return [Entry(*found) for found in disk.files(folder) if found[0].endswith(suffix)]
 
 
 def due(kept: Iterable[Entry], limits: Limits, *, now: float, what: str) -> list[Entry]:

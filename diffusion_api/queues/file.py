@@ -486,6 +486,10 @@ class FileQueue(Queue):
             job = read_claimed(path)
             if job.state.terminal:
                 raise UnreadableRecord(f"a waiting record whose state is {job.state}")
+            if self._ended.is_known(job.id):  # a copy of the folder, made while it was in use, has jobs twice
+                log.warning("%s: not begun again: it has ended", job.id)
+                disk.remove(path)
+                return None
             return job
         except (disk.Unusable, UnreadableRecord) as error:
             self._places.set_aside(path, error)

@@ -18,7 +18,7 @@ import pytest
 import diffusion_api
 from diffusion_api import disk, retention
 from diffusion_api.errors import Gone, KeyReused, QueueFull, TooLarge, Unavailable
-from diffusion_api.queues.base import DAY, Key, Queue
+from diffusion_api.queues.base import DAY, Control, Key, Queue
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.retention import Limits
@@ -482,6 +482,36 @@ def test_a_record_whose_dropping_was_cut_in_half_is_emptied(
     assert file_queue.get(job.id) is None
     file_queue.sweep(FOR_EVER, now=time.time())
     assert (root / "gone" / f"{job.id}.read").read_bytes() == b""
+
+
+@pytest.mark.parametrize("way", ["kept", "expired", "read"])
+def test_a_job_that_has_ended_is_not_begun_again(
+    root: Path, new_job: Any, serving: Any, eventually: Any, result: Result, way: str
+) -> None:
+    job, handled = new_job(), []
+
+    def handle(job: Job, control: Control) -> None:
+        handled.append(job.id)
+        control.commit(job.succeeded(result))
+
+    first = FileQueue(root)
+    first.enqueue(job)
+    (record,) = (root / "queued").iterdir()
+    content = record.read_bytes()
+    with serving(first, handle):
+        eventually(lambda: first.counts()[State.DONE] == 1)
+    if way == "read":
+        first.forget(job.id)
+    if way == "expired":
+        first.sweep(Limits(count=0), now=time.time())
+    first.close()
+    record.write_bytes(content)
+    copy = FileQueue(root)
+    other = copy.enqueue(new_job())
+    with serving(copy, handle):
+        eventually(lambda: copy.counts()[State.QUEUED] == 0 and other.id in handled)
+    assert handled == [job.id, other.id]
+    copy.close()
 
 
 def test_a_record_that_is_about_to_be_moved_away_is_waited_for(

@@ -8,7 +8,6 @@ because it was read.
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 
 from diffusion_api import disk
@@ -28,12 +27,14 @@ class Ended:
         self._folders = [places.ended_path(state, "any").parent for state in State if state.terminal]
 
     def is_known(self, job_id: str) -> bool:
-        """True if there was such a job."""
-        return any(os.path.lexists(self._places.gone / f"{job_id}{kind}") for kind in ("", READ))
+        """True if there is such a job that has ended, or was."""
+        records = (folder / f"{job_id}.json" for folder in self._folders)
+        tombstones = (self._places.gone / f"{job_id}{kind}" for kind in ("", READ))
+        return any(map(disk.exists, (*records, *tombstones)))
 
     def check(self, job_id: str) -> None:
         """Raise Gone if there was such a job and its time is over."""
-        if is_id(job_id) and os.path.lexists(self._places.gone / job_id):
+        if is_id(job_id) and disk.exists(self._places.gone / job_id):
             raise gone(job_id)
 
     def forget(self, job_id: str) -> bool:
@@ -58,7 +59,7 @@ class Ended:
                     disk.empty(self._places.gone / entry.name)
         for entry in due(tombstones, TOMBSTONES, now=now, what="tombstones"):
             with self._places.tolerated(entry.name):
-                (self._places.gone / entry.name).unlink(missing_ok=True)
+                disk.remove(self._places.gone / entry.name)
 
     def _drop_read(self, record: Path) -> bool:
         tombstone = self._places.gone / f"{record.stem}{READ}"
@@ -72,5 +73,5 @@ class Ended:
     def _expire(self, record: Path) -> None:
         """Not durably: what a power cut brings back is found by the next look."""
         tombstone = self._places.gone / record.stem
-        os.rename(record, tombstone)
+        disk.rename(record, tombstone)
         disk.empty(tombstone)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,10 +63,10 @@ class Keys:
                 yield held
             except (CallerError, Unavailable):
                 if held.announced or held.submission is None:
-                    path.unlink()
+                    disk.remove(path)
                 raise
         finally:
-            os.close(fd)
+            disk.unlock(fd)
 
     def sweep(self, *, now: float) -> None:
         """Remove keys whose time is over."""
@@ -87,7 +86,7 @@ def _lock(path: Path) -> int:
 
 def _read(fd: int) -> Submission | None:
     """What an open key file says; None when it says nothing any more, or was torn by a crash. Raises Unavailable."""
-    data = os.pread(fd, MAX_KEY, 0)
+    data = disk.content(fd, MAX_KEY)
     try:
         if _Versioned.model_validate_json(data).version > VERSION:
             raise Unavailable("this Idempotency-Key was stored by a newer release of the service")
@@ -103,7 +102,7 @@ def _remove(path: Path, *, since: float) -> None:
     if fd is None:
         return
     try:
-        if os.fstat(fd).st_mtime == since:
-            path.unlink()
+        if disk.written_at(path) == since:
+            disk.remove(path)
     finally:
-        os.close(fd)
+        disk.unlock(fd)

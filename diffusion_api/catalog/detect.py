@@ -97,17 +97,17 @@ def safetensors_header(path: Path) -> dict[str, Tensor]:
         size = path.stat().st_size
         header = _header(path, size)
     except OSError as error:
-        raise Unrecognised(f"{path.name} cannot be read: {error.strerror}") from error
+        raise Unrecognised(f"{_shown(path)} cannot be read: {error.strerror}") from error
     try:
         content = from_json(header)
         if isinstance(content, dict):
             content.pop("__metadata__", None)
         tensors = _TENSORS.validate_python(content)
     except ValueError as error:
-        raise Unrecognised(f"{path.name} is no safetensors file: its header is damaged") from error
+        raise Unrecognised(f"{_shown(path)} is no safetensors file: its header is damaged") from error
     promised = 8 + len(header) + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if size != promised:
-        raise Unrecognised(f"{path.name} has {size} bytes and should have {promised} (an unfinished download?)")
+        raise Unrecognised(f"{_shown(path)} has {size} bytes and should have {promised} (an unfinished download?)")
     return tensors
 
 
@@ -116,7 +116,7 @@ def _header(path: Path, size: int) -> bytes:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise Unrecognised(f"{path.name} is no safetensors file: the length of its header is wrong")
+            raise Unrecognised(f"{_shown(path)} is no safetensors file: the length of its header is wrong")
         return file.read(length)
 
 
@@ -124,7 +124,12 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = from_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise Unrecognised(f"{path.parent.name}/{path.name} cannot be read") from error
+        raise Unrecognised(f"{_shown(path)} cannot be read") from error
     if not isinstance(content, dict):
-        raise Unrecognised(f"{path.parent.name}/{path.name} is no JSON object")
+        raise Unrecognised(f"{_shown(path)} is no JSON object")
     return content
+
+
+def _shown(path: Path) -> str:
+    """A file as it may be told: by its folder too, since every part of a model has a file of the same name."""
+    return f"{path.parent.name}/{path.name}"

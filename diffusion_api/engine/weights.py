@@ -6,12 +6,10 @@ import logging
 import time
 from pathlib import Path
 
-from safetensors.torch import load_file
-
-from diffusion_api.catalog.detect import safetensors_header
 from diffusion_api.catalog.library import Library, Model
 from diffusion_api.engine.denoise import Lane
 from diffusion_api.engine.devices import Device, is_out_of_memory
+from diffusion_api.engine.families.base import read_tensors
 from diffusion_api.engine.families.sd1 import SD1
 from diffusion_api.errors import ModelUnreadable, OutOfMemory, UnknownModel
 
@@ -61,17 +59,15 @@ class Weights:
     def _open(self, model: Model) -> Lane:
         if not model.single_file:
             return SD1.from_folder(model.path, self._device, model.hash)
-        safetensors_header(model.path)
-        # Not mapped: a file that is cut short while it is read would crash the process.
-        tensors = load_file(model.path, backend="pread")
-        return SD1.from_checkpoint(tensors, self._tokenizer, self._device, model.hash)
+        return SD1.from_checkpoint(read_tensors(model.path), self._tokenizer, self._device, model.hash)
 
 
 def _reason(error: Exception, model: Model) -> str:
     """One line for callers, with no path of the host."""
     if isinstance(error, KeyError):
         return f"it lacks {error}"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{Path(error.filename).name if error.filename else 'a file'}: {error.strerror}"
+    if isinstance(error, OSError) and error.filename:
+        path = Path(str(error.filename))
+        return f"{path.parent.name}/{path.name}: {error.strerror}"
     text = " ".join(str(error).replace(str(model.path), model.name).split())
     return text[:LONGEST_REASON] or type(error).__name__

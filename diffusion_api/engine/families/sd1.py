@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
@@ -17,12 +16,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffusion_api.catalog.detect import safetensors_header
 from diffusion_api.engine import text
 from diffusion_api.engine.devices import Device
+from diffusion_api.engine.families.base import Tensors, complete, network, read_network, read_tensors, read_tokenizer
 from diffusion_api.engine.samplers.sigmas import NoiseLevels
-
-Tensors = dict[str, Tensor]
 
 NOISE_SCHEDULE: dict[str, object] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 HEADS = 8
@@ -52,10 +49,10 @@ class SD1:
         if (kind := prediction.get("prediction_type", "epsilon")) != "epsilon":
             raise ValueError(f"prediction_type {kind!r} is not supported yet; only epsilon is")
         return cls(
-            tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-            text_encoder=read_part(CLIPTextModel, folder / "text_encoder", device),
-            unet=read_part(UNet2DConditionModel, folder / "unet", device, low_cpu_mem_usage=False),
-            vae=read_part(AutoencoderKL, folder / "vae", device, low_cpu_mem_usage=False),
+            tokenizer=read_tokenizer(folder / "tokenizer"),
+            text_encoder=read_text(folder / "text_encoder", device),
+            unet=read_network(UNet2DConditionModel, folder / "unet", device),
+            vae=read_network(AutoencoderKL, folder / "vae", device),
             levels=NoiseLevels.from_config(prediction),
             model_hash=model_hash,
         )
@@ -69,18 +66,14 @@ class SD1:
         for prefix, part in PARTS.items():
             if not any(key.startswith(prefix) for key in tensors):
                 raise ValueError(f"it holds no {part} ({prefix}*)")
-        unet_config, vae_config, text_config = fit_unet(tensors), fit_vae(tensors), fit_text(tensors)
-        unet = UNet2DConditionModel(**unet_config)
-        unet.load_state_dict(convert_ldm_unet_checkpoint(dict(tensors), dict(unet.config)))
-        vae = AutoencoderKL(**vae_config)
-        vae.load_state_dict(convert_ldm_vae_checkpoint(dict(tensors), dict(vae.config)))
-        text_encoder = CLIPTextModel(CLIPTextConfig(**text_config))
+        unet, vae = fit_unet(tensors), fit_vae(tensors)
+        text_encoder = CLIPTextModel(CLIPTextConfig(**fit_text(tensors)))
         load_text(text_encoder, tensors)
         return cls(
-            tokenizer=CLIPTokenizer.from_pretrained(tokenizer, local_files_only=True),
+            tokenizer=read_tokenizer(tokenizer),
             text_encoder=text_encoder.to(device.place, device.dtype).eval(),
-            unet=unet.to(device.place, device.dtype).eval(),
-            vae=vae.to(device.place, device.dtype).eval(),
+            unet=network(UNet2DConditionModel, unet, convert_ldm_unet_checkpoint(dict(tensors), unet), device),
+            vae=network(AutoencoderKL, vae, convert_ldm_vae_checkpoint(dict(tensors), vae), device),
             levels=NoiseLevels.from_config(NOISE_SCHEDULE),
             model_hash=model_hash,
         )
@@ -129,22 +122,6 @@ def in_float32(model: ModelMixin) -> Iterator[None]:
         yield
     finally:
         model.to(dtype)
-
-
-def read_part(kind: Any, folder: Path, device: Device, **options: object) -> Any:
-    """One network of a diffusers folder, on the device.
-
-    Its file must be whole and hold all of its tensors, since the libraries fill in random numbers for missing ones; and it
-    must be safetensors, since they would take a pickle too. Raises anything at all when it is not so.
-    """
-    for path in folder.glob("*.safetensors"):
-        safetensors_header(path)
-    model, found = kind.from_pretrained(
-        folder, dtype=device.dtype, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-    )
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"{folder.name} lacks {len(missing)} of its tensors, {missing[0]!r} among them")
-    return model.to(device.place).eval()
 
 
 def fit_unet(tensors: Tensors) -> dict[str, object]:
@@ -227,6 +204,20 @@ def fit_text(tensors: Tensors) -> dict[str, object]:
         "eos_token_id": vocabulary - 1,
         "pad_token_id": vocabulary - 1,
     }
+
+
+def read_text(folder: Path, device: Device) -> CLIPTextModel:
+    """The text encoder of a diffusers folder. Raises anything at all when that is broken."""
+    model, found = CLIPTextModel.from_pretrained(
+        None,
+        config=CLIPTextConfig.from_dict(json.loads((folder / "config.json").read_text())),
+        state_dict=read_tensors(folder / "model.safetensors"),
+        dtype=device.dtype,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    complete(CLIPTextModel, found["missing_keys"])
+    return model.to(device.place).eval()
 
 
 def load_text(model: CLIPTextModel, tensors: Tensors) -> None:

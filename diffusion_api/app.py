@@ -11,11 +11,12 @@ from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.routing import Match
 
 from diffusion_api import __version__, door
 from diffusion_api.dialects import native
 from diffusion_api.dialects._base import error_body
-from diffusion_api.metrics import CONTENT_TYPE, Metrics
+from diffusion_api.metrics import CONTENT_TYPE, METHODS, Metrics
 
 if TYPE_CHECKING:
     from diffusion_api.service import Service
@@ -59,9 +60,17 @@ def create_app(
             404: f"no such route: {request.method} {request.url.path}",
             405: f"{request.method} is not allowed for {request.url.path}",
         }.get(error.status_code, error.detail)
-        return JSONResponse(error_body(message), error.status_code, error.headers)
+        headers = {"Allow": allowed_methods(app, request)} if error.status_code == 405 else error.headers
+        return JSONResponse(error_body(message), error.status_code, headers)
 
     return app
+
+
+def allowed_methods(app: App, request: Request) -> str:
+    """The methods of all routes with this path; FastAPI tells those of the first one."""
+    possible = ({**request.scope, "method": method} for method in METHODS)
+    found = (scope["method"] for scope in possible if any(r.matches(scope)[0] is Match.FULL for r in app.routes))
+    return ", ".join(found)
 
 
 def _lifespan(

@@ -220,6 +220,16 @@ def test_no_other_site_may_read_an_answer(server: Program) -> None:
     assert "Access-Control-Allow-Origin" not in answer.headers
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [("/queue/x", "GET, DELETE"), ("/queue/pause", "GET, POST, DELETE"), ("/txt2img", "POST"), ("/hello", "GET")],
+)
+def test_a_refused_method_is_told_those_that_are_allowed(server: Program, path: str, methods: str) -> None:
+    answer = server.request("PATCH", path)
+    assert refusal(answer, 405) == f"PATCH is not allowed for {path}"
+    assert answer.headers["Allow"] == methods
+
+
 # how much
 
 
@@ -298,8 +308,8 @@ def test_too_many_headers_are_refused(server: Program) -> None:
 @pytest.mark.parametrize("size", [20_000, 200_000, 2_000_000])
 def test_too_large_headers_are_refused(server: Program, size: int) -> None:
     for request in (
-        b"GET /hello HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * size + b"\r\n\r\n",
-        b"GET /hello?" + b"x" * size + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /hello HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-Long: " + b"x" * size + b"\r\n\r\n",
+        b"GET /hello?" + b"x" * size + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
     ):
         with raw.connected(server) as connection:
             with contextlib.suppress(ConnectionError):

@@ -210,6 +210,13 @@ class NotReadyBody(ErrorBody):
 RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
 
 
+LINKS = {
+    name: {"operationRef": f"#/paths/~1queue~1{{job_id}}/{name}", "parameters": {"job_id": "$response.body#/job_id"}}
+    for name in ("get", "delete")
+}
+"""What can be asked of a job that was stored, for the documentation."""
+
+
 def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The refusals of a route, for its documentation; all have one body."""
     expected: dict[int | str, dict[str, Any]] = {
@@ -270,7 +277,8 @@ def mount(app: FastAPI, service: Service) -> None:
         return ModelsBody(models=rows)
 
     @router.post(
-        "/txt2img", tags=["jobs"], summary="A picture from words", responses=_refusals(400, 413, 422, 503, 507)
+        "/txt2img", tags=["jobs"], summary="A picture from words",
+        responses=_refusals(400, 413, 422, 503, 507) | {200: {"links": LINKS}},
     )  # fmt: skip
     def txt2img(
         body: Annotated[Txt2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None

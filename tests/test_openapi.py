@@ -1,0 +1,55 @@
+"""Requests made from the OpenAPI document, valid and not: none ends in a 5xx, and each answer is one that is documented."""
+
+from __future__ import annotations
+
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_models import diffusers_folder
+from serving import PATIENCE, Program, environment, serving
+
+# Which models there are is no part of the document, so that a name of the right form may be refused. And a job could have
+# the id "pause": what POST /queue/pause says of GET and DELETE is true, but not in the document of that path.
+BESIDE_THE_DOCUMENT = "positive_data_acceptance,allow_header_conformance"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Program]:
+    """A service whose limits let no job take long."""
+    home = tmp_path / "home"
+    diffusers_folder(home / "stable_diffusion" / "models" / "small", sample_size=8)
+    with serving(home, max_pixels=64 * 64, max_batch=2, max_queue=0, max_seconds=5) as program:
+        yield program
+
+
+@pytest.mark.parametrize("examples", [8, pytest.param(300, marks=[pytest.mark.chaos, pytest.mark.timeout(3600)])])
+def test_no_request_that_the_document_leads_to_ends_in_a_5xx(server: Program, tmp_path: Path, examples: int) -> None:
+    done = subprocess.run(
+        [
+            *(f"{sysconfig.get_path('scripts')}/st", "run", f"{server.url}/openapi.json", "--no-color"),
+            *("--phases", "examples,coverage,fuzzing,stateful", "--mode", "all"),
+            *("--max-examples", str(examples), "--generation-deterministic"),
+            *("--checks", "all", "--exclude-checks", BESIDE_THE_DOCUMENT),
+        ],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE * examples,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Stateful (not applicable)" not in done.stdout
+    assert "failed" not in server.log
+    assert server.result(model="small", steps=1)["state"] == "done"
+
+
+def test_the_document_says_what_can_be_asked_of_a_stored_job(server: Program) -> None:
+    document = server.get("/openapi.json").json()
+    links = document["paths"]["/txt2img"]["post"]["responses"]["200"]["links"]
+    for method, link in links.items():
+        assert link["operationRef"] == f"#/paths/~1queue~1{{job_id}}/{method}"
+        assert method in document["paths"]["/queue/{job_id}"]

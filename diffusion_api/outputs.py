@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffusion_api import __version__
 from diffusion_api.catalog import samplers
-from diffusion_api.disk import probe, remove_abandoned, write_whole
+from diffusion_api.disk import fsync_dir, probe, remove_abandoned, write_whole
 from diffusion_api.engine.base import Finished
 from diffusion_api.errors import DiskFull
 from diffusion_api.retention import Limits, due, entries
@@ -43,6 +43,7 @@ class Outputs:
         self.folder = folder
         self._tmp = folder / ".tmp"
         self._tmp.mkdir(parents=True, exist_ok=True)
+        fsync_dir(folder.parent)
         remove_abandoned(self._tmp)
 
     def save(self, job: Job, finished: Finished) -> tuple[Image, ...]:

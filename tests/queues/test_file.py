@@ -880,7 +880,7 @@ def calls(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     fsync, rename = os.fsync, os.rename
 
     def place(path: str | Path) -> str:
-        parts = Path(path).relative_to(root).parts
+        parts = Path(os.path.relpath(path, root)).parts
         if parts[:1] == ("running",) and len(parts) > 1:
             return "/".join(["running/*", *("record" for _ in parts[2:])])
         return "/".join([*parts[:1], *("record" for _ in parts[1:])]) or "."
@@ -911,7 +911,7 @@ def test_every_step_is_durable_before_the_next(
         return found
 
     queue = FileQueue(root)
-    assert taken() == ["fsync .", "fsync tmp/record"]
+    assert taken() == ["fsync .", "fsync ..", "fsync tmp/record"]
     cancelled, ran = new_job(), new_job()
     queue.enqueue(cancelled)
     assert taken() == ["fsync tmp/record", "tmp/record -> queued/record", "fsync queued"]
@@ -949,7 +949,7 @@ def test_every_step_is_durable_before_the_next(
     dead_worker(root, new_job(attempts=3))
     taken()
     recover(root)
-    assert taken()[2:] == [
+    assert taken()[3:] == [
         "fsync running",
         *WRITE_RUNNING,
         "running/*/record -> error/record",

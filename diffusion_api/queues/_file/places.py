@@ -432,6 +432,7 @@ def _make_folders(root: Path) -> None:
     if len({disk.device(root / name) for name in FOLDERS}) > 1:
         raise QueueUnusable("the folders of the queue must lie on one file system")
     disk.fsync_dir(root)
+    disk.fsync_dir(root.parent)
     disk.probe(root / "tmp")
 
 

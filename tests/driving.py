@@ -47,7 +47,7 @@ class Process:
 
     def recover(self) -> None:
         """Look for workers that died."""
-        self.queue._recover()
+        self.queue.recover()
 
     def claim(self) -> Control | None:
         """Take the next job in hand."""

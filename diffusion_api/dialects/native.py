@@ -242,13 +242,16 @@ Partial = Annotated[bool, Query(description="have a running job end with the pic
 
 def _visible(key: str) -> str:
     if not re.fullmatch(r"[!-~]{1,255}", key):
-        raise ValueError("1 to 255 visible ASCII characters are allowed")
+        raise ValueError("1 to 255 visible ASCII characters without spaces are allowed")
     return key
 
 
 IdempotencyKey = Annotated[
     Annotated[str, AfterValidator(_visible)] | None,
-    Header(description="sent again by the same caller within a day, with the same body, it makes no second job"),
+    Header(
+        alias="Idempotency-Key",
+        description="sent again by the same caller within a day, with the same body, it makes no second job",
+    ),
 ]
 
 

@@ -116,7 +116,7 @@ class FileQueue(Queue):
                 job = held.submission.repeated(job, key)
                 if found := self._look(job.id):
                     return found[0].job
-                if self._ended.is_known(job.id):
+                if self._places.has_ended(job.id):
                     return job
             else:
                 self._check_room()
@@ -486,11 +486,7 @@ class FileQueue(Queue):
             job = read_claimed(path)
             if job.state.terminal:
                 raise UnreadableRecord(f"a waiting record whose state is {job.state}")
-            if self._ended.is_known(job.id):  # a copy of the folder, made while it was in use, has jobs twice
-                log.warning("%s: not begun again: it has ended", job.id)
-                disk.remove(path)
-                return None
-            return job
+            return None if self._places.dropped_twin(path, job) else job
         except (disk.Unusable, UnreadableRecord) as error:
             self._places.set_aside(path, error)
             return None

@@ -484,9 +484,10 @@ def test_a_record_whose_dropping_was_cut_in_half_is_emptied(
     assert (root / "gone" / f"{job.id}.read").read_bytes() == b""
 
 
+@pytest.mark.parametrize("place", ["queued", "running"])
 @pytest.mark.parametrize("way", ["kept", "expired", "read"])
 def test_a_job_that_has_ended_is_not_begun_again(
-    root: Path, new_job: Any, serving: Any, eventually: Any, result: Result, way: str
+    root: Path, new_job: Any, serving: Any, eventually: Any, result: Result, way: str, place: str
 ) -> None:
     job, handled = new_job(), []
 
@@ -497,7 +498,6 @@ def test_a_job_that_has_ended_is_not_begun_again(
     first = FileQueue(root)
     first.enqueue(job)
     (record,) = (root / "queued").iterdir()
-    content = record.read_bytes()
     with serving(first, handle):
         eventually(lambda: first.counts()[State.DONE] == 1)
     if way == "read":
@@ -505,12 +505,15 @@ def test_a_job_that_has_ended_is_not_begun_again(
     if way == "expired":
         first.sweep(Limits(count=0), now=time.time())
     first.close()
-    record.write_bytes(content)
-    copy = FileQueue(root)
+    twin = record if place == "queued" else root / "running" / "00000000-0000-4000-8000-000000000000" / record.name
+    twin.parent.mkdir(exist_ok=True)
+    twin.write_bytes(dumps(job.model_copy(update={"attempts": 1})))
+    copy = FileQueue(root, max_attempts=1)
     other = copy.enqueue(new_job())
     with serving(copy, handle):
-        eventually(lambda: copy.counts()[State.QUEUED] == 0 and other.id in handled)
+        eventually(lambda: other.id in handled and copy.counts()[State.PROCESSING] == 0)
     assert handled == [job.id, other.id]
+    assert copy.counts() == {**dict.fromkeys(copy.counts(), 0), State.DONE: 1 + (way == "kept")}
     copy.close()
 
 

@@ -11,12 +11,10 @@ import contextlib
 from pathlib import Path
 
 from diffusion_api import disk
-from diffusion_api.queues._file.places import Folder, is_id
+from diffusion_api.queues._file.places import READ, Folder, is_id
 from diffusion_api.queues.base import TOMBSTONES, gone
 from diffusion_api.retention import Limits, due, entries
 from diffusion_api.schema.job import State
-
-READ = ".read"
 
 
 class Ended:
@@ -25,12 +23,6 @@ class Ended:
     def __init__(self, places: Folder) -> None:
         self._places = places
         self._folders = [places.ended_path(state, "any").parent for state in State if state.terminal]
-
-    def is_known(self, job_id: str) -> bool:
-        """True if there is such a job that has ended, or was."""
-        records = (folder / f"{job_id}.json" for folder in self._folders)
-        tombstones = (self._places.gone / f"{job_id}{kind}" for kind in ("", READ))
-        return any(map(disk.exists, (*records, *tombstones)))
 
     def check(self, job_id: str) -> None:
         """Raise Gone if there was such a job and its time is over."""

@@ -40,6 +40,9 @@ TICK = 0.05
 KEPT = 256
 """Waiting records that are kept parsed."""
 
+READ = ".read"
+"""Ends the name of what is left of a record that was dropped because it was read."""
+
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NAME = re.compile(r"[01][0-9]-[0-9]{10}-[0-9]{20}-[0-9a-f]{8}-[A-Za-z0-9_-]{1,64}\.json")
 _LAST_SEQUENCE = 10**19  # beyond any clock's nanoseconds: no stray name may drive the sequence out of its 20 digits
@@ -91,6 +94,19 @@ class Folder:
     def ended_path(self, state: State, job_id: str) -> Path:
         """Where the record of a job that ended so lies."""
         return self._root / state / f"{job_id}.json"
+
+    def has_ended(self, job_id: str) -> bool:
+        """True if that job has ended, also when its result is no longer kept."""
+        records = (self.ended_path(state, job_id) for state in State if state.terminal)
+        return any(disk.exists(path) for path in (*records, self.gone / job_id, self.gone / f"{job_id}{READ}"))
+
+    def dropped_twin(self, path: Path, job: Job) -> bool:
+        """True for a record of a job that has ended, now removed: a copy of a folder in use has some jobs twice."""
+        twin = not job.state.terminal and self.has_ended(job.id)
+        if twin:
+            disk.remove(path)
+            log.warning("%s: not begun again: it has ended", job.id)
+        return twin
 
     def claimed(self) -> Iterator[tuple[Path, str]]:
         """Records in the folders of workers, with the ids in their names."""

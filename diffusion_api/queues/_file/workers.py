@@ -137,6 +137,9 @@ class Recovery:
 
     def _recover(self, path: Path, job: Job, *, alone: bool) -> bool:
         note = note_of(path)
+        if self._places.dropped_twin(path, job):
+            disk.remove(note)
+            return False
         recovered = self._recovered(job, alone=alone, cancelled=disk.exists(note))
         if recovered != job:
             self._places.write(path, dumps(recovered))

@@ -127,10 +127,16 @@ class Forecast:
         return max(0.0, line.until_turn_of(snapshot.position) - passed) + own
 
     def _line(self) -> _Line:
-        with self._mutex:
-            if self._latest is None or time.monotonic() - self._latest.seen > LOOK_EVERY:
-                self._latest = self._look()
+        known = self._latest
+        if known and time.monotonic() - known.seen < LOOK_EVERY:
+            return known
+        if not self._mutex.acquire(blocking=known is None) and known:
+            return known  # while one looks, the others take what there is
+        try:
+            self._latest = self._look()
             return self._latest
+        finally:
+            self._mutex.release()
 
     def _look(self) -> _Line:
         claimed = filter(None, (self._queue.get(job.id) for job in self._queue.jobs(RUNNING)))

@@ -22,6 +22,7 @@ import pytest
 from fake_models import diffusers_folder
 from serving import MODES, Program, environment, eventually, serving, started
 
+from diffusion_api.client import Client
 from diffusion_api.schema.job import Job, State, loads
 from diffusion_api.server import listen
 
@@ -349,6 +350,30 @@ def test_many_callers_at_once_get_a_picture_each(home: Path) -> None:
     assert [status["seed"] for status in statuses] == list(range(40))
     assert pictures(home) == sorted(f"{job_id}.jpg" for job_id in ids)
     assert all(record(home, job_id).attempts == 1 for job_id in ids)
+
+
+def test_what_is_beyond_the_queues_limit_is_refused_and_what_was_taken_is_run(home: Path) -> None:
+    with serving(home, max_queue=3) as server:
+        server.submit(**slow(0.05, 20))
+        with ThreadPoolExecutor(8) as callers:
+            answers = list(callers.map(lambda _: server.post(prompt="stub:seconds=0.05", steps=4), range(24)))
+        taken = [answer.json()["job_id"] for answer in answers if answer.status_code == 200]
+        refused = [answer for answer in answers if answer.status_code == 503]
+        assert len(taken) + len(refused) == 24
+        assert refused
+        assert all(int(answer.headers["Retry-After"]) > 0 for answer in refused)
+        assert all("at most 3" in answer.json()["error"] for answer in refused)
+        for job_id in taken:
+            server.wait(job_id)
+    assert len(pictures(home)) == len(taken) + 1
+
+
+def test_the_client_comes_back_when_a_full_queue_has_room(home: Path) -> None:
+    with serving(home, max_queue=2) as server, Client(server.url) as client, ThreadPoolExecutor(6) as callers:
+        jobs = list(callers.map(lambda seed: client.txt2img(prompt="stub:seconds=0.05", steps=8, seed=seed), range(6)))
+        assert [job.seed for job in jobs] == list(range(6))
+        assert all(client.wait(job.job_id)["state"] == "done" for job in jobs)
+    assert len(pictures(home)) == 6
 
 
 def test_the_log_tells_of_each_job_and_holds_no_picture(home: Path) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from asking import plain
+from serving import eventually
 
 from diffusion_api.app import App, create_app
 from diffusion_api.catalog.library import Library
+from diffusion_api.dialects import native
 from diffusion_api.outputs import Outputs
-from diffusion_api.queues.base import Queue
+from diffusion_api.queues.base import Control, Queue
 from diffusion_api.queues.memory import MemoryQueue
-from diffusion_api.schema.job import Job, State
+from diffusion_api.schema.job import Job, Progress, State
 from diffusion_api.service import Service
 from diffusion_api.settings import Settings
 
@@ -40,9 +44,9 @@ def app(queue: Queue, tmp_path: Path) -> App:
 class Caller:
     """One request, and the caller's side of its connection."""
 
-    def __init__(self, path: str, query: str) -> None:
+    def __init__(self, path: str, query: str = "", method: str = "GET") -> None:
         self.scope: dict[str, Any] = {
-            **{"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "root_path": ""},
+            **{"type": "http", "method": method, "path": path, "raw_path": path.encode(), "root_path": ""},
             **{
                 "query_string": query.encode(),
                 "headers": [(b"host", b"127.0.0.1")],
@@ -102,3 +106,34 @@ def test_a_caller_that_stays_is_answered(app: App, queue: Queue) -> None:
         assert caller.answers[0]["status"] == 200
 
     asyncio.run(main())
+
+
+def test_a_step_that_takes_long_does_not_keep_who_cancels_waiting(
+    app: App, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "NEXT_STEP", 0.3)
+    job, step = Job(request=plain()), threading.Event()
+    queue.enqueue(job)
+
+    def run(job: Job, control: Control) -> None:
+        control.started()
+        control.progress(Progress(state=State.PROCESSING, fraction=0.5))
+        step.wait(60)
+        control.commit(job.cancelled())
+
+    async def main() -> dict[str, Any]:
+        caller = Caller(f"/queue/{job.id}", method="DELETE")
+        await asyncio.wait_for(app(caller.scope, caller.receive, caller.send), 30)
+        assert caller.answers[0]["status"] == 200
+        status: dict[str, Any] = json.loads(caller.answers[1]["body"])
+        return status
+
+    serving = threading.Thread(target=queue.serve, args=(run,))
+    serving.start()
+    eventually(lambda: queue.get(job.id).state is State.PROCESSING, "the job to run")  # type: ignore[union-attr]
+    status = asyncio.run(main())
+    step.set()
+    eventually(lambda: queue.get(job.id).state is State.CANCELLED, "the step to end")  # type: ignore[union-attr]
+    queue.stop()
+    serving.join(60)
+    assert (status["state"], status["cancelled"], status["error"]) == ("processing", True, None)

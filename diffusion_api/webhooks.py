@@ -168,6 +168,7 @@ class Webhooks:
         self._next_look: dict[str, float] = {}
         self._unknown: dict[str, float] = {}
         self._to_sweep: list[str] = []
+        self._writing = threading.Lock()  # what was tried must not be written over by who read the promise before that
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
 
@@ -197,7 +198,7 @@ class Webhooks:
 
     def settle(self, job: Job) -> None:
         """Make what is told of an ended job now, as its record is about to go."""
-        with _as_queue_errors():
+        with _as_queue_errors(), self._writing:
             hook = self._outbox.read(job.id)
             if hook and hook.body is None:
                 self._outbox.write(job.id, self._described(hook, job))
@@ -348,7 +349,8 @@ class Webhooks:
         """Write a try down; a full or failing disk is waited for, so that nothing is sent again because of it."""
         while True:
             try:
-                self._outbox.write(job_id, hook)
+                with self._writing:
+                    self._outbox.write(job_id, hook)
             except OSError as error:
                 log.error("job %s: a try of its webhook cannot be written down yet: %s", job_id, error.strerror)
                 await asyncio.sleep(RETRY_WRITE)

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -364,6 +365,24 @@ def test_what_was_settled_is_told_without_the_record(tmp_path: Path) -> None:
         eventually(lambda: receiver.heard)
         teller.webhooks.stop()
     assert json.loads(receiver.heard[0].body)["state"] == "cancelled"
+
+
+def test_what_is_settled_while_it_is_told_is_told_once(tmp_path: Path) -> None:
+    def describe(job: Job) -> dict[str, Any]:
+        if threading.current_thread() is threading.main_thread():
+            teller.webhooks.start()
+            eventually(lambda: receiver.heard)
+            time.sleep(0.3)  # enough to write down what was tried, if nothing forbids it
+        return {"job_id": job.id}
+
+    with receiving() as receiver:
+        teller = Teller(tmp_path, receiver.host, describe=describe)
+        job = teller.ended(receiver.url)
+        teller.webhooks.settle(job)
+        eventually(lambda: teller.done() == [job.id])
+        teller.webhooks.stop()
+    assert teller.waiting() == []
+    assert len(receiver.heard) == 1
 
 
 def test_a_result_that_is_no_longer_kept_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

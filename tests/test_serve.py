@@ -282,6 +282,47 @@ def test_a_job_that_kills_the_service_each_time_ends_and_the_next_one_runs(home:
         assert server.process.poll() is None
 
 
+def test_a_service_that_dies_of_its_jobs_again_and_again_pauses_itself(home: Path, mode: tuple[str, ...]) -> None:
+    settings = {"pause_after_crashes": 2, "max_attempts": 10}
+    with serving(home, "--no-worker") as server:
+        deadly, other = server.submit(prompt="stub:die", steps=4), server.submit(prompt="a lighthouse")
+    for _ in range(0 if mode else 2):
+        with started("serve", "--port", 0, home=home, **settings) as server:
+            assert server.ended() == -signal.SIGKILL
+    with serving(home, *mode, **settings) as server:
+        not_ready = eventually(lambda: "crashes" in (a := server.get("/ready")).text and a, "the pause")
+        assert not_ready.status_code == 503
+        assert "crashes in a row while jobs ran: 2" in not_ready.json()["reasons"]
+        assert server.status(deadly)["state"] == server.status(other)["state"] == "queued"
+        assert server.request("DELETE", f"/queue/{deadly}").status_code == 200
+        assert server.request("POST", "/queue/resume").status_code == 200
+        server.wait(other)
+        assert record(home, deadly).attempts == 2
+
+
+def test_more_jobs_than_may_wait_are_refused(home: Path) -> None:
+    with serving(home, "--no-worker", max_queue=2) as server:
+        jobs = [server.submit(prompt="a lighthouse") for _ in range(2)]
+        refused = server.post(prompt="a lighthouse")
+        assert (refused.status_code, refused.json()["error"]) == (503, "2 jobs wait already; at most 2 may")
+        assert int(refused.headers["Retry-After"]) > 0
+        assert len(list((home / "queue" / "queued").iterdir())) == 2
+        server.request("DELETE", f"/queue/{jobs[0]}")
+        server.submit(prompt="a lighthouse")
+
+
+def test_new_jobs_are_refused_when_little_of_the_disk_is_left(home: Path) -> None:
+    with serving(home, disk_reserve_mb=10**9) as server:
+        refused = server.post(prompt="a lighthouse")
+        assert refused.status_code == 507
+        assert re.fullmatch(
+            r"\d+ MiB are left on the disk of the queue; 1000000000 are kept .*", refused.json()["error"]
+        )
+        assert int(refused.headers["Retry-After"]) > 0
+        assert server.get("/ready").status_code == 503
+        assert server.get("/health").status_code == 200
+
+
 # Several processes
 
 

@@ -1222,6 +1222,42 @@ def test_thousands_of_waiting_jobs_cost_little(
     assert len(opened) <= 101 + 3 * 3
 
 
+def test_an_unchanged_folder_is_not_listed_again(
+    root: Path, queue: FileQueue, new_job: Any, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, other, names_in = [], FileQueue(root), disk.names
+    queue.enqueue(new_job())
+
+    def count(folder: Path) -> list[str]:
+        listed.append(folder)
+        return names_in(folder)
+
+    def looks() -> int:
+        before = listed.count(root / "queued")
+        queue.get("nobody")
+        return listed.count(root / "queued") - before
+
+    monkeypatch.setattr(disk, "names", count)
+    eventually(lambda: looks() == 0)
+    assert [looks() for _ in range(20)] == [0] * 20
+    job = new_job()
+    other.enqueue(job)
+    assert queue.get(job.id) == Snapshot(job, position=1)
+
+
+def test_a_folder_whose_time_moves_slowly_is_not_mistaken_for_an_unchanged_one(
+    root: Path, queue: FileQueue, new_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modified, tick = disk.modified, 30_000_000
+    monkeypatch.setattr(disk, "modified", lambda folder: modified(folder) // tick * tick)
+    other = FileQueue(root)
+    for _ in range(60):
+        job = new_job()
+        other.enqueue(job)
+        assert queue.get(job.id) is not None
+        time.sleep(0.001)
+
+
 def test_progress_is_written_sparingly(
     root: Path, queue: FileQueue, calls: list[str], new_job: Any, serving: Any, eventually: Any, result: Result
 ) -> None:

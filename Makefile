@@ -31,7 +31,7 @@ export PROMPT
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo serve test lint bench lock wheel clean
+.PHONY: help setup demo serve test lint audit bench lock wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,12 @@ lint: setup ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@echo "== mypy"
 	@$(BIN)/mypy
+
+audit: setup ## look for known holes: ruff's security rules and pip-audit (which asks PyPI)
+	@echo "== ruff, security rules"
+	@$(BIN)/ruff check --select S .
+	@echo "== pip-audit"
+	@$(BIN)/python scripts/audit.py
 
 bench: setup ## measure every speed that the README names
 	@for script in benchmarks/bench_*.py; do \

@@ -70,7 +70,9 @@ def _service(
     """A service on a free port, and its address; stopped at the end whatever happens."""
     port = _free_port()
     arguments = [*command, "serve", "--host", "127.0.0.1", "--port", str(port)]
-    child = subprocess.Popen(arguments, cwd=home, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    child = subprocess.Popen(  # noqa: S603 - this program
+        arguments, cwd=home, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+    )
     try:
         yield child, f"http://127.0.0.1:{port}"
     finally:

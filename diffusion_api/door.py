@@ -70,7 +70,7 @@ def allowed_hosts(settings: Settings) -> frozenset[str]:
     """
     if settings.allowed_hosts:
         return _listed(settings.allowed_hosts)
-    if settings.host in ("", "0.0.0.0", "::"):
+    if settings.host in ("", "0.0.0.0", "::"):  # noqa: S104 - compared, not bound
         return frozenset("*")
     return frozenset({*LOOPBACK, _bracketed(settings.host.lower())})
 

@@ -53,7 +53,7 @@ def restart(handover: Handover | None, reason: str) -> NoReturn:
     after = handover.model_copy(update={"restarts": handover.restarts + 1, "recent": (*recent, now)})
     if after.listener is not None:
         os.set_inheritable(after.listener, True)
-    os.execv(sys.executable, [sys.executable, *_arguments(sys.orig_argv[1:]), OPTION, after.model_dump_json()])
+    os.execv(sys.executable, [sys.executable, *_arguments(sys.orig_argv[1:]), OPTION, after.model_dump_json()])  # noqa: S606
 
 
 def _arguments(given: list[str]) -> list[str]:

@@ -294,7 +294,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _shown_host(host: str) -> str:
     """The host of a URL that works on this machine."""
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - shown, not bound
     return f"[{host}]" if ":" in host else host
 
 

@@ -123,7 +123,7 @@ class Supervisor:
             with self._guard:
                 if self._told.is_set():
                     return None
-                self._child = subprocess.Popen(
+                self._child = subprocess.Popen(  # noqa: S603 - this program
                     [*self._command, OPTION, handover.model_dump_json()],
                     stdin=subprocess.DEVNULL,
                     pass_fds=[lifeline],

@@ -29,6 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     """A fresh installation's limits, one model, and a web page of another site that may post."""
     home = tmp_path_factory.mktemp("door")
     diffusers_folder(home / "stable_diffusion" / "models" / "small", sample_size=8)
+    diffusers_folder(home / "outside", sample_size=8)
     with serving(home, allowed_origins="https://ui.example.org") as program:
         yield program
 
@@ -228,6 +229,43 @@ def test_a_refused_method_is_told_those_that_are_allowed(server: Program, path: 
     answer = server.request("PATCH", path)
     assert refusal(answer, 405) == f"PATCH is not allowed for {path}"
     assert answer.headers["Allow"] == methods
+
+
+# names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../outside",
+        "small/../../../outside",
+        "{home}/outside",
+        "file://{home}/outside",
+        "..\\..\\outside",
+        "%2e%2e/%2e%2e/outside",
+        "\\\\host\\outside",
+        "C:\\outside",
+        "small\0",
+        ".",
+        "..",
+        "/",
+        "CON",
+        "x" * 4000,
+        "https://example.org/outside",
+        "runwayml/stable-diffusion-v1-5",
+    ],
+)
+def test_a_model_is_a_name_of_the_catalogue_and_never_a_place(server: Program, name: str) -> None:
+    answer = server.post(model=name.format(home=server.home), steps=1)
+    assert refusal(answer, 400).endswith("is not installed; one of small")
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "x:1><lora:y", "\0", "https://example.org/x"])
+def test_a_lora_is_no_place_either(server: Program, name: str) -> None:
+    answer = server.post(model="small", steps=1, loras=[name], prompt=f"a cat <lora:{name}:1>").json()
+    assert answer["warnings"] == [f"LoRA {name!r} was skipped: this release does not apply LoRAs"]
+    status = server.wait(answer["job_id"])
+    assert status["output_path"] == f"outputs/{status['job_id']}.jpg"
 
 
 # how much

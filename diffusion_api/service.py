@@ -251,12 +251,10 @@ class Service:
 
         memory = psutil.virtual_memory()
         settings = self.settings
-        disk = shutil.disk_usage(settings.home)
+        used, free = _space(settings.home)
         workers = self._workers()
         outputs_available = settings.outputs_dir.is_dir() and os.access(settings.outputs_dir, os.W_OK)
-        free = disk.free / GIB
         models = len(self._library.models())
-        used = 100 * disk.used / disk.total
         found = (
             (memory.percent > 90, "High memory usage"),
             (used > 90, "High disk usage"),
@@ -354,6 +352,15 @@ class Service:
         for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
             if len(text) > limits.max_prompt:
                 raise TooLarge(f"{name} has {len(text)} characters; at most {limits.max_prompt} are allowed")
+
+
+def _space(folder: Path) -> tuple[float, float]:
+    """How full the disk of a folder is, in percent, and the GiB that are free. One that cannot be asked counts as full."""
+    try:
+        disk = shutil.disk_usage(folder)
+    except OSError:
+        return 100.0, 0.0
+    return 100 * disk.used / disk.total, disk.free / GIB
 
 
 def _count_files(folder: Path) -> int:

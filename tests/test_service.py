@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,6 +210,13 @@ def test_a_folder_that_cannot_be_written_shows_until_it_can(
     assert service.readiness().reasons == (found,)  # looked at a moment ago
     monkeypatch.setattr(service_module, "PROBE_EVERY", 0)
     assert service.readiness().reasons == ()
+
+
+def test_health_survives_the_loss_of_everything(service: Service) -> None:
+    shutil.rmtree(service.settings.home)
+    health = service.health()
+    assert (health.active_jobs, health.models, health.outputs_available, health.outputs_free_gb) == (None, 0, False, 0)
+    assert len(service.readiness().reasons) == 2
 
 
 def test_health_survives_a_queue_that_cannot_be_read(service: Service) -> None:

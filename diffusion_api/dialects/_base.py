@@ -118,7 +118,7 @@ async def hears(request: Request, waiting: Coroutine[Any, Any, None]) -> bool:
     tasks = asyncio.ensure_future(waiting), asyncio.ensure_future(_hung_up(request))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].done()
+        return tasks[0].done() and tasks[0].result() is None  # what it raised is raised here
     finally:
         for task in tasks:
             task.cancel()

@@ -693,7 +693,7 @@ def test_health_tells_real_numbers(stub_server: Program) -> None:
     (stub_server.home / "stable_diffusion" / "loras" / "one.safetensors").touch()
     health = stub_server.get("/health").json()
     assert health.keys() - {"warnings"} == {
-        *("status", "timestamp", "version", "system", "gpu", "workers", "models", "loras", "queue", "outputs"),
+        *("status", "timestamp", "version", "system", "gpu", "workers", "models", "loras", "queue", "outputs", "disk"),
     }
     assert health["status"] == ("warning" if "warnings" in health else "healthy")
     assert abs(health["timestamp"] - time.time()) < 60

@@ -19,6 +19,7 @@ from results import write
 
 from diffusion_api import server
 from diffusion_api.outputs import Outputs
+from diffusion_api.schema.job import Job
 from diffusion_api.schema.request import Output, Txt2Img
 from diffusion_api.service import Service
 from diffusion_api.settings import DATA, Settings
@@ -50,7 +51,7 @@ def main() -> None:
                 steps=STEPS, guidance_scale=5, width=SIZE, height=SIZE, sampler="euler", schedule="default",
                 seed=number, output=Output(format="png"),
             )  # fmt: skip
-            job = service.submit(request, payload={})
+            job = service.submit(Job(request=request))
             ended = list(service.watch(job.id, 600))[-1].job
             assert ended.result, ended.error
             assert service.image(ended.result.images[0])

@@ -72,10 +72,7 @@ def _check_weights(folder: Path) -> None:
     if not weights:
         raise Unrecognised(f"its {folder.name}/ holds no safetensors weights")
     for path in weights:
-        try:
-            safetensors_header(path)
-        except Unrecognised as error:
-            raise Unrecognised(f"{folder.name}/{error}") from error
+        safetensors_header(path)
 
 
 def file_family(path: Path) -> tuple[str, int]:

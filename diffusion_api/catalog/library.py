@@ -68,12 +68,14 @@ class Library:
         self._lock = threading.Lock()
         self._scanned = float("-inf")
         self._models: dict[str, Model] = {}
+        self._refused: dict[str, str] = {}
         self._told: set[str] = set()
 
     def models(self) -> list[Model]:
         """Installed models that can run, by name."""
         with self._lock:
             if time.monotonic() - self._scanned > FRESH:
+                self._refused = {}
                 self._models = self._scan()
                 self._scanned = time.monotonic()
             return sorted(self._models.values(), key=lambda m: m.name.lower())
@@ -93,8 +95,13 @@ class Library:
             return self.default()
         model = self.find(name)
         if model is None:
-            raise UnknownModel(f"model {name!r} is not installed; {self._choices()}", field="model")
+            raise UnknownModel(f"model {name!r} {self.absence(name)}; {self._choices()}", field="model")
         return model
+
+    def absence(self, name: str) -> str:
+        """Why no model has that name, as the end of a sentence."""
+        reason = self._refused.get(name)
+        return f"cannot be used: {reason}" if reason else "is not installed"
 
     def default(self) -> Model:
         """The configured model; else stable-diffusion-v1-5 if installed; else the only sensible one.
@@ -152,6 +159,7 @@ class Library:
         return Model(name, family, path, shown, size, shipped, _stamp(path))
 
     def _tell(self, entry: Path, reason: str) -> None:
+        self._refused |= {entry.name: reason, entry.stem: reason}
         message = f"{entry.name} is not listed: {reason}"
         if message not in self._told:
             self._told.add(message)

@@ -29,10 +29,10 @@ class Weights:
         """Whether the model that was asked for last was in memory already."""
 
     def load(self, name: str) -> Lane:
-        """The lane of that model. Raises ModelUnreadable, OutOfMemory, and UnknownModel when it has gone from the folder."""
+        """The lane of that model. Raises ModelUnreadable, OutOfMemory, and UnknownModel when it is no longer listed."""
         model = self._library.find(name)
         if model is None:
-            raise UnknownModel(f"model {name!r} is no longer installed", field="model")
+            raise UnknownModel(f"model {name!r} {self._library.absence(name)}", field="model")
         self.hit = self._loaded is not None and self._loaded[0] == model
         if self._loaded and self.hit:
             return self._loaded[1]
@@ -53,7 +53,6 @@ class Weights:
                 ) from error
             if self._device.lost(error):
                 raise
-            log.warning("model %s cannot be read", model.name, exc_info=True)
             raise ModelUnreadable(f"model {model.name!r} cannot be read: {_reason(error, model)}") from error
 
     def _open(self, model: Model) -> Lane:

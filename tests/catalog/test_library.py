@@ -202,7 +202,7 @@ def test_a_link_to_nowhere_is_told(models: Path, new_library: NewLibrary, caplog
     (models / "gone.safetensors").symlink_to(models / "nowhere")
     assert names(new_library()) == []
     assert told(caplog) == [
-        "gone.safetensors is not listed: gone.safetensors cannot be read: No such file or directory"
+        "gone.safetensors is not listed: models/gone.safetensors cannot be read: No such file or directory"
     ]
 
 
@@ -267,6 +267,38 @@ def test_without_any_model_the_caller_is_told_where_they_go(new_library: NewLibr
     for name in ("nope", None):
         with pytest.raises(InvalidRequest, match="no model is installed: put one into stable_diffusion/models"):
             new_library().resolve(name)
+
+
+@pytest.mark.parametrize("name", ["half", "half.safetensors"])
+def test_a_model_that_is_there_and_cannot_be_used_is_refused_with_the_reason(
+    models: Path, new_library: NewLibrary, name: str
+) -> None:
+    path = checkpoint(models / "half.safetensors", fake_models.SD1_KEYS)
+    path.write_bytes(path.read_bytes()[:-4])
+    diffusers_folder(models / "good")
+    with pytest.raises(UnknownModel) as caught:
+        new_library().resolve(name)
+    size = path.stat().st_size
+    assert str(caught.value) == (
+        f"model {name!r} cannot be used: models/half.safetensors has {size} bytes and should have {size + 4} "
+        "(an unfinished download?); one of good"
+    )
+
+
+def test_a_model_that_was_mended_is_found(
+    models: Path, new_library: NewLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "FRESH", -1)
+    path = checkpoint(models / "half.safetensors", fake_models.SD1_KEYS)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    library = new_library()
+    assert library.find("half") is None
+    path.write_bytes(whole)
+    assert library.resolve("half").name == "half"
+    path.unlink()
+    with pytest.raises(UnknownModel, match="model 'half' is not installed"):
+        library.resolve("half")
 
 
 # What no name means

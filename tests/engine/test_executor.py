@@ -113,7 +113,7 @@ def test_a_broken_model_fails_its_own_job_with_the_reason(executor: Executor, mo
 
 
 def test_a_model_that_was_removed_meanwhile_is_named(executor: Executor) -> None:
-    with pytest.raises(UnknownModel, match="model 'gone' is no longer installed"):
+    with pytest.raises(UnknownModel, match="model 'gone' is not installed"):
         events(executor, request(model="gone"))
 
 

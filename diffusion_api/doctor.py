@@ -15,7 +15,8 @@ from rich.markup import escape
 
 from diffusion_api import __version__
 from diffusion_api.errors import DiffusionApiError, InvalidRequest
-from diffusion_api.server import build_library
+from diffusion_api.schema.report import WorkerReport
+from diffusion_api.server import build_library, build_queue
 from diffusion_api.settings import Settings
 
 GIB = 2**30
@@ -37,7 +38,7 @@ class Finding:
 def examine(settings: Settings) -> int:
     """Print the report; 0 when nothing needs doing, else 1."""
     console = Console(highlight=False, soft_wrap=True)
-    findings = [*_versions(), _memory(), *_folders(settings), *_models(settings), _device(settings)]
+    findings = [*_versions(), _memory(), *_folders(settings), *_models(settings), _device(settings), _workers(settings)]
     for finding in findings:
         mark = "[green]ok  [/]" if finding.fix is None else "[red]fix [/]"
         console.print(f"{mark} [bold]{finding.subject:9}[/] {escape(finding.text)}")
@@ -100,6 +101,25 @@ def _models(settings: Settings) -> list[Finding]:
     except DiffusionApiError as error:
         found.append(Finding("default", str(error), "correct DIFFUSION_API_MODEL"))
     return found
+
+
+def _workers(settings: Settings) -> Finding:
+    """Who serves the queue at this moment: nobody, while the service is not running."""
+    if not settings.queue_dir.is_dir():
+        return Finding("workers", "none runs: there is no queue yet")
+    try:
+        queue = build_queue(settings)
+        reports = queue.workers()
+        queue.close()
+    except DiffusionApiError as error:
+        return Finding("workers", "not known", str(error))
+    return Finding("workers", "; ".join(map(_worker, reports)) or "none runs")
+
+
+def _worker(report: WorkerReport) -> str:
+    device = report.device.name if report.device else "a device not known yet"
+    words = f"process {report.pid} on {device}: {report.state}, {report.restarts} restarts"
+    return f"{words}, nothing heard for {report.quiet:.0f} s" if report.jobs else words
 
 
 def _device(settings: Settings) -> Finding:

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -116,6 +117,14 @@ def test_every_download_is_checked_against_its_hash() -> None:
     installs = [part for word, rest in instructions() if word == "RUN" for part in rest.split("&&") if "pip" in part]
     assert installs
     assert all("--require-hashes -r" in part or "--no-index" in part for part in installs)
+
+
+def test_every_dependency_is_locked() -> None:
+    """The package is installed without looking for dependencies: the lock must have them all."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    locked = re.findall(r"^([a-z0-9_.-]+)==", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
+    named = {re.match(r"[a-z0-9_.-]+", dependency)[0] for dependency in project["dependencies"]}  # type: ignore[index]
+    assert named - set(locked) == set()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling is not installed")

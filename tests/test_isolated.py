@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_models import diffusers_folder
-from serving import Program, environment, eventually, serving
+from serving import Program, environment, eventually, run, serving
 
 from diffusion_api.schema.job import Job, State, loads
 
@@ -113,6 +113,15 @@ def test_it_also_runs_isolated_under_uvicorn(home: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_the_doctor_sees_the_worker(home: Path) -> None:
+    with serving(home, "--isolated") as server:
+        worker = server.worker()
+        found = run("doctor", "--home", home, cwd=home, engine="stub", shipped_models=False)
+        assert f"process {worker.pid} on stub: idle, 0 restarts" in found.stdout
+    found = run("doctor", "--home", home, cwd=home, engine="stub", shipped_models=False)
+    assert (found.returncode, "none runs" in found.stdout) == (0, True)
 
 
 # Dying

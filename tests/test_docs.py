@@ -21,6 +21,19 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     assert [t for t in targets if not (page.parent / t).exists()] == []
 
 
+@pytest.mark.parametrize("page", ["security.md"])
+def test_the_tests_that_a_page_names_exist(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 30
+    assert [f"{path}::{name}" for path, name in named if f"def {name}(" not in _source(path)] == []
+
+
+def _source(path: str) -> str:
+    file = ROOT / path
+    return file.read_text("utf-8") if file.exists() else ""
+
+
 def test_the_operating_guide_names_every_setting() -> None:
     text = (ROOT / "docs" / "operating.md").read_text("utf-8")
     missing = [n for n in Settings.model_fields if not re.search(rf"`(DIFFUSION_API)?_{n.upper()}`", text)]

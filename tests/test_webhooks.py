@@ -626,14 +626,15 @@ def test_a_kill_between_two_tries_loses_nothing(home: Path) -> None:
     assert verified(second)
 
 
-def test_a_kill_while_the_job_runs_loses_nothing(home: Path) -> None:
+@pytest.mark.parametrize("isolated", [False, True], ids=["in one process", "isolated"])
+def test_a_kill_while_the_job_runs_loses_nothing(home: Path, isolated: bool) -> None:
     with receiving() as receiver:
-        with serving(home, **options(receiver)) as server:
+        with serving(home, isolated=isolated, **options(receiver)) as server:
             job_id = server.submit(prompt="stub:seconds=0.1", steps=20, webhook=receiver.url)
             server.wait(job_id, "processing")
             server.kill()
         assert receiver.heard == []
-        with serving(home, **options(receiver)) as server:
+        with serving(home, isolated=isolated, **options(receiver)) as server:
             eventually(lambda: told(server, job_id))
     (heard,) = receiver.heard
     assert json.loads(heard.body)["state"] == "done"

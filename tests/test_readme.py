@@ -109,7 +109,7 @@ def cpu_build(command: str, server: Program) -> None:
 
 
 def itself(command: str, server: Program) -> None:
-    """``make test`` is what runs this; ``make lint`` runs after it, and ``make bench`` for minutes."""
+    """``make test`` is what runs this; ``make lint`` runs after it, ``make audit`` asks PyPI, ``make bench`` takes minutes."""
     assert shell(command.replace("make", "make -n")).stdout
 
 
@@ -117,7 +117,7 @@ RUNNERS: tuple[tuple[str, Callable[[str, Program], None]], ...] = (
     (r"make demo", demo),
     (r"make serve", serve),
     (r"(make demo|make setup) TORCH=cpu", cpu_build),
-    (r"make (test|lint|bench)", itself),
+    (r"make (test|lint|audit|bench)", itself),
     (r"make help", succeed),
     (r"\.venv/bin/diffusion-api doctor", succeed),
     (r"(?s)(for prompt in .*)?curl .*/txt2img .*", post),

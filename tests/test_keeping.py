@@ -100,15 +100,16 @@ def test_fifty_posts_with_one_key_at_once_make_one_job(home: Path, server: Progr
     assert server.wait(job_id)["seed"] == answers[0].json()["seed"]
 
 
-def test_a_key_holds_through_a_kill_in_the_middle_of_it(home: Path) -> None:
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_key_holds_through_a_kill_in_the_middle_of_it(home: Path, isolated: bool) -> None:
     told: set[str] = set()
-    for wait in (0, 0.002, 0.01, 0.03, 0.1):
-        with serving(home) as server, ThreadPoolExecutor(1) as thread:
+    for wait in (0, 0.002, 0.01, 0.03):
+        with serving(home, isolated=isolated) as server, ThreadPoolExecutor(1) as thread:
             sending = thread.submit(post_at_once, server, "k", 20, prompt="a lighthouse")
             time.sleep(wait)
             server.kill()
             told |= ids(sending.result())
-    with serving(home) as server:
+    with serving(home, isolated=isolated) as server:
         told |= ids(post_at_once(server, "k", 20, prompt="a lighthouse"))
         (job_id,) = told
         server.wait(job_id)

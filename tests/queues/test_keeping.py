@@ -10,10 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from driving import Process, places
+from forgetful import Disk, Killed
 
 import diffusion_api
 from diffusion_api import disk, retention
@@ -365,6 +368,41 @@ def test_a_crash_between_key_and_job_stores_the_job_as_it_was_announced(
     assert (again.id, again.request.seed) == (job.id, 7)
     assert waiting(later) == [job.id]
     later.close()
+
+
+@pytest.mark.parametrize("crash", ["kill", "power cut that spares nothing", "power cut that spares all"])
+def test_a_key_makes_one_job_wherever_the_first_try_was_cut_off(tmp_path: Path, crash: str) -> None:
+    for at in count():
+        answered = False
+        with pytest.MonkeyPatch.context() as patch:
+            disk = Disk(tmp_path / str(at), patch)
+            first = Process(disk.root)
+            try:
+                with disk.running(None, killed_at=at):
+                    answered = first.submit("first", key="k") == "first"
+            except Killed:
+                pass
+            if crash == "kill":
+                disk.kill(None)
+            else:
+                disk.cut(lambda: crash == "power cut that spares all")
+            told = Process(disk.root).submit("second", key="k")
+            assert places(disk.root) == {told: ["queued"]}, f"call {at}"
+            assert told == "first" or not answered
+            disk.kill(None)
+        if answered:
+            assert at > 5
+            return
+
+
+def test_a_result_that_was_read_does_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(tmp_path / "home", monkeypatch)
+    process = Process(disk.root)
+    process.submit("job")
+    process.queue.cancel("job")
+    assert process.queue.forget("job")
+    disk.cut(lambda: False)
+    assert Process(disk.root).queue.get("job") is None
 
 
 def test_a_torn_key_is_no_key(root: Path, file_queue: FileQueue, new_job: Any) -> None:

@@ -39,7 +39,7 @@ def restart(handover: Handover | None, reason: str) -> NoReturn:
 
     No lock, thread or memory outlives this, but the socket that listens does: who connects meanwhile waits, who waited
     for an answer gets none. A process with a supervisor ends with EXIT_RESTART instead, and so does one that restarts
-    too often, or that has no handover because its command line is not ours.
+    too often, whose program is gone, or that has no handover because its command line is not ours.
     """
     if handover is None or handover.lifeline is not None:
         log.critical("%s; this process ends to be started again", reason)
@@ -53,7 +53,12 @@ def restart(handover: Handover | None, reason: str) -> NoReturn:
     after = handover.model_copy(update={"restarts": handover.restarts + 1, "recent": (*recent, now)})
     if after.listener is not None:
         os.set_inheritable(after.listener, True)
-    os.execv(sys.executable, [sys.executable, *_arguments(sys.orig_argv[1:]), OPTION, after.model_dump_json()])  # noqa: S606
+    command = [sys.executable, *_arguments(sys.orig_argv[1:]), OPTION, after.model_dump_json()]
+    try:
+        os.execv(sys.executable, command)  # noqa: S606
+    except OSError as error:  # the program was moved or removed meanwhile
+        log.critical("%s cannot be started again: %s; this process ends", sys.executable, error.strerror)
+        os._exit(EXIT_RESTART)
 
 
 def _arguments(given: list[str]) -> list[str]:

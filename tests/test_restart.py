@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import httpx
 import psutil
 import pytest
 from fake_models import diffusers_folder
-from serving import MODES, Program, eventually, serving, started
+from serving import MODES, Program, environment, eventually, serving, started
 
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.restart import EXIT_RESTART, LIMIT, WITHIN, Handover
@@ -67,15 +69,16 @@ def test_a_job_that_loses_the_device_each_time_ends_and_the_others_are_done(home
 
 def test_the_service_begins_again_as_the_same_process_at_the_same_address(home: Path) -> None:
     with serving(home, max_attempts=1) as server:
+        server.result(prompt="a lighthouse")
         process = psutil.Process(server.process.pid)
         born, command_line, open_files = process.create_time(), process.cmdline(), process.num_fds()
         for times in (1, 2):
             end_of(server, server.submit(prompt=LOST, steps=2))
             assert server.log.count("this process begins again") == times
+        assert server.result(prompt="a lighthouse")["state"] == "done"
         assert (process.create_time(), process.cmdline()[: len(command_line)]) == (born, command_line)
         assert process.cmdline().count("--handover") == 1
         assert abs(process.num_fds() - open_files) <= 2
-        assert server.result(prompt="a lighthouse")["state"] == "done"
 
 
 def test_a_worker_begins_again_too(home: Path) -> None:
@@ -99,7 +102,22 @@ def test_one_restart_too_many_ends_the_process(home: Path, age: float, ends: boo
             assert "this process ends: it began again 3 times in 10 minutes" in worker.log
         else:
             api.wait(lost, "error")
-            assert [seen["restarts"] for seen in api.get("/health").json()["workers"]] == [10]
+            (seen,) = eventually(lambda: api.get("/health").json()["workers"], "the worker to serve again")
+            assert seen["restarts"] == 10
+
+
+@pytest.mark.parametrize("handover", ["None", "Handover()", "Handover(lifeline=0)"])
+def test_a_process_that_cannot_begin_again_says_so_with_its_exit_code(handover: str) -> None:
+    program = (
+        "import sys; sys.executable = '/nowhere'\n"
+        "from diffusion_api.restart import Handover, restart\n"
+        f"restart({handover}, 'the device is lost')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == EXIT_RESTART, done.stderr
+    assert "the device is lost; this process" in done.stderr
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)

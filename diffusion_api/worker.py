@@ -155,9 +155,14 @@ class Worker:
             self._start_again(str(error))
         except OperatorError as error:
             log.critical("the service cannot run jobs and ends: %s", error)
-            self._died()
+            self._end()
         except BaseException:
             log.critical("the worker stopped; this process ends so that its jobs are recovered", exc_info=True)
+            self._end()
+
+    def _end(self) -> None:
+        """End the process, unless it comes to its end anyway."""
+        if not self._stopping:
             self._died()
 
     def _start_again(self, reason: str) -> None:
@@ -186,7 +191,7 @@ class Worker:
         """Run one claimed job to its end: exactly one commit or release.
 
         Raises DeviceLost with neither: the job that lost the device may do so each time, so it is left to the queue's
-        recovery, which counts.
+        recovery, which counts. Raises QueueUnusable when the service stops before the end could be written.
         """
         prompts = job.request.prompt, job.request.negative_prompt
         with self._presence.holding(job.id), logs.about(job.id, *prompts):
@@ -202,7 +207,11 @@ class Worker:
             log.info("job %s goes back to the queue: the service is stopping", hand.job.id)
             hand.control.release()
             return
-        while not self._committed(hand.control, ended) and self._deadline is None:
+        while not self._committed(hand.control, ended):
+            if self._deadline is not None:
+                raise QueueUnusable(
+                    f"the end of job {hand.job.id} could not be written: it runs again after a new start"
+                )
             time.sleep(RETRY)
 
     def _execute(self, hand: _Hand) -> Job | None:

@@ -383,6 +383,15 @@ def test_a_device_that_cannot_be_used_ends_the_process(
     assert "Traceback" not in caplog.text
 
 
+def fill(folder: Path) -> Path:
+    """Leave no room on the disk of that folder; removing this file makes it again."""
+    filler = folder / "filler"
+    with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 1024)
+    return filler
+
+
 def test_a_full_disk_fails_the_job_once_there_is_room_to_say_so(
     small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -392,10 +401,7 @@ def test_a_full_disk_fails_the_job_once_there_is_room_to_say_so(
     worker = Worker(queue, StubEngine(), Outputs(small_disk / "outputs"))
     worker.start()
     running(queue, job)
-    filler = small_disk / "filler"
-    with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(b"x" * 1024)
+    filler = fill(small_disk)
     eventually(lambda: "its end cannot be written" in caplog.text, "the worker to complain")
     assert found(queue, job).state is State.PROCESSING
     filler.unlink()
@@ -404,6 +410,30 @@ def test_a_full_disk_fails_the_job_once_there_is_room_to_say_so(
     assert failed.error is not None
     assert failed.error.kind == "DiskFull"
     queue.close()
+
+
+def test_a_stop_on_a_full_disk_leaves_the_job_to_the_next_start(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue, died = FileQueue(small_disk / "queue"), threading.Event()
+    job = new_job("stub:seconds=0.1")
+    queue.enqueue(job)
+    worker = Worker(queue, StubEngine(), Outputs(small_disk / "outputs"), died=died.set)
+    worker.start()
+    running(queue, job)
+    filler = fill(small_disk)
+    eventually(lambda: "its end cannot be written" in caplog.text, "the worker to complain")
+    worker.stop(grace=0)
+    queue.close()
+    assert f"the end of job {job.id} could not be written" in caplog.text
+    assert not died.is_set()
+    filler.unlink()
+    again = FileQueue(small_disk / "queue")
+    worker = Worker(again, StubEngine(), Outputs(small_disk / "outputs"))
+    worker.start()
+    assert ended(again, job).state is State.DONE
+    worker.stop(grace=0)
+    again.close()
 
 
 def test_a_result_too_large_for_a_record_fails_its_job_only(queue: Queue, new_worker: NewWorker) -> None:

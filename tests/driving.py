@@ -5,6 +5,7 @@ last.
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from diffusion_api.engine.base import Finished
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues._file.workers import Worker
 from diffusion_api.queues.base import Control, Key
-from diffusion_api.queues.file import FileQueue
+from diffusion_api.queues.file import FileQueue, _as_queue_errors
 from diffusion_api.schema.job import Job, Result, State
 
 CAP = 3
@@ -29,12 +30,22 @@ def new_job(job_id: str, **fields: Any) -> Job:
     return Job(id=job_id, request=plain(width=8, height=8), **fields)
 
 
+def made_in(run: int) -> Result:
+    """A result without pictures that tells which run made it."""
+    return Result(images=(), seconds=run, memory_before_mb=0, memory_after_mb=0)
+
+
 class Process:
     """One process of an installation. As long as it does not :meth:`serve`, it is one without a worker."""
 
     def __init__(self, home: Path, **options: Any) -> None:
         self.queue = FileQueue(home / "queue", max_attempts=CAP, **options)
-        self.outputs = Outputs(home / "outputs")
+        self._home = home
+
+    @cached_property
+    def outputs(self) -> Outputs:
+        """Where its pictures are."""
+        return Outputs(self._home / "outputs")
 
     def submit(self, job_id: str, *, key: str | None = None, **fields: Any) -> str:
         """Store a job; the id that its caller is told."""
@@ -42,30 +53,30 @@ class Process:
 
     def serve(self) -> None:
         """Become a worker, and take over from those that died."""
-        self.queue._worker = Worker(self.queue._places)
+        with _as_queue_errors():
+            self.queue._worker = Worker(self.queue._places)
         self.recover()
 
     def recover(self) -> None:
         """Look for workers that died."""
         self.queue.recover()
 
-    def claim(self) -> Control | None:
+    def claim(self) -> tuple[Job, Control] | None:
         """Take the next job in hand."""
         assert self.queue._worker is not None
-        return self.queue._claim(self.queue._worker, lambda job: True)
+        claim = self.queue._claim(self.queue._worker, lambda job: True)
+        return (claim.job, claim) if claim else None
 
-    def publish(self, control: Control) -> None:
+    def publish(self, job: Job, control: Control) -> None:
         """Save the picture of a job, and end it."""
-        job = control.job
         saved = self.outputs.save(job, Finished(images=(PIXELS,), seeds=(1,)))
-        result = Result(images=saved, seconds=1, memory_before_mb=1, memory_after_mb=1)
-        control.commit(job.succeeded(result))
+        control.commit(job.succeeded(made_in(1).model_copy(update={"images": saved})))
 
     def work_off(self) -> None:
         """Run every job that waits to its end."""
-        while control := self.claim():
-            control.started()
-            self.publish(control)
+        while claimed := self.claim():
+            _, control = claimed
+            self.publish(control.started(), control)
 
     def is_published(self, job: Job) -> bool:
         """True if every picture of the job is there as it was recorded."""

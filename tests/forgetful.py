@@ -100,7 +100,7 @@ class Disk:
 
     def kill(self, process: object) -> None:
         """Close what the process has open, as the kernel does: its locks are free."""
-        for fd in [fd for fd, (owner, _) in self._files.items() if owner is process]:
+        for fd in [fd for fd, (owner, _) in self._files.items() if owner == process]:
             self._close(fd)
 
     def cut(self, survives: Chance) -> None:

@@ -223,6 +223,21 @@ def test_a_worker_dies_with_its_parent(home: Path, number: signal.Signals) -> No
     assert record(home, job_id).attempts == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_a_worker_whose_interpreter_is_held_dies_with_its_parent(home: Path) -> None:
+    with serving(home, "--isolated") as server:
+        worker = server.worker()
+        server.submit(prompt="stub:gil=600")
+
+        def held() -> bool:
+            (seen,) = server.get("/health").json()["workers"]
+            return bool(seen["state"] == "running" and seen["seconds_since_event"] > 2)
+
+        eventually(held, "the interpreter to be held")
+        server.kill()
+        eventually(lambda: gone(worker), "the worker to die")
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_worker_told_by_its_lifeline_alone_dies_too(home: Path, frozen: bool) -> None:
     """Where the kernel does not end the child with its parent, and for one that is frozen, as soon as it is not."""

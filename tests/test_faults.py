@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import time
 from pathlib import Path
 
@@ -66,13 +67,13 @@ def test_an_interpreter_that_a_worker_holds_stops_no_api_of_another_process(home
     with serving(home, "--no-worker") as api, started("worker", home=home), started("worker", home=home):
         job_id = api.submit(prompt=f"stub:gil={hold} stub:seconds=0.05", steps=4, fileType="png")
         api.wait(job_id, "processing")
-        waits = []
+        waits: list[float] = []
         while api.status(job_id)["state"] == "processing":
             began = time.monotonic()
             assert api.get("/health").status_code == 200
             waits.append(time.monotonic() - began)
         assert len(waits) > 3
-        assert max(waits) < hold / 2
+        assert statistics.median(waits) < hold / 10
     assert ran_once(home, job_id)
 
 

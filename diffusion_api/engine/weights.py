@@ -37,6 +37,7 @@ class Weights:
         if self._loaded and self.hit:
             return self._loaded[1]
         self._loaded = None
+        self._device.free()
         started = time.monotonic()
         lane = self._read(model)
         self._loaded = (model, lane)

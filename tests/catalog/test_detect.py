@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -13,7 +14,7 @@ from fake_models import checkpoint, diffusers_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_api.catalog.detect import Unrecognised, file_family, folder_family, safetensors_header
+from diffusion_api.catalog.detect import MAX_HEADER, Unrecognised, file_family, folder_family, safetensors_header
 from diffusion_api.settings import DATA
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
@@ -95,6 +96,15 @@ def test_what_is_no_safetensors_file_is_told_so(tmp_path: Path, content: bytes) 
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(Unrecognised, match=r"x\.safetensors is no safetensors file"):
+        file_family(path)
+
+
+@pytest.mark.parametrize("length", [2**63, 100 * 10**9, MAX_HEADER + 1])
+def test_a_header_is_not_read_that_is_larger_than_any_real_one(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + b"{}")
+    os.truncate(path, 200 * 10**9)
+    with pytest.raises(Unrecognised, match="the length of its header is wrong"):
         file_family(path)
 
 

@@ -260,6 +260,31 @@ def test_a_paused_queue_takes_jobs_and_starts_none(
         queue.resume()
 
 
+def test_nothing_is_claimed_after_the_pause_was_said(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def wants(job: Job) -> bool:
+        asked.set()
+        return answer.wait(20)
+
+    pausing, being_claimed = threading.Thread(target=queue.pause), new_job()
+    queue.enqueue(being_claimed)
+    with serving(queue, lambda job, control: control.commit(job.succeeded(result)), wants=wants):
+        assert asked.wait(20)
+        pausing.start()
+        pausing.join(0.2)
+        assert pausing.is_alive()
+        answer.set()
+        pausing.join()
+        late = new_job()
+        queue.enqueue(late)
+        eventually(is_ended(queue, being_claimed))
+        time.sleep(0.5)
+    assert queue.get(late.id) == Snapshot(late, position=0)
+
+
 def test_a_watcher_sees_a_job_through_its_states(
     queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
 ) -> None:

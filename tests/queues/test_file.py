@@ -25,7 +25,7 @@ import pytest
 
 import diffusion_api
 from diffusion_api import disk
-from diffusion_api.errors import DiskFull, InvalidRequest, QueueUnusable, TooLarge
+from diffusion_api.errors import DiskFull, InvalidRequest, QueueFull, QueueUnusable, TooLarge
 from diffusion_api.queues._file.workers import boot_id
 from diffusion_api.queues.base import Control, Snapshot
 from diffusion_api.queues.file import FileQueue
@@ -272,6 +272,21 @@ def test_a_stray_name_does_not_break_the_sequence(root: Path, queue: FileQueue, 
     assert [found.id for found in queue.jobs()] == [job.id, stray.id]
 
 
+def test_a_job_has_its_place_before_it_is_written(root: Path, new_job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, job, late, write = FileQueue(root, max_waiting=1), new_job(), new_job(), disk.write_whole
+
+    def write_late(target: Path, data: bytes, **options: Any) -> None:
+        assert queue.get("nobody") is None
+        with pytest.raises(QueueFull):
+            queue.enqueue(late)
+        assert queue.get(job.id) is None
+        write(target, data, **options)
+
+    monkeypatch.setattr(disk, "write_whole", write_late)
+    queue.enqueue(job)
+    assert queue.jobs() == [job]
+
+
 # several processes
 
 
@@ -307,6 +322,25 @@ def test_progress_and_cancelling_cross_processes(
     assert cancelled is not None
     assert cancelled.state is State.PROCESSING
     eventually(lambda: nursery.lines("told"))
+
+
+def test_how_a_job_shall_stop_crosses_processes(
+    root: Path, queue: FileQueue, new_job: Any, serving: Any, eventually: Any
+) -> None:
+    other, told = FileQueue(root), {}
+
+    def handle(job: Job, control: Control) -> None:
+        control.started()
+        other.cancel(job.id, partial=job.id == "partial")
+        eventually(lambda: control.cancelled)
+        told[job.id] = control.partial
+        control.commit(job.cancelled())
+
+    queue.enqueue(new_job(id="plain"))
+    queue.enqueue(new_job(id="partial"))
+    with serving(queue, handle):
+        eventually(lambda: len(names(root, "cancelled")) == 2)
+    assert told == {"plain": False, "partial": True}
 
 
 def test_a_cancelled_job_whose_worker_died_ends_cancelled(
@@ -481,6 +515,13 @@ def test_the_queue_pauses_itself_after_crashes_in_a_row(
     recover(root, pause_after_crashes=2)
     assert queue.paused is None
     assert not (root / "crashes.json").exists()
+
+
+def test_crashes_do_not_hide_why_the_operator_paused(root: Path, queue: FileQueue, new_job: Any) -> None:
+    queue.pause("a new card is coming")
+    dead_worker(root, new_job().charged(boot_id()))
+    recover(root, pause_after_crashes=1)
+    assert queue.paused == "a new card is coming"
 
 
 def test_a_job_that_ends_ends_the_row_of_crashes(

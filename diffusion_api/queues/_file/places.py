@@ -254,7 +254,7 @@ class Waiting:
             self._foreign &= listed
             for name in known - listed - self._coming:
                 self._drop(name)
-            for name in listed - known - self._foreign:
+            for name in listed - known:
                 self._take_up(name)
 
     @contextlib.contextmanager

@@ -99,12 +99,12 @@ def test_no_kill_loses_or_doubles_a_job(tmp_path: Path, mode: str) -> None:
             posting.start()
             for _ in range(chance.randint(0, 2) if mode == "isolated" else 0):
                 worker = server.worker()
-                time.sleep(chance.uniform(0, 0.5))
+                time.sleep(chance.uniform(0, 1.5))
                 worker.kill()
                 worker.wait(30)
                 counts["kills in a job"] += died_on_the_device(home)
                 counts["kills of the worker alone"] += 1
-            time.sleep(chance.uniform(0, 1))
+            time.sleep(chance.uniform(0, 3))
             server.kill()
             counts["kills in a job"] += died_on_the_device(home)
             counts["kills of the service"] += 1

@@ -11,6 +11,7 @@ HOST    = 127.0.0.1
 PORT    = 8000
 PROMPT  =
 ARGS    =
+KILLS   = 200
 UPGRADE =
 
 UV_VERSION = 0.13.8
@@ -31,7 +32,7 @@ export PROMPT
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo serve test lint audit bench lock wheel clean
+.PHONY: help setup demo serve test chaos lint audit bench lock wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -48,6 +49,10 @@ serve: setup ## run the service on http://127.0.0.1:8000
 test: setup ## run the whole test suite
 	@echo "== tests"
 	@$(BIN)/python -m pytest $(ARGS)
+
+chaos: setup ## the fault tests that take long, hours in all; KILLS=20 makes them shorter
+	@echo "== chaos"
+	@CHAOS_KILLS=$(KILLS) $(BIN)/python -m pytest -m chaos -v -s $(ARGS)
 
 lint: setup ## ruff and mypy
 	@echo "== ruff check"

@@ -11,7 +11,6 @@ import argparse
 import shutil
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
@@ -44,7 +43,6 @@ def main() -> None:
         service = Service(settings, library, queue, outputs, engine)
         worker = Worker(queue, engine, outputs)
         worker.start()
-        began = time.perf_counter()
         for number in range(jobs):
             request = Txt2Img(
                 model=MODELS[number % 2], prompt="a large red circle on a blue background", negative_prompt="",
@@ -58,7 +56,6 @@ def main() -> None:
             resident.append(psutil.Process().memory_info().rss / MIB)
             if (number + 1) % 50 == 0:
                 print(f"{number + 1} of {jobs} jobs: {resident[-1]:.1f} MiB", flush=True)
-        seconds = time.perf_counter() - began
         worker.stop(5)
         queue.close()
     tenth = jobs // 10
@@ -69,7 +66,6 @@ def main() -> None:
         {
             "job": f"shapes and a copy of it in turn, Euler, {STEPS} steps, {SIZE} px, PNG",
             "jobs": jobs,
-            "seconds_per_job": round(seconds / jobs, 3),
             "resident_mib_after_a_tenth": round(statistics.median(resident[tenth : 2 * tenth]), 1),
             "resident_mib_at_the_end": round(statistics.median(resident[-tenth:]), 1),
             "slope_kib_per_job": round(slope * 1024, 2),

@@ -7,9 +7,10 @@ import statistics
 import time
 from pathlib import Path
 
+import fake_models
 import psutil
 import pytest
-from fake_models import diffusers_folder
+from fake_models import checkpoint, diffusers_folder
 from serving import Program, serving, started
 
 from diffusion_api.schema.job import State, loads
@@ -53,6 +54,19 @@ def test_a_job_beyond_the_memory_of_the_process_fails_and_harms_no_other(home: P
         assert "out of memory: 64x64 pixels" in server.wait(job_id, "error")["error"]
         still_works(server)
         assert psutil.Process(server.process.pid).memory_info().rss < within.rss + 200 * 2**20
+
+
+def test_a_model_that_is_damaged_or_missing_is_refused_before_it_becomes_a_job(home: Path) -> None:
+    path = checkpoint(home / "stable_diffusion" / "models" / "half.safetensors", fake_models.SD1_KEYS)
+    path.write_bytes(path.read_bytes()[:-4])
+    with serving(home) as server:
+        for model, reason in (("half", "cannot be used: models/half.safetensors has "), ("gone", "is not installed; ")):
+            answer = server.post(model=model)
+            assert answer.status_code == 400
+            assert f"model '{model}' {reason}" in answer.json()["error"]
+            assert str(home) not in answer.text
+        assert server.get("/health").json()["queue"]["active_jobs"] == 0
+        still_works(server)
 
 
 def test_an_interpreter_that_is_held_costs_no_attempt(home: Path) -> None:

@@ -183,7 +183,7 @@ def test_the_api_answers_while_native_code_holds_the_interpreter_and_the_deadlin
         first = server.worker()
         held = server.submit(prompt="stub:gil=600", deadline=0.2)
         neighbour = server.submit(prompt="a lighthouse")
-        server.wait(held, "loading")
+        server.wait(held, "processing")
         with pulse(server) as took:
             began = time.monotonic()
             assert "the service stopped" in server.wait(held, "error")["error"]

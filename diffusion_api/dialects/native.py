@@ -18,6 +18,7 @@ from diffusion_api import __version__
 from diffusion_api.catalog import samplers
 from diffusion_api.dialects._base import ErrorRoute, build, caller_of, hears, resolve_seed, round_size
 from diffusion_api.errors import InvalidRequest
+from diffusion_api.prompt import parse
 from diffusion_api.queues.base import Key, Snapshot
 from diffusion_api.schema.job import Job, Result, State
 from diffusion_api.schema.request import Output, Txt2Img
@@ -349,9 +350,9 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     warnings += [note for note in (width_note, height_note) if note]
     if body.hires and body.hires.enabled:
         raise InvalidRequest("hires is not supported by this release; leave it out", field="hires")
-    for lora in body.loras or []:
-        name = lora if isinstance(lora, str) else lora.name
-        warnings.append(f"LoRA {name!r} was skipped: this release does not apply LoRAs")
+    asked = [("lora", lora if isinstance(lora, str) else lora.name) for lora in body.loras or []]
+    asked += [(network.kind, network.name) for network in parse(body.prompt).networks]
+    warnings += [_skipped(kind, name) for kind, name in dict.fromkeys(asked)]
     if body.refiner_checkpoint:
         warnings.append(f"refiner_checkpoint is ignored: model {model.name!r} is no SDXL model")
     file_type = (body.fileType or "jpg").lower()
@@ -373,6 +374,12 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
         output=build(Output, format=FILE_TYPES[file_type], quality=_given(body.jpeg_quality, 85)),
     )
     return request, warnings
+
+
+def _skipped(kind: str, name: str) -> str:
+    if kind == "lora":
+        return f"LoRA {name!r} was skipped: this release does not apply LoRAs"
+    return f"<{kind}:{name}> was taken out of the prompt: no such kind of network is known; <lora:name:weight> is one"
 
 
 def _given(value: Any, default: Any) -> Any:

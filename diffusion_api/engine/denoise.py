@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_api.catalog import samplers
+from diffusion_api.engine import text
 from diffusion_api.engine.base import Finished, Pixels, Stop, StopAsked
 from diffusion_api.engine.plan import Pass, plan
 from diffusion_api.engine.samplers import SAMPLERS
 from diffusion_api.engine.samplers.sigmas import NoiseLevels, spacing
 from diffusion_api.errors import Interrupted, NotFinite
+from diffusion_api.prompt import Part, parse, parse_negative
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.request import Request
 
@@ -38,8 +41,8 @@ class Lane(Protocol):
     def model_hash(self) -> str | None:
         """The first 10 hex digits of the checkpoint's SHA-256, None for a folder."""
 
-    def encode(self, prompts: tuple[str, ...]) -> tuple[Tensor, ...]:
-        """Conditionings of equal length, (1, tokens, width) each."""
+    def encode(self, texts: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """Conditionings of equal length, (1, tokens, width) each, of the texts that one prompt has over its steps."""
 
     def predict(self, latents: Tensor, timestep: float, conditionings: Tensor) -> Tensor:
         """Epsilon for (rows, 4, h, w) latents of unit variance at one timestep; (rows, tokens, width) conditionings."""
@@ -114,6 +117,69 @@ def job(
     )
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """What a text is at each evaluation: conditionings of equal length, each with the last one at which it holds."""
+
+    lasts: tuple[int, ...]
+    conditionings: tuple[Tensor, ...]
+
+    def at(self, evaluation: int) -> Tensor:
+        """Evaluations count from 0 and steps from 1, so that the first text holds once more than its number says: A1111's way.
+
+        Its way too: beyond the last one the first text comes back.
+        """
+        pairs = zip(self.lasts, self.conditionings, strict=True)
+        return next((conditioning for last, conditioning in pairs if evaluation <= last), self.conditionings[0])
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The prompts joined by AND, each with its scale, and the negative one; None where it would change nothing."""
+
+    prompts: tuple[Schedule, ...]
+    scales: tuple[float, ...]
+    negative: Schedule | None
+
+    def predicted(
+        self, evaluation: int, evaluate: Callable[[tuple[Tensor, ...]], Evaluate]
+    ) -> Generator[Evaluate, Tensor, Tensor]:
+        """The guided prediction. A negative prompt of another length than the prompts is asked for apart."""
+        conditionings = text.as_long([prompt.at(evaluation) for prompt in self.prompts])
+        if self.negative is None:
+            return (yield evaluate(conditionings))
+        negative = self.negative.at(evaluation)
+        if negative.shape == conditionings[0].shape:
+            both = yield evaluate((negative, *conditionings))
+            without, predictions = both[:1], both[1:]
+        else:
+            without = yield evaluate((negative,))
+            predictions = yield evaluate(conditionings)
+        guided: Tensor = without
+        for prediction, scale in zip(predictions, self.scales, strict=True):
+            guided = guided + (prediction - without) * scale
+        return guided
+
+
+def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
+    """The words of a pass, encoded for all of its evaluations."""
+    steps = stage.steps * samplers.sampler(stage.sampler).evaluations
+
+    def encoded(part: Part) -> Generator[Run, Any, Schedule]:
+        lasts, texts = zip(*part.schedule(steps), strict=True)
+        return Schedule(lasts, (yield Run(lambda: lane.encode(texts))))
+
+    parts = parse(stage.prompt).parts
+    scales = tuple(part.weight * stage.guidance_scale for part in parts)
+    negative = None
+    if scales != (1,):
+        negative = yield from encoded(parse_negative(stage.negative_prompt))
+    prompts = []
+    for part in parts:
+        prompts.append((yield from encoded(part)))
+    return Guidance(tuple(prompts), scales, negative)
+
+
 class _Enough(Exception):
     """Unwinds the sampler of a job that was told to stop with its picture as it is."""
 
@@ -129,9 +195,7 @@ def denoised(
 
     When told to stop with a picture: the model's present guess of them, and the step at which that was.
     """
-    guided = stage.guidance_scale != 1
-    prompts = (stage.negative_prompt, stage.prompt) if guided else (stage.prompt,)
-    conditionings: tuple[Tensor, ...] = yield Run(lambda: lane.encode(prompts))
+    guidance = yield from guided(lane, stage)
     generator = torch.Generator("cpu").manual_seed(stage.seed)
     shape = lane.latent_shape(stage.width, stage.height)
 
@@ -143,13 +207,12 @@ def denoised(
     def denoise(x: Tensor, sigma: float) -> Generator[Evaluate, Tensor, Tensor]:
         nonlocal evaluations
         scaled = x * (1 / math.sqrt(sigma**2 + 1))
-        predicted = yield Evaluate(lane, scaled, lane.levels.timestep(sigma), conditionings)
+        predicted = yield from guidance.predicted(
+            evaluations, partial(Evaluate, lane, scaled, lane.levels.timestep(sigma))
+        )
         evaluations += 1
         progress = _progress(stage, evaluations)
         report(progress)
-        if guided:
-            without, with_prompt = predicted.chunk(2)
-            predicted = without + (with_prompt - without) * stage.guidance_scale
         estimate = x - predicted * sigma
         if stop() is Stop.WITH_PICTURE:
             raise _Enough(estimate, progress.step)

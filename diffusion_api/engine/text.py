@@ -1,14 +1,23 @@
-"""Words → embeddings: tokens in chunks of 75 between the tokenizer's own start and end, as the field does for long prompts."""
+"""Words → embeddings: tokens in chunks of 75, each encoded alone, and weighed as A1111 weighs them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from diffusion_api.prompt import emphasis
+
 CHUNK = 75
+
+BACKTRACK = 20
+"""Tokens at the end of a full chunk among which a comma is looked for."""
+
+KEPT = 128
+"""Encoded chunks that are kept, 0.2 MB each with Stable Diffusion 1.x in float32."""
 
 
 class Tokenizer(Protocol):
@@ -22,21 +31,107 @@ class Tokenizer(Protocol):
         """Token ids under ``input_ids``."""
 
 
-def chunks(tokenizer: Tokenizer, prompt: str) -> list[list[int]]:
-    """Rows of 77 token ids: start, up to 75 tokens, end, padding. An empty prompt is one row."""
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[index]
-    rows = [ids[i : i + CHUNK] for i in range(0, len(ids), CHUNK)] or [[]]
-    padding = tokenizer.pad_token_id
-    return [[tokenizer.bos_token_id, *row, tokenizer.eos_token_id, *[padding] * (CHUNK - len(row))] for row in rows]
+class Chunk(NamedTuple):
+    """77 token ids: start, up to 75 tokens, end, padding; and the weight of each."""
+
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
 
 
-def encode(tokenizer: Tokenizer, encoder: Callable[[Tensor], Tensor], prompts: tuple[str, ...]) -> tuple[Tensor, ...]:
-    """A conditioning for each prompt, (1, 77 * chunks, width), all as long as the longest; the short ones get empty chunks.
+class Words:
+    """A model's tokenizer and text encoder, and what they made of the last chunks.
 
     ``encoder`` maps (1, 77) ids to (1, 77, width): every chunk is encoded alone, so that its embedding never depends on what
     it was batched with.
     """
-    rows = [chunks(tokenizer, prompt) for prompt in prompts]
-    longest = max(len(r) for r in rows)
-    empty = chunks(tokenizer, "")
-    return tuple(torch.cat([encoder(torch.tensor([row])) for row in r + empty * (longest - len(r))], 1) for r in rows)
+
+    def __init__(self, tokenizer: Tokenizer, encoder: Callable[[Tensor], Tensor]) -> None:
+        self._tokenizer, self._encoder = tokenizer, encoder
+        self._comma = self._ids(",")
+        self._kept: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        """A conditioning for each text, (1, 77 * chunks, width), all as long as the longest; the short ones get empty chunks.
+
+        Weights are those of :func:`diffusion_api.prompt.emphasis`. What they do to the mean of a chunk is undone, over the
+        chunks at the same place of all texts together.
+        """
+        chunks = {text: self.chunks(text) for text in texts}
+        longest = max(map(len, chunks.values()))
+        (empty,) = self.chunks("")
+        columns = zip(*([*row, *[empty] * (longest - len(row))] for row in chunks.values()), strict=True)
+        counts = Counter(texts)
+        weighed = [self._weighed(column, [counts[text] for text in chunks]) for column in columns]
+        conditionings = dict(zip(chunks, (torch.cat(row, 1) for row in zip(*weighed, strict=True)), strict=True))
+        return tuple(conditionings[text] for text in texts)
+
+    def chunks(self, text: str) -> list[Chunk]:
+        """The chunks of a text, at least one. What follows a comma near the end of a full chunk moves to the next one."""
+        rows: list[list[tuple[int, float]]] = []
+        for section in emphasis(text):
+            rows.append([])
+            for words, weight in section:
+                for token in self._ids(words):
+                    if len(rows[-1]) == CHUNK:
+                        rows.append(self._moved(rows[-1], token))
+                    rows[-1].append((token, weight))
+        if len(rows) > 1 and not rows[-1]:
+            rows.pop()
+        return [self._padded(row) for row in rows]
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[index]
+        return ids
+
+    def _moved(self, row: list[tuple[int, float]], following: int) -> list[tuple[int, float]]:
+        """What leaves a full row before a token that has no place in it."""
+        commas = [place for place, (token, _) in enumerate(row) if [token] == self._comma]
+        if [following] == self._comma or not commas or len(row) - commas[-1] > BACKTRACK:
+            return []
+        moved = row[commas[-1] + 1 :]
+        del row[commas[-1] + 1 :]
+        return moved
+
+    def _padded(self, row: list[tuple[int, float]]) -> Chunk:
+        start, end, padding = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+        left = CHUNK - len(row)
+        ids = (start, *(token for token, _ in row), end, *[padding] * left)
+        return Chunk(ids, (1.0, *(weight for _, weight in row), 1.0, *[1.0] * left))
+
+    def _weighed(self, chunks: Sequence[Chunk], counts: list[int]) -> list[Tensor]:
+        """The embeddings of chunks that stand at one place, each in so many texts."""
+        plain = [self._encoded(chunk.ids) for chunk in chunks]
+        if all(weight == 1 for chunk in chunks for weight in chunk.weights):
+            return plain
+        weighed = [
+            hidden * hidden.new_tensor(chunk.weights)[:, None] for hidden, chunk in zip(plain, chunks, strict=True)
+        ]
+        restored = _mean(plain, counts) / _mean(weighed, counts)
+        return [hidden * restored.to(hidden.dtype) for hidden in weighed]
+
+    def _encoded(self, ids: tuple[int, ...]) -> Tensor:
+        hidden = self._kept.pop(ids, None)
+        if hidden is None:
+            hidden = self._encoder(torch.tensor([ids]))
+        self._kept[ids] = hidden
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return hidden
+
+
+def as_long(conditionings: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """All as long as the longest; the short ones repeat their last vector."""
+    longest = max(conditioning.shape[1] for conditioning in conditionings)
+    return tuple(
+        torch.cat([conditioning, conditioning[:, -1:].expand(-1, longest - conditioning.shape[1], -1)], 1)
+        if conditioning.shape[1] < longest
+        else conditioning
+        for conditioning in conditionings
+    )
+
+
+def _mean(tensors: Sequence[Tensor], counts: list[int]) -> Tensor:
+    """The mean of all numbers, where each tensor counts so many times."""
+    return sum((tensor.float().mean() * n for tensor, n in zip(tensors, counts, strict=True)), torch.tensor(0.0)) / sum(
+        counts
+    )

@@ -507,11 +507,16 @@ def test_numbers_that_json_has_not_are_null_in_the_payload(stub_server: Program)
         ({"loras": ["one"]}, "LoRA 'one' was skipped: this release does not apply LoRAs"),
         ({"loras": [{"name": "one"}]}, "LoRA 'one' was skipped: this release does not apply LoRAs"),
         ({"loras": [{"name": "one", "scale": 0.5}]}, "LoRA 'one' was skipped: this release does not apply LoRAs"),
+        ({"prompt": "a <lora:one:0.5>cat <lora:one>"}, "LoRA 'one' was skipped: this release does not apply LoRAs"),
+        (
+            {"prompt": "<hypernet:one:1>"},
+            "<hypernet:one> was taken out of the prompt: no such kind of network is known; <lora:name:weight> is one",
+        ),
         ({"refiner_checkpoint": "x"}, "refiner_checkpoint is ignored: model 'small' is no SDXL model"),
     ],
 )
 def test_what_is_ignored_is_told(stub_server: Program, fields: dict[str, Any], warning: str) -> None:
-    answer = stub_server.post(model="small", steps=1, **fields).json()
+    answer = stub_server.post(**{"model": "small", "steps": 1} | fields).json()
     assert answer["warnings"] == [warning]
     assert stub_server.wait(answer["job_id"])["warnings"] == [warning]
 

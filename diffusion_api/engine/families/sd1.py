@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -88,14 +89,21 @@ class SD1:
         """One picture's latents: 4 channels, an eighth of each side."""
         return 1, 4, height // 8, width // 8
 
-    def encode(self, prompts: tuple[str, ...]) -> tuple[Tensor, ...]:
+    def encode(self, texts: tuple[str, ...]) -> tuple[Tensor, ...]:
         """Last hidden states, final layer norm included; equal lengths."""
+        return self._words.encode(texts)
+
+    @cached_property
+    def _words(self) -> text.Words:
+        text_encoder = (
+            self.text_encoder
+        )  # not self: a model that refers to itself would stay in memory when it is dropped
 
         def encoder(ids: Tensor) -> Tensor:
-            hidden: Tensor = self.text_encoder(ids.to(self.device)).last_hidden_state
+            hidden: Tensor = text_encoder(ids.to(text_encoder.device)).last_hidden_state
             return hidden
 
-        return text.encode(self.tokenizer, encoder, prompts)
+        return text.Words(self.tokenizer, encoder)
 
     def predict(self, latents: Tensor, timestep: float, conditionings: Tensor) -> Tensor:
         """Epsilon, float32. ``latents`` is (rows, 4, h, w), conditionings (rows, tokens, width)."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import hashlib
 import hmac
 import json
@@ -26,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_api import __version__, disk
-from diffusion_api.errors import DiffusionApiError, DiskFull, Gone, QueueUnusable, Unreachable, UrlRefused
+from diffusion_api.errors import DiffusionApiError, Gone, Unreachable, UrlRefused
 from diffusion_api.fetch import Fetcher, Origin, masked
-from diffusion_api.queues.base import Queue, Snapshot
+from diffusion_api.queues.base import Queue, Snapshot, as_queue_errors
 from diffusion_api.schema.job import Job
 from diffusion_api.schema.request import Frozen
 
@@ -91,7 +90,7 @@ class Outbox:
     def __init__(self, folder: Path) -> None:
         self._waiting, self._done, self._tmp = folder, folder / "done", folder / "tmp"
         self._lock: int | None = None
-        with _as_queue_errors():
+        with as_queue_errors("webhooks"):
             for path in (self._waiting, self._done, self._tmp):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
             disk.fsync_dir(folder)
@@ -180,7 +179,7 @@ class Webhooks:
         """
         assert job.webhook is not None
         self._fetcher.check(job.webhook, field=FIELD)
-        with _as_queue_errors():
+        with as_queue_errors("webhooks"):
             self._outbox.write(job.id, Hook(url=job.webhook))
         try:
             yield
@@ -191,14 +190,14 @@ class Webhooks:
 
     def turn(self, job: Job, earlier: Job) -> None:
         """A job that was promised turned out to be an earlier one, sent again: promise of that instead, if need be."""
-        with _as_queue_errors():
+        with as_queue_errors("webhooks"):
             self._outbox.drop(job.id)
             if earlier.webhook and self._outbox.read(earlier.id) is None:
                 self._outbox.write(earlier.id, Hook(url=earlier.webhook))
 
     def settle(self, job: Job) -> None:
         """Make what is told of an ended job now, as its record is about to go."""
-        with _as_queue_errors(), self._writing:
+        with as_queue_errors("webhooks"), self._writing:
             hook = self._outbox.read(job.id)
             if hook and hook.body is None:
                 self._outbox.write(job.id, self._described(hook, job))
@@ -206,7 +205,7 @@ class Webhooks:
     def report(self, job: Job) -> dict[str, Any]:
         """What the caller is shown: ``url`` without the values in its query, and ``deliveries`` so far."""
         assert job.webhook is not None
-        with _as_queue_errors():
+        with as_queue_errors("webhooks"):
             hook = self._outbox.read(job.id)
         tries = hook.deliveries if hook else ()
         return {"url": masked(job.webhook), "deliveries": [one.model_dump(exclude_none=True) for one in tries]}
@@ -376,13 +375,3 @@ def _loads(data: bytes) -> Hook:
 
 def _ids(folder: Path) -> list[str]:
     return [name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json")]
-
-
-@contextlib.contextmanager
-def _as_queue_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull("no room left on the disk of the queue") from error
-        raise QueueUnusable(f"the folder of the webhooks cannot be used: {error.strerror}") from error

@@ -15,8 +15,8 @@ from asking import plain
 from diffusion_api.engine.base import Finished
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues._file.workers import Worker
-from diffusion_api.queues.base import Control, Key
-from diffusion_api.queues.file import FileQueue, _as_queue_errors
+from diffusion_api.queues.base import Control, Key, as_queue_errors
+from diffusion_api.queues.file import FileQueue
 from diffusion_api.schema.job import Job, Result, State
 
 CAP = 3
@@ -53,7 +53,7 @@ class Process:
 
     def serve(self) -> None:
         """Become a worker, and take over from those that died."""
-        with _as_queue_errors():
+        with as_queue_errors("queue"):
             self.queue._worker = Worker(self.queue._places)
         self.recover()
 

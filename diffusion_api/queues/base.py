@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import time
@@ -10,11 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from diffusion_api.errors import Gone, KeyReused
+from diffusion_api.errors import DiskFull, Gone, KeyReused, QueueUnusable
 from diffusion_api.retention import Limits
 from diffusion_api.schema.job import Job, Progress, State
 from diffusion_api.schema.report import WorkerReport
 from diffusion_api.schema.request import Frozen
+
+WATCH_POLL = 0.2
+"""Seconds between two looks at a job that is watched: another process may have changed it."""
 
 DAY = 24 * 60 * 60.0
 
@@ -121,11 +126,24 @@ Handler = Callable[[Job, Control], None]
 PAUSED_BY_OPERATOR = "the queue was paused by its operator"
 
 
+@contextlib.contextmanager
+def as_queue_errors(folder: str) -> Iterator[None]:
+    """Tell the system's errors as DiskFull, or as QueueUnusable of the folder with that name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("no room left on the disk of the queue") from error
+        raise QueueUnusable(f"the folder of the {folder} cannot be used: {error.strerror}") from error
+
+
 class Queue(ABC):
     """Where jobs wait, run and are kept.
 
     Jobs run by priority, and within one in turns: each caller's oldest job, then each caller's next.
     """
+
+    _closed = False
 
     # client half
 
@@ -179,9 +197,22 @@ class Queue(ABC):
         What another process changes may be noticed only by looking.
         """
 
-    @abstractmethod
     def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
-        """Snapshots as they change, the present one first; ends after a terminal one or ``timeout`` seconds."""
+        """Snapshots as they change, the present one first; ends after a terminal one, ``timeout`` seconds or close."""
+        deadline = time.monotonic() + timeout
+        last: Snapshot | None = None
+        while True:
+            seen = self.changed(0, 0)
+            snapshot = self.get(job_id)
+            if snapshot is None:
+                return
+            if snapshot != last:
+                last = snapshot
+                yield snapshot
+            left = deadline - time.monotonic()
+            if snapshot.state.terminal or left <= 0 or self._closed:
+                return
+            self.changed(seen, min(WATCH_POLL, left))
 
     @abstractmethod
     def workers(self) -> list[WorkerReport]:

@@ -8,15 +8,14 @@ ends by the rename into ``done/``, ``error/`` or ``cancelled/``.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from diffusion_api import disk
-from diffusion_api.errors import DiskFull, QueueUnusable, TooLarge
+from diffusion_api.errors import QueueUnusable, TooLarge
 from diffusion_api.queues._file import reports
 from diffusion_api.queues._file.ended import Ended
 from diffusion_api.queues._file.keys import Keys
@@ -31,7 +30,16 @@ from diffusion_api.queues._file.places import (
     storable,
 )
 from diffusion_api.queues._file.workers import Recovery, Worker, boot_id
-from diffusion_api.queues.base import PAUSED_BY_OPERATOR, Control, Handler, Key, Queue, Snapshot, Submission
+from diffusion_api.queues.base import (
+    PAUSED_BY_OPERATOR,
+    Control,
+    Handler,
+    Key,
+    Queue,
+    Snapshot,
+    Submission,
+    as_queue_errors,
+)
 from diffusion_api.retention import Limits
 from diffusion_api.schema.job import Job, Progress, State, UnreadableRecord, dumps
 from diffusion_api.schema.report import WorkerReport
@@ -39,7 +47,6 @@ from diffusion_api.schema.report import WorkerReport
 log = logging.getLogger(__name__)
 
 CLAIM_POLL = 0.25
-WATCH_POLL = 0.2
 CANCEL_LOOK_EVERY = 0.05
 PROGRESS_EVERY = 0.1
 
@@ -52,16 +59,6 @@ _ENDS = tuple(state for state in State if state.terminal)
 _LOOKS = 3
 
 
-@contextlib.contextmanager
-def _as_queue_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull("no room left on the disk of the queue") from error
-        raise QueueUnusable(f"the folder of the queue cannot be used: {error.strerror}") from error
-
-
 class FileQueue(Queue):
     """Jobs as files under ``root``, which is made if need be.
 
@@ -72,7 +69,7 @@ class FileQueue(Queue):
     stopped. A process that serves must never fork. Raises QueueUnusable, DiskFull.
     """
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def __init__(
         self,
         root: Path,
@@ -103,7 +100,7 @@ class FileQueue(Queue):
 
     # client half
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def enqueue(self, job: Job, *, key: Key | None = None) -> Job:
         """Store the job durably, unless its key says that it is stored already. The job that is stored now.
 
@@ -131,7 +128,7 @@ class FileQueue(Queue):
         self._announce(arrival=True)
         return job
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def check(self) -> None:
         """Try whether a job could be stored now. Raises what :meth:`enqueue` would, and leaves nothing behind."""
         self._check_room()
@@ -141,7 +138,7 @@ class FileQueue(Queue):
         self._places.check_room(self._reserve)
         self._places.waiting.check(at_most=self._max_waiting)
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def get(self, job_id: str) -> Snapshot | None:
         """The job with that id, or None; also None for one whose record has become unreadable. Raises Gone."""
         found = self._look(job_id)
@@ -149,7 +146,7 @@ class FileQueue(Queue):
             self._ended.check(job_id)
         return found[0] if found else None
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def cancel(self, job_id: str, *, partial: bool = False) -> Snapshot | None:
         """Cancel: a waiting job ends at once, a running one is told so; a finished one stays. None if unknown.
 
@@ -160,7 +157,7 @@ class FileQueue(Queue):
             self._ended.check(job_id)
         return snapshot
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def forget(self, job_id: str) -> bool:
         """Drop the record of a job that has ended, durably; False if there is none, or another was faster."""
         deadline = time.monotonic() + ABOUT_TO_END
@@ -171,13 +168,13 @@ class FileQueue(Queue):
             time.sleep(LOOK_EVERY)
         return True
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def sweep(self, results: Limits, *, now: float) -> None:
         """Let go of ended jobs beyond these limits, and of keys and tombstones whose time is over at ``now``."""
         self._ended.sweep(results, now=now)
         self._keys.sweep(now=now)
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def jobs(self, states: frozenset[State] | None = None, *, limit: int | None = None) -> list[Job]:
         """Running jobs, with the state of their progress; then waiting ones, next first; then ended, newest first."""
         wanted = frozenset(State) if states is None else states
@@ -190,7 +187,7 @@ class FileQueue(Queue):
         moved_on.update(job.id for job in running)
         return (running + [job for job in waiting if job.id not in moved_on] + ended)[:limit]
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def counts(self) -> dict[State, int]:
         """How many jobs are in each state. Other processes' waiting jobs are counted as of a moment ago."""
         self._places.waiting.sync()
@@ -208,30 +205,13 @@ class FileQueue(Queue):
         self._wait_for_change(since, timeout)
         return self._changes
 
-    def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
-        """Snapshots as they change, the present one first; ends after a terminal one, ``timeout`` seconds or close."""
-        deadline = time.monotonic() + timeout
-        last: Snapshot | None = None
-        while True:
-            seen = self._changes
-            snapshot = self.get(job_id)
-            if snapshot is None:
-                return
-            if snapshot != last:
-                last = snapshot
-                yield snapshot
-            left = deadline - time.monotonic()
-            if snapshot.state.terminal or left <= 0 or self._closed:
-                return
-            self._wait_for_change(seen, min(WATCH_POLL, left))
-
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def pause(self, reason: str = PAUSED_BY_OPERATOR) -> None:
         """Let nothing be claimed, by any process, until :meth:`resume`, also after a restart."""
         with self._turn:
             self._places.pause(reason)
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def resume(self) -> None:
         """End the pause, if there is one, and forget the crashes that may have led to it."""
         self._places.resume()
@@ -244,7 +224,7 @@ class FileQueue(Queue):
 
     # worker half
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def recover(self) -> None:
         """Give the jobs of workers that died back to the queue, or end them; :meth:`serve` does so as well."""
         self._recovery.run()
@@ -258,7 +238,7 @@ class FileQueue(Queue):
         """
         if self._worker is not None:
             raise RuntimeError("this queue is being served already")
-        with _as_queue_errors():
+        with as_queue_errors("queue"):
             worker = self._worker = Worker(self._places)
         self._tell()
         failures: list[BaseException] = []
@@ -290,7 +270,7 @@ class FileQueue(Queue):
         self._report = report
         self._tell()
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def workers(self) -> list[WorkerReport]:
         """What the workers say that serve this folder now, in whatever process. Raises QueueUnusable."""
         return reports.of_the_living(self._places)
@@ -436,7 +416,7 @@ class FileQueue(Queue):
             in_hand = [claim for claim in list(self._claims.values()) if not claim.over]
             if self.paused is not None or any(claim.bars_others for claim in in_hand):
                 return None
-            with _as_queue_errors():
+            with as_queue_errors("queue"):
                 self._places.waiting.sync()
             for name in self._places.waiting.names():
                 if self._stopped:
@@ -446,7 +426,7 @@ class FileQueue(Queue):
                     continue
                 if job.suspect and in_hand:
                     return None
-                with _as_queue_errors():
+                with as_queue_errors("queue"):
                     job = self._take(name, worker)
                 if job is not None:
                     claim = self._claims[job.id] = _Claim(self, worker, name, job)
@@ -576,7 +556,7 @@ class _Claim(Control):
         except (OSError, disk.Unusable):
             self.tell_cancelled(partial=False)
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def started(self) -> Job:
         """Charge one attempt, once per claim; the record as charged, or unchanged if the claim is lost."""
         with self._worker.guard:
@@ -600,7 +580,7 @@ class _Claim(Control):
         with self._places.tolerated("progress"):
             self._places.write_progress(self.job.id, progress)
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def release(self) -> None:
         """Give the job back, at its old place; one whose caller asked for its end is ended instead."""
         with self._worker.guard:
@@ -613,7 +593,7 @@ class _Claim(Control):
         if disk.remove(note_of(self.path)):
             self._queue.cancel(self.job.id)
 
-    @_as_queue_errors()
+    @as_queue_errors("queue")
     def commit(self, job: Job) -> None:
         """End the job, once. Raises DiskFull or TooLarge with the claim still held: another try or record may fit."""
         if not job.state.terminal or job.id != self.job.id:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -168,23 +167,6 @@ class MemoryQueue(Queue):
         """Wait until something has changed after the mark ``since``, at most ``timeout`` seconds; the present mark."""
         self._wait(since, timeout)
         return self._changes
-
-    def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
-        """Snapshots as they change, the present one first; ends after a terminal one, ``timeout`` seconds or close."""
-        deadline = time.monotonic() + timeout
-        last: Snapshot | None = None
-        while True:
-            seen = self._changes
-            snapshot = self.get(job_id)
-            if snapshot is None:
-                return
-            if snapshot != last:
-                last = snapshot
-                yield snapshot
-            left = deadline - time.monotonic()
-            if snapshot.state.terminal or left <= 0 or self._closed:
-                return
-            self._wait(seen, left)
 
     def workers(self) -> list[WorkerReport]:
         """What the one worker says, while it serves."""

@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
+from asking import plain
 
 from diffusion_api.queues.base import Handler, Queue
 from diffusion_api.schema.job import Job, Result
-from diffusion_api.schema.request import Output, Txt2Img
 
 NewJob = Callable[..., Job]
 Serving = Callable[..., AbstractContextManager[None]]
@@ -26,20 +26,7 @@ def new_job() -> NewJob:
     """Makes a job; keywords are its fields, ``model`` is its request's."""
 
     def make(*, model: str = "tiny", **fields: Any) -> Job:
-        request = Txt2Img(
-            model=model,
-            prompt="a lighthouse",
-            negative_prompt="",
-            steps=4,
-            guidance_scale=7.0,
-            width=64,
-            height=64,
-            sampler="euler",
-            schedule="automatic",
-            seed=1,
-            output=Output(),
-        )
-        return Job(request=request, **fields)
+        return Job(request=plain(model=model, schedule="automatic"), **fields)
 
     return make
 

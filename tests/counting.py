@@ -11,8 +11,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "chaos.json"
 
 
 def keep(run: str, **counts: object) -> None:
-    """Write down, and print, what a run counted; what other runs counted stays."""
+    """Write down, and print, what a run counted; what was counted under other names stays."""
     kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    kept[run] = {"date": date.today().isoformat(), **counts}
+    kept[run] = kept.get(run, {}) | {"date": date.today().isoformat(), **counts}
     RESULTS.write_text(json.dumps(dict(sorted(kept.items())), indent=2) + "\n")
     print(run, counts)

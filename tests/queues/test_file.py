@@ -1114,6 +1114,18 @@ def test_a_shared_flush_that_failed_has_failed_for_all(
     assert queue.get(job.id) == Snapshot(job, position=0)
 
 
+def test_an_unfinished_file_is_never_that_of_another(
+    root: Path, queue: FileQueue, new_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = uuid.uuid4()
+    (root / "tmp" / taken.hex).write_text("of another")
+    with monkeypatch.context() as patch:
+        patch.setattr(uuid, "uuid4", lambda: taken)
+        with pytest.raises(QueueUnusable):
+            queue.enqueue(new_job(id="job"))
+    assert (root / "tmp" / taken.hex).read_text() == "of another"
+
+
 def test_short_writes_are_continued(
     root: Path, queue: FileQueue, new_job: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

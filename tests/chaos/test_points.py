@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from aftermath import all_is_well, ended, told_as_done
 from driving import places
 from fake_models import diffusers_folder
-from serving import MODES, Program, command, environment, eventually, serving, started
+from serving import MODES, Program, command, environment, eventually, serving
 from tracing import arguments, injected
 
 from diffusion_api.schema.job import State, loads
@@ -72,10 +73,8 @@ def test_a_kill_at_any_point_of_its_way_loses_or_doubles_no_job(
     with serving(home, *MODES[mode]) as server:
         victim = server.worker().pid if mode == "isolated" and whose == "worker" else server.process.pid
         with injected(f"{call}:signal=KILL:when={number}", victim, tmp_path / "strace"):
-            try:
+            with contextlib.suppress(httpx.TransportError):
                 answered = server.submit(**JOB)
-            except httpx.TransportError:
-                pass
             eventually(lambda: is_dead(server, victim), "the kill")
             left = what_is_left(home)
         if victim != server.process.pid:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_api import logs
+from diffusion_api import logs, prompt
 from diffusion_api.errors import (
     Conflict,
     DiffusionApiError,
@@ -44,6 +44,12 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 PROBE_EVERY = 5.0
+MAX_PARTS = 32
+"""Parts of a prompt between ANDs; each is an evaluation at every step."""
+
+MAX_TEXTS = 200_000
+"""Characters of all the texts that a prompt is at its steps; each is encoded before the first one."""
+
 SHUTTING_DOWN = "the service is shutting down"
 
 
@@ -352,6 +358,15 @@ class Service:
         for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
             if len(text) > limits.max_prompt:
                 raise TooLarge(f"{name} has {len(text)} characters; at most {limits.max_prompt} are allowed")
+        parts = prompt.parse(request.prompt).parts
+        if len(parts) > MAX_PARTS:
+            raise TooLarge(f"prompt joins {len(parts)} parts by AND; at most {MAX_PARTS} are allowed")
+        for name, each in (("prompt", parts), ("negative_prompt", (prompt.parse_negative(request.negative_prompt),))):
+            size = sum(len(text) for part in each for _, text in part.schedule(request.steps))
+            if size > MAX_TEXTS:
+                raise TooLarge(
+                    f"{name} changes so often that its texts have {size} characters in all; at most {MAX_TEXTS} are allowed"
+                )
 
 
 def _space(folder: Path) -> tuple[float, float]:

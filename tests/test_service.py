@@ -225,3 +225,23 @@ def test_health_survives_a_queue_that_cannot_be_read(service: Service) -> None:
     health = service.health()
     assert health.active_jobs is None
     assert health.models == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        (" AND ".join("a" * 40), "prompt joins 40 parts by AND; at most 32 are allowed"),
+        ("[a|b]" + "c" * 50_000, r"prompt changes so often that its texts have \d+ characters in all"),
+    ],
+)
+def test_a_prompt_that_becomes_too_much_text_is_refused(tmp_path: Path, prompt: str, reason: str) -> None:
+    settings = Settings(home=tmp_path, max_prompt=100_000)
+    settings.create_folders()
+    diffusers_folder(settings.models_dir / "small", sample_size=8)
+    queue = FileQueue(settings.queue_dir)
+    service = Service(
+        settings, Library(tmp_path, settings.models_dir, None, None), queue, Outputs(settings.outputs_dir), None
+    )
+    with pytest.raises(TooLarge, match=reason):
+        service.submit(Job(request=plain(prompt=prompt, steps=20)))
+    queue.close()

@@ -273,19 +273,12 @@ def test_a_body_without_end_is_not_waited_for() -> None:
         assert post(receiver.host, receiver.url) == 200
 
 
-@pytest.mark.parametrize(
-    ("behave", "reason"),
-    [
-        (huge_head, "the answer was no HTTP"),
-        (no_http, "the answer was no HTTP"),
-        (hang_up, "the answer was no HTTP"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_an_answer_that_is_none_is_told_as_such(behave: object, reason: str) -> None:
+@pytest.mark.parametrize("behave", [huge_head, no_http, hang_up], ids=lambda value: value.__name__)
+def test_an_answer_that_is_none_is_told_as_such(behave: object) -> None:
     with misbehaving(behave) as receiver, pytest.raises(Unreachable) as caught:  # type: ignore[arg-type]
         post(receiver.host, receiver.url)
-    assert str(caught.value) == reason
+    # The receiver hangs up with our request unread: what comes first, its end or what it said, is the kernel's choice.
+    assert str(caught.value) in ("the answer was no HTTP", "connection reset by peer")
 
 
 def test_a_receiver_that_is_down_is_told_as_such() -> None:

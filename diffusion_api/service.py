@@ -353,6 +353,12 @@ class Service:
                 f"at most {limits.max_pixels} are allowed",
                 field="width",
             )
+        if request.seed_resize_width * request.seed_resize_height > limits.max_pixels:
+            raise InvalidRequest(
+                f"seed_resize_width x seed_resize_height is {request.seed_resize_width}x{request.seed_resize_height}; "
+                f"at most {limits.max_pixels} pixels are allowed",
+                field="seed_resize_width",
+            )
         work = request.width * request.height * request.steps * request.count / 1e6
         if work > limits.max_work:
             raise InvalidRequest(

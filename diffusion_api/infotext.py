@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from diffusion_api.schema.request import Txt2Img
 
@@ -119,6 +120,44 @@ _DEFAULTS: dict[str, Value] = {
 }
 
 
+_OPTIONS = {
+    "Variation seed strength": "variation_strength",
+    "Clip skip": "clip_skip",
+    "ENSD": "ensd",
+    "Sigma churn": "s_churn",
+    "Sigma tmin": "s_tmin",
+    "Sigma tmax": "s_tmax",
+    "Sigma noise": "s_noise",
+    "Discard penultimate sigma": "discard_next_to_last_sigma",
+    "CFG Rescale": "guidance_rescale",
+}
+"""Fields of a request that are written where they differ from their default."""
+
+_ASKED = _OPTIONS | {
+    "Steps": "steps",
+    "Sampler": "sampler",
+    "Schedule type": "schedule",
+    "CFG scale": "guidance_scale",
+    "Seed": "seed",
+    "Size-1": "width",
+    "Size-2": "height",
+    "Model": "model",
+    "Variation seed": "variation_seed",
+    "Seed resize from-1": "seed_resize_width",
+    "Seed resize from-2": "seed_resize_height",
+    "Eta": "eta",
+    "Eta DDIM": "eta",
+    "RNG": "rng",
+    "Emphasis": "emphasis",
+}
+
+_IN_WORDS = ("rng", "emphasis")
+"""Fields whose values are words, which A1111 writes with capitals."""
+
+_NO_MATTER = {"Model hash", "Lora hashes", "TI hashes", "VAE hash", "Hashes", "Version", "User", "Created Date"}
+"""What is said of a picture, and decides nothing of how it looks."""
+
+
 @dataclass(frozen=True)
 class Parameters:
     """What an infotext says.
@@ -173,35 +212,63 @@ def ordered(fields: Mapping[str, str | int | float | None]) -> dict[str, str | i
 def for_txt2img(
     request: Txt2Img,
     *,
+    number: int = 0,
     sampler_label: str,
     schedule_label: str,
-    seed: int,
     model_name: str,
     model_hash: str | None,
     version: str,
 ) -> str:
-    """The infotext of one picture of a request.
+    """The infotext of one picture of a request: of the first one, or the one with that ``number``.
 
-    Labels are those that users see ("Euler a", "Karras"). ``seed`` is the picture's own. ``model_hash`` is the first
-    ten hex digits of the file's SHA-256, or None. ``version`` should start with a name ("DiffusionAPI v1.0.0"): a
-    bare number looks like A1111's own, which then behaves as it did in that version.
+    Labels are those that users see ("Euler a", "Karras"). ``model_hash`` is the first ten hex digits of the file's
+    SHA-256, or None. ``version`` should start with a name ("DiffusionAPI v1.0.0"): a bare number looks like A1111's own,
+    which then behaves as it did in that version.
     """
-    return render(
-        request.prompt,
-        request.negative_prompt,
-        {
-            "Steps": request.steps,
-            "Sampler": sampler_label,
-            "Schedule type": schedule_label,
-            "CFG scale": request.guidance_scale,
-            "Seed": seed,
-            "Size": f"{request.width}x{request.height}",
-            "Model hash": model_hash,
-            "Model": model_name,
-            "RNG": "CPU",
-            "Version": version,
-        },
-    )
+    resized = f"{request.seed_resize_width}x{request.seed_resize_height}" if request.seed_resize_width else None
+    options = {key: _unless_default(request, field) for key, field in _OPTIONS.items()}
+    emphasis = _unless_default(request, "emphasis")
+    fields = {
+        "Steps": request.steps,
+        "Sampler": sampler_label,
+        "Schedule type": schedule_label,
+        "CFG scale": request.guidance_scale,
+        "Seed": request.seeds[number],
+        "Size": f"{request.width}x{request.height}",
+        "Model hash": model_hash,
+        "Model": model_name,
+        "Variation seed": request.variation_seeds[number],
+        "Seed resize from": resized,
+        "RNG": request.rng.upper(),
+        "Emphasis": emphasis and emphasis.capitalize(),
+        "Eta DDIM" if request.sampler.startswith("ddim") else "Eta": request.eta,
+        **options,
+        "Version": version,
+    }
+    return render(request.prompt, request.negative_prompt, ordered(fields))
+
+
+def _unless_default(request: Txt2Img, field: str) -> Any:
+    value = getattr(request, field)
+    return None if value == Txt2Img.model_fields[field].default else value
+
+
+def asked(parameters: Parameters) -> tuple[dict[str, Value], tuple[str, ...]]:
+    """What a picture like that is asked for with, by the names of :class:`Txt2Img`; and the keys that are not understood.
+
+    Sampler, schedule and model are as written. What A1111 means by leaving a key out is filled in, so that the noise is
+    A1111's where no RNG is named. Whether the values are good ones is not looked at.
+    """
+    full = restored(parameters)
+    found: dict[str, Value] = {"prompt": full.prompt, "negative_prompt": full.negative_prompt}
+    for key, field in _ASKED.items():
+        if key in full.fields:
+            value = full.fields[key]
+            found[field] = str(value).lower() if field in _IN_WORDS else value
+    if found.get("rng") == "gpu":
+        found["rng"] = "nv"
+    known = _ASKED.keys() | _NO_MATTER
+    return found, tuple(key for key in parameters.fields if not {key, f"{key}-1"} & known)
 
 
 def from_novelai(description: str, comment: str, *, width: int, height: int) -> str | None:

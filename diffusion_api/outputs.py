@@ -82,9 +82,9 @@ class Outputs:
         request, pixels, seed = job.request, finished.images[number], finished.seeds[number]
         text = infotext.for_txt2img(
             request,
+            number=number,
             sampler_label=samplers.sampler(request.sampler).label,
             schedule_label=samplers.schedule(request.schedule).label,
-            seed=seed,
             model_name=request.model,
             model_hash=finished.model_hash,
             version=f"DiffusionAPI v{__version__}",

@@ -31,7 +31,8 @@ from diffusion_api.usage import Usage, Use
 from diffusion_api.waiters import Waiters
 
 if TYPE_CHECKING:
-    from diffusion_api.catalog.library import Library, Model
+    from diffusion_api.catalog.layouts import Kind
+    from diffusion_api.catalog.library import Asset, Library, Model
     from diffusion_api.engine.base import Engine
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
@@ -221,6 +222,10 @@ class Service:
         """Installed models."""
         return self._library.models()
 
+    def assets(self, kind: Kind) -> list[Asset]:
+        """Installed LoRAs, VAEs, upscalers or embeddings."""
+        return self._library.assets(kind)
+
     def model(self, name: str | None) -> Model:
         """The model that a request means. Raises UnknownModel."""
         return self._library.resolve(name)
@@ -279,7 +284,7 @@ class Service:
             outputs_free_gb=round(free, 2),
             active_jobs=self._active_jobs(),
             models=models,
-            loras=_count_files(settings.loras_dir),
+            loras=len(self._library.assets("lora")),
             device=self._engine.report() if self._engine else next((w.device for w in workers if w.device), None),
             workers=tuple(workers),
             paused=readiness.paused,
@@ -348,6 +353,12 @@ class Service:
                 f"at most {limits.max_pixels} are allowed",
                 field="width",
             )
+        if request.seed_resize_width * request.seed_resize_height > limits.max_pixels:
+            raise InvalidRequest(
+                f"seed_resize_width x seed_resize_height is {request.seed_resize_width}x{request.seed_resize_height}; "
+                f"at most {limits.max_pixels} pixels are allowed",
+                field="seed_resize_width",
+            )
         work = request.width * request.height * request.steps * request.count / 1e6
         if work > limits.max_work:
             raise InvalidRequest(
@@ -376,7 +387,3 @@ def _space(folder: Path) -> tuple[float, float]:
     except OSError:
         return 100.0, 0.0
     return 100 * disk.used / disk.total, disk.free / GIB
-
-
-def _count_files(folder: Path) -> int:
-    return sum(f.suffix in (".safetensors", ".bin", ".pt", ".pth") for f in folder.glob("*"))

@@ -19,6 +19,7 @@ from torch import Tensor
 from diffusion_api.catalog import samplers
 from diffusion_api.engine import text
 from diffusion_api.engine.base import Finished, Pixels, Stop, StopAsked
+from diffusion_api.engine.noise import streams
 from diffusion_api.engine.plan import Pass, plan
 from diffusion_api.engine.samplers import SAMPLERS
 from diffusion_api.engine.samplers.sigmas import NoiseLevels, spacing
@@ -191,16 +192,15 @@ class _Enough(Exception):
 def denoised(
     lane: Lane, stage: Pass, report: Report, stop: StopAsked
 ) -> Generator[Evaluate | Run, Any, tuple[Tensor, int | None]]:
-    """One sampling pass: noise from the image's own generator, then the sampler; clean latents.
+    """One sampling pass: the picture's own noise, then the sampler; clean latents.
 
     When told to stop with a picture: the model's present guess of them, and the step at which that was.
     """
     guidance = yield from guided(lane, stage)
-    generator = torch.Generator("cpu").manual_seed(stage.seed)
-    shape = lane.latent_shape(stage.width, stage.height)
+    first, later = streams(stage, lane.latent_shape)
 
     def noise() -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(lane.device)
+        return later().to(lane.device)
 
     evaluations = 0
 
@@ -221,7 +221,7 @@ def denoised(
     sigmas = spacing(lane.levels, stage.sampler, stage.schedule, stage.steps)
     start = math.sqrt(1 + sigmas[0] ** 2) if stage.sampler == "ddim" else sigmas[0]
     try:
-        x: Tensor = yield from SAMPLERS[stage.sampler](denoise, noise() * start, sigmas, noise)
+        x: Tensor = yield from SAMPLERS[stage.sampler](denoise, first.to(lane.device) * start, sigmas, noise)
     except _Enough as enough:
         return enough.estimate, enough.step
     return x * (1 / math.sqrt(1 + sigmas[-1] ** 2)), None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import partial
 from typing import Any, Protocol
 
@@ -59,6 +60,16 @@ class Lane(Protocol):
         """Where latents live."""
 
 
+class Point(StrEnum):
+    """What a job needs the device for."""
+
+    LOAD = "load"
+    ENCODE = "encode"
+    EVALUATE = "evaluate"
+    DECODE = "decode"
+    OTHER = "other"
+
+
 @dataclass(frozen=True)
 class Evaluate:
     """Please: the model's raw prediction for these latents, once for each conditioning; (conditionings, c, h, w)."""
@@ -67,13 +78,15 @@ class Evaluate:
     latents: Tensor
     timestep: float
     conditionings: tuple[Tensor, ...]
+    point: Point = field(default=Point.EVALUATE, init=False)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Please: anything else that needs the device."""
+    """Please: anything else that needs the device. It may be run again when memory runs out in it."""
 
     work: Callable[[], Any]
+    point: Point = Point.OTHER
 
 
 Asks = Generator[Evaluate | Run, Any, Any]
@@ -90,7 +103,7 @@ def job(
     """
     before = memory()
     report(Progress(state=State.LOADING, phase="loading"))
-    lane: Lane = yield Run(lambda: load(request.model))
+    lane: Lane = yield Run(lambda: load(request.model), Point.LOAD)
     images: list[Pixels] = []
     warnings: dict[str, None] = {}
     broken_off: int | None = None
@@ -100,7 +113,7 @@ def job(
             break
         report(_progress(stage, 0))
         latents, broken_off = yield from denoised(lane, stage, report, stop)
-        image, warning = yield Run(partial(developed, lane, latents))
+        image, warning = yield Run(partial(developed, lane, latents), Point.DECODE)
         images.append(image)
         warnings |= dict.fromkeys(warning)
         if broken_off is not None:
@@ -184,7 +197,7 @@ def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
 
     def encoded(part: Part) -> Generator[Run, Any, Schedule]:
         lasts, texts = zip(*part.schedule(steps), strict=True)
-        return Schedule(lasts, (yield Run(lambda: lane.encode(texts))))
+        return Schedule(lasts, (yield Run(lambda: lane.encode(texts), Point.ENCODE)))
 
     parts = parse(stage.prompt).parts
     weights = tuple(part.weight for part in parts)

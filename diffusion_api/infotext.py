@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffusion_api.schema.request import Txt2Img
+from diffusion_api.schema.request import LoraUse, Txt2Img
 
 Value = str | int | float | bool
 """What a field holds: text, or the number or truth value that the text stood for."""
@@ -217,12 +217,13 @@ def for_txt2img(
     schedule_label: str,
     model_name: str,
     model_hash: str | None,
+    known: Mapping[str, str] | None = None,
     version: str,
 ) -> str:
     """The infotext of one picture of a request: of the first one, or the one with that ``number``.
 
     Labels are those that users see ("Euler a", "Karras"). ``model_hash`` is the first ten hex digits of the file's
-    SHA-256, or None. ``version`` should start with a name ("DiffusionAPI v1.0.0"): a bare number looks like A1111's own,
+    SHA-256, or None; ``known`` are more fields by A1111's keys. ``version`` should start with a name ("DiffusionAPI v1.0.0"): a bare number looks like A1111's own,
     which then behaves as it did in that version.
     """
     resized = f"{request.seed_resize_width}x{request.seed_resize_height}" if request.seed_resize_width else None
@@ -243,9 +244,17 @@ def for_txt2img(
         "Emphasis": emphasis and emphasis.capitalize(),
         "Eta DDIM" if request.sampler.startswith("ddim") else "Eta": request.eta,
         **options,
+        "LoRAs": ", ".join(f"{use.name}:{_strengths(use)}" for use in request.loras) or None,
+        **(known or {}),
         "Version": version,
     }
     return render(request.prompt, request.negative_prompt, ordered(fields))
+
+
+def _strengths(use: LoraUse) -> str:
+    """As in ``<lora:name:text encoder:unet>``, in full only where the two differ."""
+    text, unet = _written(use.on_text), _written(use.scale)
+    return unet if text == unet else f"{text}:{unet}"
 
 
 def _unless_default(request: Txt2Img, field: str) -> Any:

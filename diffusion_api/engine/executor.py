@@ -23,6 +23,7 @@ from diffusion_api.settings import keep_offline
 if TYPE_CHECKING:
     from diffusion_api.engine.denoise import Asks
     from diffusion_api.engine.devices import Device
+    from diffusion_api.engine.extras import Extras
     from diffusion_api.engine.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class Executor:
             from transformers.utils import logging as transformers_logging
 
             from diffusion_api.engine import devices
+            from diffusion_api.engine.extras import Extras
             from diffusion_api.engine.weights import Weights
 
             diffusers_logging.set_verbosity_error()
@@ -112,6 +114,7 @@ class Executor:
             transformers_logging.disable_progress_bar()
             self._device = devices.choose(self._wanted)
             weights = Weights(self._library, self._device, self._tokenizer)
+            extras = Extras(self._library)
         except DeviceUnusable as error:
             self._unusable = error
             return
@@ -124,14 +127,19 @@ class Executor:
         log.info("engine ready on %s", self._device.report().name)
         with torch.inference_mode():
             while task := self._tasks.get():
-                task.context.run(self._answer, task, weights, self._device)
+                task.context.run(self._answer, task, weights, extras, self._device)
 
-    def _answer(self, task: Task, weights: Weights, device: Device) -> None:
+    def _answer(self, task: Task, weights: Weights, extras: Extras, device: Device) -> None:
         from diffusion_api.engine import denoise
 
         outcome: Finished | Exception
         asks = denoise.job(
-            task.request, load=weights.load, memory=lambda: device.memory_mb, report=task.events.put, stop=task.stop
+            task.request,
+            load=weights.load,
+            attach=extras.attach,
+            memory=lambda: device.memory_mb,
+            report=task.events.put,
+            stop=task.stop,
         )
         try:
             outcome = replace(self._drive(asks, task), model_cached=weights.hit)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,9 @@ FOLDERS: dict[str, Kind] = {
     "embeddings": "embedding",
 }
 """What a folder of that name holds in any of those programs, in any case."""
+
+EXTRA_PATHS = "extra_model_paths.yaml"
+"""ComfyUI's own list of more folders, in its root."""
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 MAX_DEPTH = 10
@@ -69,8 +72,18 @@ class Entry:
     kind: Kind | None
 
 
-def places(root: Path, shown: str) -> list[Place]:
-    """Where to search in a folder that the operator named, whichever program it belongs to."""
+def places(root: Path, shown: str, tell: Tell) -> list[Place]:
+    """Where to search below a root that the operator named, whichever program it belongs to. It may be ComfyUI's file of
+    more roots, too.
+    """
+    if root.suffix.lower() in (".yaml", ".yml"):
+        return _extra_places(root, shown, tell)
+    more = root / EXTRA_PATHS
+    extra = _extra_places(more, f"{shown}/{EXTRA_PATHS}", tell) if more.is_file() else []
+    return [*_program_places(root, shown), *extra]
+
+
+def _program_places(root: Path, shown: str) -> list[Place]:
     inner = [(root / name, f"{shown}/{name}") for name in ("models", "stable_diffusion")]
     programs = [(folder, text) for folder, text in inner if any(_known(folder))]
     if not programs:
@@ -81,6 +94,33 @@ def places(root: Path, shown: str) -> list[Place]:
     if (root / "stable_diffusion" / "models").is_dir():
         found.append(("model", root / "stable_diffusion" / "models", f"{shown}/stable_diffusion/models"))
     return [Place(child, text, kind) for kind, child, text in found]
+
+
+def _extra_places(file: Path, shown: str, tell: Tell) -> list[Place]:
+    """The folders that a file of ComfyUI names: sections with a base path, and lines of folders for each kind."""
+    import yaml
+
+    try:
+        sections = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tell(shown, " ".join(str(getattr(error, "strerror", None) or error).split())[:200])
+        return []
+    found = []
+    for section in sections.values() if isinstance(sections, dict) else ():
+        if isinstance(section, dict):
+            found += _section_places(section, file.parent)
+    return found
+
+
+def _section_places(section: dict[str, Any], beside: Path) -> Iterator[Place]:
+    base = beside / Path(str(section.get("base_path") or "")).expanduser()
+    shown = base.resolve().name
+    for name, lines in section.items():
+        kind = FOLDERS.get(str(name).lower())
+        for line in str(lines).splitlines() if kind else ():
+            if line.strip():
+                folder = base / line.strip()
+                yield Place(folder, f"{shown}/{folder.name}", kind)
 
 
 def _known(folder: Path) -> Iterator[tuple[Kind, Path]]:
@@ -130,11 +170,18 @@ def _search(place: Place, entered: set[tuple[int, int]], tell: Tell) -> Iterator
             return
         for child in children:
             below = relative / child.name
-            if child.is_dir():
+            if _is_folder(child):
                 if len(below.parts) <= MAX_DEPTH:
                     waiting.append((Path(child), below, kind or FOLDERS.get(child.name.lower())))
             elif child.name.lower().endswith(SUFFIXES):
                 yield Entry(Path(child), below, str(PurePosixPath(place.shown, below)), kind)
+
+
+def _is_folder(child: os.DirEntry[str]) -> bool:
+    try:
+        return child.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _order(child: os.DirEntry[str]) -> tuple[bool, str]:

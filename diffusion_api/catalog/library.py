@@ -56,7 +56,7 @@ class Asset:
     stamp: int = 0
 
     @property
-    def pickle(self) -> bool:
+    def pickled(self) -> bool:
         """True for a format that can hold code: it is read as data only."""
         return self.path.is_file() and self.path.suffix.lower() != ".safetensors"
 
@@ -136,6 +136,11 @@ class Library:
         """The file of that kind with that name, as callers write it: see :meth:`find`."""
         return _find(self.assets(kind), name)
 
+    def styles_files(self) -> list[Path]:
+        """The files of styles that A1111 would read: the home's before the others'."""
+        roots = (self._home, self._home / "stable_diffusion", *(root for root, _ in self._roots))
+        return [file for root in roots if (file := root / "styles.csv").is_file()]
+
     def find(self, name: str) -> Model | None:
         """The model with that name, file name, path within its folder, repository of the hub, or label.
 
@@ -208,7 +213,10 @@ class Library:
         yield Place(home / "models", "models", "model")
         yield Place(home / "loras", "loras", "lora")
         for root, shown in self._roots:
-            yield from places(root, shown)
+            if root.exists():
+                yield from places(root, shown, self._tell)
+            else:
+                self._log_once(f"{shown} (models_from) is not there")
 
     def _row(self, entry: Entry, *, shipped: bool = False) -> Asset | None:
         """What an entry is; None, and told where it should be something, when it can be of no use."""
@@ -254,8 +262,9 @@ class Library:
 
     def _add(self, row: Asset, entry: Entry, rows: dict[str, Asset]) -> None:
         """Put a row under the first of its names that is free."""
-        path = PurePosixPath(entry.shown)
-        for name in (row.name, str(entry.relative.with_suffix("")), str(path.with_suffix("")), str(path)):
+        suffix = row.path.suffix if row.path.is_file() else ""
+        relative = str(entry.relative).removesuffix(suffix)
+        for name in (row.name, relative, entry.shown.removesuffix(suffix), entry.shown):
             other = rows.get(name)
             if other is None:
                 rows[name] = replace(row, name=name)

@@ -155,19 +155,24 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Guidance:
-    """The prompts joined by AND, each with its scale, and the negative one; None where it would change nothing."""
+    """The prompts joined by AND, each with its weight, and the negative one; None where it would change nothing."""
 
     prompts: tuple[Schedule, ...]
-    scales: tuple[float, ...]
+    weights: tuple[float, ...]
     negative: Schedule | None
+    scale: float
 
     def predicted(
         self, evaluation: int, evaluate: Callable[[tuple[Tensor, ...]], Evaluate]
-    ) -> Generator[Evaluate, Tensor, Tensor]:
-        """The guided prediction. A negative prompt of another length than the prompts is asked for apart."""
+    ) -> Generator[Evaluate, Tensor, tuple[Tensor, Tensor]]:
+        """The guided prediction, and the one that scale 1 gives.
+
+        A negative prompt of another length than the prompts is asked for apart.
+        """
         conditionings = text.as_long([prompt.at(evaluation) for prompt in self.prompts])
         if self.negative is None:
-            return (yield evaluate(conditionings))
+            prediction = yield evaluate(conditionings)
+            return prediction, prediction
         negative = self.negative.at(evaluation)
         if negative.shape == conditionings[0].shape:
             both = yield evaluate((negative, *conditionings))
@@ -175,10 +180,21 @@ class Guidance:
         else:
             without = yield evaluate((negative,))
             predictions = yield evaluate(conditionings)
-        guided: Tensor = without
-        for prediction, scale in zip(predictions, self.scales, strict=True):
-            guided = guided + (prediction - without) * scale
-        return guided
+        direction = torch.zeros_like(without)
+        for prediction, weight in zip(predictions, self.weights, strict=True):
+            direction = direction + (prediction - without) * weight
+        return without + direction * self.scale, without + direction
+
+
+def rescaled(x: Tensor, sigma: float, guided: Tensor, plain: Tensor, share: float) -> Tensor:
+    """The guided estimate of the picture in ``x``, brought towards the spread of the plain one (Lin et al. 2024,
+    arXiv:2305.08891, 3.4).
+
+    The spread is that of v, which the paper's model predicts; scaling epsilon would leave noise in the picture.
+    """
+    middle = x / (sigma**2 + 1)  # v is the distance from it, in units that do not matter here
+    wide, narrow = middle - guided, middle - plain
+    return middle - wide * (share * (narrow.std() / wide.std()) + 1 - share)
 
 
 def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
@@ -190,14 +206,14 @@ def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
         return Schedule(lasts, (yield Run(lambda: lane.encode(texts))))
 
     parts = parse(stage.prompt).parts
-    scales = tuple(part.weight * stage.guidance_scale for part in parts)
+    weights = tuple(part.weight for part in parts)
     negative = None
-    if scales != (1,):
+    if len(parts) > 1 or weights[0] * stage.guidance_scale != 1:
         negative = yield from encoded(parse_negative(stage.negative_prompt))
     prompts = []
     for part in parts:
         prompts.append((yield from encoded(part)))
-    return Guidance(tuple(prompts), scales, negative)
+    return Guidance(tuple(prompts), weights, negative, stage.guidance_scale)
 
 
 class _Enough(Exception):
@@ -226,13 +242,15 @@ def denoised(
     def denoise(x: Tensor, sigma: float) -> Generator[Evaluate, Tensor, Tensor]:
         nonlocal evaluations
         scaled = x * (1 / math.sqrt(sigma**2 + 1))
-        predicted = yield from guidance.predicted(
+        predicted, plain = yield from guidance.predicted(
             evaluations, partial(Evaluate, lane, scaled, lane.levels.timestep(sigma))
         )
         evaluations += 1
         progress = _progress(stage, evaluations)
         report(progress)
         estimate = x - predicted * sigma
+        if share := stage.request.guidance_rescale:
+            estimate = rescaled(x, sigma, estimate, x - plain * sigma, share)
         if stop() is Stop.WITH_PICTURE:
             raise _Enough(estimate, progress.step)
         return estimate

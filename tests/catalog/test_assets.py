@@ -44,8 +44,8 @@ def test_each_kind_is_found_in_its_own_folder(home: Path, kind: Kind) -> None:
     (folder / "two.pt").write_bytes(b"PK\3\4")
     (folder / "readme.txt").touch()
     one, two = library(home).assets(kind)
-    assert (one.name, one.kind, one.pickle, one.path) == ("one.v2", kind, False, path)
-    assert (two.name, two.kind, two.pickle) == ("two", kind, True)
+    assert (one.name, one.kind, one.pickled, one.path) == ("one.v2", kind, False, path)
+    assert (two.name, two.kind, two.pickled) == ("two", kind, True)
     assert one.shown_path == f"stable_diffusion/{OWN[kind]}/one.v2.safetensors"
     assert one.hash == hashlib.sha256(path.read_bytes()).hexdigest()[:10]
 

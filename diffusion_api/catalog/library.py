@@ -65,7 +65,6 @@ class Asset:
         """The first 10 hex digits of the file's SHA-256, as A1111 shows it; None for a folder."""
         return _sha256(self.path, self.stamp)[:10] if self.path.is_file() else None
 
-
     @property
     def network_hash(self) -> str:
         """The 12 hex digits by which A1111 knows a LoRA or an embedding again."""

@@ -21,7 +21,7 @@ def read_embedding(path: Path, widths: Mapping[str, int]) -> dict[str, Tensor]:
     """
     found = _vectors(read_weights(path))
     if len(found) == 1 and len(widths) == 1 and "" in found:
-        found = {part: found[""] for part in widths}
+        found = dict.fromkeys(widths, found[""])
     if found.keys() == set(SDXL.values()) and widths.keys() < found.keys() and "text_encoder" not in widths:
         found = {part: found[part] for part in widths}  # the refiner has the second encoder alone
     for part, width in widths.items():

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
@@ -24,13 +25,10 @@ from diffusion_api.engine.embeddings import read_embedding
 from diffusion_api.engine.families.base import read_weights
 from diffusion_api.engine.loras import Patches, Step, Weight, steps
 from diffusion_api.prompt import parse
-from diffusion_api.schema.job import LoraApplied, LoraSkipped
-from diffusion_api.schema.request import LoraUse, Request
+from diffusion_api.schema.job import NOT_INSTALLED, LoraApplied, LoraSkipped, lora_skipped
+from diffusion_api.schema.request import OWN_VAE, LoraUse, Request
 
 log = logging.getLogger(__name__)
-
-OWN_VAE = "None"
-"""The name of the VAE that a model has itself."""
 
 
 class Extras:
@@ -124,14 +122,12 @@ class _Fitting:
         """What became of all that was added."""
         hashes = ", ".join(f"{name}: {value}" for name, value in self._hashes.items())
         infotext = ({"Lora hashes": hashes} if hashes else {}) | self._vae
-        return Attached(
-            tuple(self._applied), tuple(self._skipped), tuple(dict.fromkeys(self._warnings)), infotext
-        )
+        return Attached(tuple(self._applied), tuple(self._skipped), tuple(dict.fromkeys(self._warnings)), infotext)
 
     def add(self, use: LoraUse, row: Asset | None) -> None:
         """One more LoRA, after those before it."""
         if row is None:
-            self._skip(use.name, "it is not installed")
+            self._skip(use.name, NOT_INSTALLED)
             return
         try:
             tensors = _tensors(read_weights(row.path))
@@ -175,12 +171,16 @@ class _Fitting:
             self._warnings.append(f"VAE {row.name!r} was skipped: {_reason(error)}")
             return
         for name, tensor in tensors.items():
-            self.steps["vae", name] = [lambda own, tensor=tensor: tensor.to(own.device, torch.float32)]
+            self.steps["vae", name] = [partial(_instead, tensor)]
         self._vae = {"VAE hash": row.hash or "", "VAE": row.path.name}
 
     def _skip(self, name: str, reason: str) -> None:
         self._skipped.append(LoraSkipped(name=name, reason=reason))
-        self._warnings.append(f"LoRA {name!r} was skipped: {reason}")
+        self._warnings.append(lora_skipped(name, reason))
+
+
+def _instead(tensor: Tensor, own: Tensor) -> Tensor:
+    return tensor.to(own.device, torch.float32)
 
 
 def _tensors(content: object) -> dict[str, Tensor]:
@@ -193,7 +193,7 @@ def _tensors(content: object) -> dict[str, Tensor]:
     raise ValueError("it holds no tensors")
 
 
-def _vae_tensors(path: Path, network: torch.nn.Module | None) -> dict[str, Tensor]:
+def _vae_tensors(path: Path, network: Any) -> dict[str, Tensor]:
     """The weights of a VAE by the names of this network, all of them. Raises ValueError when it is another kind."""
     if network is None:
         raise ValueError("the model has no VAE that could be replaced")

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_SEED = 2**32 - 1
 
+OWN_VAE = "None"
+"""The name of the VAE that a model has itself."""
+
 Source = Literal["nv", "cpu"]
 Emphasis = Literal["original", "no norm", "ignore", "none"]
 

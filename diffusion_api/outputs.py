@@ -87,6 +87,7 @@ class Outputs:
             schedule_label=samplers.schedule(request.schedule).label,
             model_name=request.model,
             model_hash=finished.model_hash,
+            known=finished.infotext,
             version=f"DiffusionAPI v{__version__}",
         )
         data = images.encode(pixels, format=request.output.format, quality=request.output.quality, infotext=text)

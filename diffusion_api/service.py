@@ -48,6 +48,9 @@ PROBE_EVERY = 5.0
 MAX_PARTS = 32
 """Parts of a prompt between ANDs; each is an evaluation at every step."""
 
+MAX_NETWORKS = 64
+"""LoRAs of one job; each is read and added to the weights."""
+
 MAX_TEXTS = 200_000
 """Characters of all the texts that a prompt is at its steps; each is encoded before the first one."""
 
@@ -226,6 +229,10 @@ class Service:
         """Installed LoRAs, VAEs, upscalers or embeddings."""
         return self._library.assets(kind)
 
+    def asset(self, kind: Kind, name: str) -> Asset | None:
+        """The file of that kind that a caller means."""
+        return self._library.find_asset(kind, name)
+
     def model(self, name: str | None) -> Model:
         """The model that a request means. Raises UnknownModel."""
         return self._library.resolve(name)
@@ -369,7 +376,10 @@ class Service:
         for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
             if len(text) > limits.max_prompt:
                 raise TooLarge(f"{name} has {len(text)} characters; at most {limits.max_prompt} are allowed")
-        parts = prompt.parse(request.prompt).parts
+        parsed = prompt.parse(request.prompt)
+        parts, networks = parsed.parts, len(request.loras) + len(parsed.networks)
+        if networks > MAX_NETWORKS:
+            raise TooLarge(f"the job asks for {networks} LoRAs; at most {MAX_NETWORKS} are allowed")
         if len(parts) > MAX_PARTS:
             raise TooLarge(f"prompt joins {len(parts)} parts by AND; at most {MAX_PARTS} are allowed")
         for name, each in (("prompt", parts), ("negative_prompt", (prompt.parse_negative(request.negative_prompt),))):

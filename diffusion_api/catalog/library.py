@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
+import struct
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -62,6 +64,11 @@ class Asset:
     def hash(self) -> str | None:
         """The first 10 hex digits of the file's SHA-256, as A1111 shows it; None for a folder."""
         return _sha256(self.path, self.stamp)[:10] if self.path.is_file() else None
+
+    @property
+    def network_hash(self) -> str:
+        """The 12 hex digits by which A1111 knows a LoRA or an embedding again."""
+        return _lora_hash(self.path, self.stamp) if self.kind == "lora" else _sha256(self.path, self.stamp)[:12]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,3 +375,19 @@ def _loose(name: str) -> str:
 def _sha256(path: Path, stamp: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _lora_hash(path: Path, stamp: int) -> str:
+    """What the trainer wrote into the file; else the SHA-256 of its tensors without the header, so that a file that is
+    described anew is known again; of the whole file where it has no header.
+    """
+    if path.suffix.lower() != ".safetensors":
+        return _sha256(path, stamp)[:12]
+    told = detect.safetensors_metadata(path).get("sshs_model_hash", "")
+    if re.fullmatch("[0-9a-f]{12,64}", told):
+        return told[:12]
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(8 + length)
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]

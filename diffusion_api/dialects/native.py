@@ -20,8 +20,8 @@ from diffusion_api.dialects._base import MAX_SIDE, ErrorRoute, build, caller_of,
 from diffusion_api.errors import InvalidRequest, UnknownModel
 from diffusion_api.prompt import parse
 from diffusion_api.queues.base import Key, Snapshot
-from diffusion_api.schema.job import Job, Result, State
-from diffusion_api.schema.request import MAX_SEED, Emphasis, Output, Source, Txt2Img
+from diffusion_api.schema.job import NOT_INSTALLED, Job, LoraApplied, LoraSkipped, Result, State, lora_skipped
+from diffusion_api.schema.request import MAX_SEED, OWN_VAE, Emphasis, LoraUse, Output, Source, Txt2Img
 
 if TYPE_CHECKING:
     from diffusion_api.schema.report import WorkerReport
@@ -42,6 +42,7 @@ UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or no worker
 NEXT_STEP = 5.0
 """Seconds that a running job gets to end before the caller who cancelled it is answered."""
 
+KNOWN = "<lora:name:weight> is one"
 NOBODY = 499
 """Status of an answer that nobody will read, as the caller has hung up."""
 
@@ -64,10 +65,13 @@ def _source(value: Any) -> Any:
 
 
 class LoraBody(BaseModel):
-    """A LoRA by name, with its strength."""
+    """A LoRA by name, or by its path as the service shows it, with its strength."""
 
-    name: str
-    scale: float = 1.0
+    name: str = Field(validation_alias=_also("name", "path"))
+    scale: float = Field(default=1.0, allow_inf_nan=False)
+    text_scale: float | None = Field(
+        default=None, allow_inf_nan=False, description="strength on the text encoders; that of scale when left out"
+    )
 
 
 class HiresBody(BaseModel):
@@ -181,7 +185,14 @@ class Txt2ImgBody(BaseModel):
     infotext: str | None = Field(
         default=None, description="the parameters of a picture, as A1111 writes them: for all that is left out here"
     )
-    loras: list[LoraBody | str] | None = None
+    loras: list[LoraBody | str] | None = Field(
+        default=None, description="beside those that the prompt names as <lora:name:scale>"
+    )
+    vae: str | None = Field(
+        default=None,
+        validation_alias=_also("vae", "sd_vae"),
+        description="a VAE by name; None: the model's own; Automatic, also when left out: the one named like the model",
+    )
     hires: HiresBody | None = None
     refiner_checkpoint: str | None = None
     refiner_switch_at: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False, description="0 to 1")
@@ -239,6 +250,8 @@ class StatusBody(BaseModel):
     height: int = Field(default=0, description="pixels")
     file_type: Literal["jpg", "png"] = "jpg"
     jpeg_quality: int | None = None
+    loras_applied: list[LoraApplied] = Field(default=[], description="with their strengths, in order")
+    loras_skipped: list[LoraSkipped] = Field(default=[], description="those that were asked for in vain, and why")
     generation_time_sec: float = 0
     memory_before_mb: float = Field(default=0, description="resident on a CPU, allocated on a GPU")
     memory_after_mb: float = 0
@@ -436,9 +449,8 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     warnings += [note for note in (width_note, height_note) if note]
     if body.hires and body.hires.enabled:
         raise InvalidRequest("hires is not supported by this release; leave it out", field="hires")
-    asked = [("lora", lora if isinstance(lora, str) else lora.name) for lora in body.loras or []]
-    asked += [(network.kind, network.name) for network in parse(body.prompt).networks]
-    warnings += [_skipped(kind, name) for kind, name in dict.fromkeys(asked)]
+    loras = tuple(_lora(lora) for lora in body.loras or [])
+    warnings += _absent([*(("lora", lora.name) for lora in loras), *_networks(body.prompt)], service)
     if body.refiner_checkpoint:
         warnings.append(f"refiner_checkpoint is ignored: model {model.name!r} is no SDXL model")
     file_type = (body.fileType or "jpg").lower()
@@ -457,6 +469,8 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
         schedule=schedule.name,
         seed=resolve_seed(body.seed),
         count=_given(body.n, 1),
+        loras=loras,
+        vae=_vae(body.vae, service),
         **_noise(body),
         **{name: value for name in OPTIONS if (value := getattr(body, name)) is not None},
         output=build(Output, format=FILE_TYPES[file_type], quality=_given(body.jpeg_quality, 85)),
@@ -476,6 +490,9 @@ def _filled(body: Txt2ImgBody, service: Service) -> tuple[Txt2ImgBody, list[str]
         except UnknownModel:
             del fields["model"]
             notes.append(f"infotext: model {told['model']!r} is not installed; the default one is used")
+    if "vae" in told and "vae" not in said and service.asset("vae", str(told["vae"])) is None:
+        del fields["vae"]
+        notes.append(f"infotext: vae {told['vae']!r} is not installed; the model's own is used")
     return build(Txt2ImgBody, **fields), notes
 
 
@@ -491,10 +508,36 @@ def _noise(body: Txt2ImgBody) -> dict[str, Any]:
     return fields
 
 
-def _skipped(kind: str, name: str) -> str:
-    if kind == "lora":
-        return f"LoRA {name!r} was skipped: this release does not apply LoRAs"
-    return f"<{kind}:{name}> was taken out of the prompt: no such kind of network is known; <lora:name:weight> is one"
+def _lora(body: LoraBody | str) -> LoraUse:
+    return LoraUse(name=body) if isinstance(body, str) else LoraUse(**body.model_dump())
+
+
+def _networks(prompt: str) -> list[tuple[str, str]]:
+    return [(network.kind, network.name) for network in parse(prompt).networks]
+
+
+def _absent(networks: list[tuple[str, str]], service: Service) -> list[str]:
+    """What to tell the caller of networks that no job will find. Whether a LoRA fits the model is seen when it runs."""
+    warnings = []
+    for kind, name in dict.fromkeys(networks):
+        if kind != "lora":
+            warnings.append(f"<{kind}:{name}> was taken out of the prompt: no such kind of network is known; {KNOWN}")
+        elif service.asset("lora", name) is None:
+            warnings.append(lora_skipped(name, NOT_INSTALLED))
+    return warnings
+
+
+def _vae(name: str | None, service: Service) -> str | None:
+    """The VAE that a request means. Raises InvalidRequest with the choices."""
+    if name is None or name.lower() == "automatic":
+        return None
+    if name.lower() == "none":
+        return OWN_VAE
+    row = service.asset("vae", name)
+    if row is None:
+        choices = ", ".join(["Automatic", OWN_VAE, *(row.name for row in service.assets("vae"))])
+        raise InvalidRequest(f"vae {name!r} is not installed; one of {choices}", field="vae")
+    return row.name
 
 
 def _given(value: Any, default: Any) -> Any:
@@ -564,18 +607,26 @@ def _status(snapshot: Snapshot) -> dict[str, Any]:
 def _result(job: Job, result: Result) -> dict[str, Any]:
     image, output = result.images[0], job.request.output
     several = {"output_paths": [i.path for i in result.images]} if len(result.images) > 1 else {}
-    return several | {
-        "payload": job.payload,
-        "output_path": image.path,
-        "width": image.width,
-        "height": image.height,
-        "file_type": "jpg" if output.format == "jpeg" else output.format,
-        "jpeg_quality": output.quality if output.format == "jpeg" else None,
-        "generation_time_sec": round(result.seconds, 3),
-        "memory_before_mb": round(result.memory_before_mb, 2),
-        "memory_after_mb": round(result.memory_after_mb, 2),
-        "seed": image.seed,
+    loras = {
+        "loras_applied": [lora.model_dump() for lora in result.loras_applied],
+        "loras_skipped": [lora.model_dump() for lora in result.loras_skipped],
     }
+    return (
+        several
+        | {name: uses for name, uses in loras.items() if uses}
+        | {
+            "payload": job.payload,
+            "output_path": image.path,
+            "width": image.width,
+            "height": image.height,
+            "file_type": "jpg" if output.format == "jpeg" else output.format,
+            "jpeg_quality": output.quality if output.format == "jpeg" else None,
+            "generation_time_sec": round(result.seconds, 3),
+            "memory_before_mb": round(result.memory_before_mb, 2),
+            "memory_after_mb": round(result.memory_after_mb, 2),
+            "seed": image.seed,
+        }
+    )
 
 
 def _pictures(job: Job, service: Service) -> dict[str, Any]:

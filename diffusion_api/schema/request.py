@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_SEED = 2**32 - 1
 
+OWN_VAE = "None"
+"""The name of the VAE that a model has itself."""
+
 Source = Literal["nv", "cpu"]
 Emphasis = Literal["original", "no norm", "ignore", "none"]
 
@@ -25,6 +28,19 @@ class Output(Frozen):
     quality: int = Field(default=85, ge=1, le=100)
 
 
+class LoraUse(Frozen):
+    """A LoRA by name, how strongly it works, and how strongly on the text encoders where that is another number."""
+
+    name: str
+    scale: float = Field(default=1.0, allow_inf_nan=False)
+    text_scale: float | None = Field(default=None, allow_inf_nan=False)
+
+    @property
+    def on_text(self) -> float:
+        """Its strength on the text encoders."""
+        return self.scale if self.text_scale is None else self.text_scale
+
+
 class Txt2Img(Frozen):
     """A picture from words.
 
@@ -35,6 +51,9 @@ class Txt2Img(Frozen):
     there is no ``variation_seed``. ``seed_resize_width`` and ``seed_resize_height`` are pixels, both 0 for no other size.
     ``ensd`` is added to the seed of noise that is drawn after the first. ``eta`` None is the sampler's own; ``s_tmax`` 0 is
     no end. ``clip_skip`` counts layers of the text encoder from the last one, 1.
+
+    ``loras`` are asked for beside those that the prompt names. ``vae`` is a name, ``"None"`` for the model's own; None for
+    the one that is named like the model, where there is one.
     """
 
     kind: Literal["txt2img"] = "txt2img"
@@ -68,6 +87,9 @@ class Txt2Img(Frozen):
     guidance_rescale: float = Field(default=0, ge=0, le=1)
     clip_skip: int = Field(default=1, ge=1, le=12)
     emphasis: Emphasis = "original"
+
+    loras: tuple[LoraUse, ...] = ()
+    vae: str | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

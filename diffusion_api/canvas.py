@@ -7,13 +7,13 @@ Pictures are PIL images of mode RGB, masks of mode L, where white is to be paint
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
-ResizeMode = Literal["just resize", "crop and resize", "resize and fill", "latent"]
+from diffusion_api.schema.request import ResizeMode
+
 LANCZOS = Image.Resampling.LANCZOS
 WHITE = (255, 255, 255)
 OPAQUE_ENOUGH = 128

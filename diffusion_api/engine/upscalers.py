@@ -15,10 +15,9 @@ from spandrel import ImageModelDescriptor, ModelLoader, UnsupportedModelError
 from torch import Tensor
 
 from diffusion_api.canvas import LANCZOS
-from diffusion_api.catalog.detect import Unrecognised
 from diffusion_api.engine.denoise import Asks, Run
 from diffusion_api.engine.devices import Device
-from diffusion_api.engine.families.base import read_tensors
+from diffusion_api.engine.families.base import read_weights
 from diffusion_api.errors import ModelUnreadable
 
 TILE = 192
@@ -41,7 +40,7 @@ class Upscaler:
     def read(cls, path: Path, device: Device) -> Upscaler:
         """From a .safetensors, .pth, .pt or .bin file; no code in it is run. Raises ModelUnreadable."""
         try:
-            model = ModelLoader().load_from_state_dict(_state(path))
+            model = ModelLoader().load_from_state_dict(read_weights(path))
         except UnsupportedModelError as error:
             raise ModelUnreadable(f"upscaler {path.stem!r} is of no kind that is known: {path.name}") from error
         except Exception as error:  # torch, pickle and spandrel raise anything at all on a damaged file
@@ -60,15 +59,6 @@ class Upscaler:
         """(1, 3, h, w) → (1, 3, scale * h, scale * w), 0 to 1, on the CPU."""
         result: Tensor = self.descriptor(pixels.to(self.descriptor.device, self.descriptor.dtype))
         return result.float().clamp(0, 1).cpu()
-
-
-def _state(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        return dict(read_tensors(path))
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        raise Unrecognised("it holds no tensors by name")
-    return state
 
 
 @dataclass(frozen=True)
@@ -101,7 +91,11 @@ def upscaled(image: Image.Image, width: int, height: int, upscaler: Upscaler, to
     """
     passes = _passes(image.size, (width, height), upscaler.scale)
     for number in range(passes):
-        image = yield from _enlarged(image, upscaler, lambda share, n=number: told((n + share) / passes))
+
+        def told_of_all(share: float, before: int = number) -> None:
+            told((before + share) / passes)
+
+        image = yield from _enlarged(image, upscaler, told_of_all)
     return image if image.size == (width, height) else image.resize((width, height), LANCZOS)
 
 

@@ -20,13 +20,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from torch import Tensor
-from torch.nn.functional import l1_loss
+from torch.nn.functional import mse_loss
 
 SIDE = 256
 PATCH = 40
 BATCH = 16
 SHRINKERS = (Image.Resampling.BOX, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
-RATE = 2e-3
+RATE = 1e-3
 
 
 def pairs(count: int) -> tuple[Tensor, Tensor]:
@@ -83,13 +83,13 @@ def main() -> None:
     for step in range(options.steps):
         optimizer.param_groups[0]["lr"] = RATE * cosine_tail(step, options.steps, tail=0.6)
         low, high = batch(small, large, rng)
-        loss = l1_loss(model(low), high)
+        loss = mse_loss(model(low), high)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
         if (step + 1) % 100 == 0:
-            print(f"{step + 1}/{options.steps}  loss {average:.5f}  {time.monotonic() - started:.0f} s", flush=True)
+            print(f"{step + 1}/{options.steps}  loss {average:.6f}  {time.monotonic() - started:.0f} s", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, options.out)
     print(f"written: {options.out}")

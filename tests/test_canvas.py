@@ -43,7 +43,9 @@ def test_a_palette_with_a_transparent_colour_becomes_white_there() -> None:
 @pytest.mark.parametrize("size", [(64, 64), (96, 40), (40, 96), (37, 53)])
 def test_just_resize_stretches_as_pillow_does(size: tuple[int, int]) -> None:
     image = picture(50, 70)
-    assert canvas.resized(image, *size, "just resize").tobytes() == image.resize(size, Image.Resampling.LANCZOS).tobytes()
+    assert (
+        canvas.resized(image, *size, "just resize").tobytes() == image.resize(size, Image.Resampling.LANCZOS).tobytes()
+    )
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 40), (40, 96)])

@@ -44,7 +44,7 @@ class Upscaler:
         except UnsupportedModelError as error:
             raise ModelUnreadable(f"upscaler {path.stem!r} is of no kind that is known: {path.name}") from error
         except Exception as error:  # torch, pickle and spandrel raise anything at all on a damaged file
-            raise ModelUnreadable(f"upscaler {path.stem!r} cannot be read: {path.name} is damaged ({error})") from error
+            raise ModelUnreadable(f"upscaler {path.stem!r} cannot be read: {path.name} is damaged ({_first_line(error)})") from error
         if not isinstance(model, ImageModelDescriptor) or (model.input_channels, model.output_channels) != (3, 3):
             raise ModelUnreadable(f"upscaler {path.stem!r} does not turn one colour picture into another: {path.name}")
         dtype = device.dtype if device.dtype != torch.float16 or model.supports_half else torch.float32
@@ -59,6 +59,10 @@ class Upscaler:
         """(1, 3, h, w) → (1, 3, scale * h, scale * w), 0 to 1, on the CPU."""
         result: Tensor = self.descriptor(pixels.to(self.descriptor.device, self.descriptor.dtype))
         return result.float().clamp(0, 1).cpu()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 @dataclass(frozen=True)

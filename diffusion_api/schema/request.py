@@ -96,7 +96,6 @@ class Sampling(Frozen):
         return tuple((first + i) % (MAX_SEED + 1) for i in range(self.count))
 
 
-
 class Hires(Frozen):
     """A second pass at a larger size, ``width`` x ``height`` pixels.
 

@@ -44,8 +44,9 @@ class Upscaler:
         except UnsupportedModelError as error:
             raise ModelUnreadable(f"upscaler {path.stem!r} is of no kind that is known: {path.name}") from error
         except Exception as error:  # torch, pickle and spandrel raise anything at all on a damaged file
+            reason = str(error).partition("\n")[0]
             raise ModelUnreadable(
-                f"upscaler {path.stem!r} cannot be read: {path.name} is damaged ({_first_line(error)})"
+                f"upscaler {path.stem!r} cannot be read: {path.name} is damaged ({reason})"
             ) from error
         if not isinstance(model, ImageModelDescriptor) or (model.input_channels, model.output_channels) != (3, 3):
             raise ModelUnreadable(f"upscaler {path.stem!r} does not turn one colour picture into another: {path.name}")

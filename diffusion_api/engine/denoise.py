@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import partial
 from typing import Any, Protocol
 
@@ -64,6 +65,16 @@ class Lane(Protocol):
         """Where latents live."""
 
 
+class Point(StrEnum):
+    """What a job needs the device for."""
+
+    LOAD = "load"
+    ENCODE = "encode"
+    EVALUATE = "evaluate"
+    DECODE = "decode"
+    OTHER = "other"
+
+
 @dataclass(frozen=True)
 class Evaluate:
     """Please: the model's raw prediction for these latents, once for each conditioning; (conditionings, c, h, w)."""
@@ -72,13 +83,15 @@ class Evaluate:
     latents: Tensor
     timestep: float
     conditionings: tuple[Tensor, ...]
+    point: Point = field(default=Point.EVALUATE, init=False)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Please: anything else that needs the device."""
+    """Please: anything else that needs the device. It may be run again when memory runs out in it."""
 
     work: Callable[[], Any]
+    point: Point = Point.OTHER
 
 
 Asks = Generator[Evaluate | Run, Any, Any]
@@ -95,7 +108,7 @@ def job(
     """
     before = memory()
     report(Progress(state=State.LOADING, phase="loading"))
-    lane: Lane = yield Run(lambda: load(request.model))
+    lane: Lane = yield Run(lambda: load(request.model), Point.LOAD)
     images: list[Pixels] = []
     warnings: dict[str, None] = {}
     broken_off: int | None = None
@@ -105,7 +118,7 @@ def job(
             break
         report(_progress(stage, 0))
         latents, broken_off = yield from denoised(lane, stage, report, stop)
-        image, warning = yield Run(partial(developed, lane, latents))
+        image, warning = yield Run(partial(developed, lane, latents), Point.DECODE)
         images.append(image)
         warnings |= dict.fromkeys(warning)
         if broken_off is not None:
@@ -186,11 +199,11 @@ def rescaled(x: Tensor, sigma: float, guided: Tensor, plain: Tensor, share: floa
 def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
     """The words of a pass, encoded for all of its evaluations."""
     steps = stage.steps * samplers.sampler(stage.sampler).evaluations
-    clip_skip, emphasis = stage.request.clip_skip, stage.request.emphasis
 
     def encoded(part: Part) -> Generator[Run, Any, Schedule]:
         lasts, texts = zip(*part.schedule(steps), strict=True)
-        return Schedule(lasts, (yield Run(lambda: lane.encode(texts, clip_skip=clip_skip, emphasis=emphasis))))
+        work = partial(lane.encode, texts, clip_skip=stage.request.clip_skip, emphasis=stage.request.emphasis)
+        return Schedule(lasts, (yield Run(work, Point.ENCODE)))
 
     parts = parse(stage.prompt).parts
     weights = tuple(part.weight for part in parts)

@@ -92,7 +92,9 @@ RUNGS = (
     Rung("attention slicing", "steps take a little longer", slicing=True),
     Rung("one conditioning at a time", "steps take up to twice as long", singly=True),
     Rung("model offload", "each picture waits until its networks are moved, seconds", placement=Placement.PARTS),
-    Rung("group offload", "each step waits until the model is moved, several times as long", placement=Placement.PIECES),
+    Rung(
+        "group offload", "each step waits until the model is moved, several times as long", placement=Placement.PIECES
+    ),
 )
 """What is tried, in this order."""
 

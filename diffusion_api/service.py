@@ -227,6 +227,10 @@ class Service:
         """Installed models."""
         return self._library.models()
 
+    def labels(self) -> list[tuple[str, str]]:
+        """Names of models with labels that may stand for them, by label."""
+        return self._library.labels()
+
     def assets(self, kind: Kind) -> list[Asset]:
         """Installed LoRAs, VAEs, upscalers or embeddings."""
         return self._library.assets(kind)

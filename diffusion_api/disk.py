@@ -20,6 +20,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+PAGE = 4096
+"""Bytes that a probe writes: a full disk may still take an empty file."""
+
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEVER_READABLE = (errno.ELOOP, errno.ENXIO, errno.EACCES)
@@ -64,6 +67,7 @@ def probe(tmp: Path) -> None:
     """Try what every write does, and leave nothing behind. Raises OSError where it would."""
     path, fd = _open_temporary(tmp)
     try:
+        _write_all(fd, bytes(PAGE))
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -106,8 +106,6 @@ def _reason_against(check: Callable[[], None]) -> str | None:
         check()
     except DiffusionApiError as error:
         return str(error)
-    except OSError as error:
-        return f"the folder of outputs cannot be used: {error.strerror}"
     return None
 
 

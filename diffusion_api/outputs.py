@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffusion_api import __version__
 from diffusion_api.catalog import samplers
-from diffusion_api.disk import fsync_dir, probe, remove_abandoned, write_whole
+from diffusion_api.disk import PAGE, fsync_dir, probe, remove_abandoned, write_whole
 from diffusion_api.engine.base import Finished
 from diffusion_api.errors import DiskFull, OutputsUnusable
 from diffusion_api.retention import Limits, due, entries
@@ -46,7 +46,8 @@ class Outputs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._tmp = folder / ".tmp"
-        self._make()
+        self._tmp.mkdir(parents=True, exist_ok=True)
+        fsync_dir(folder.parent)
         remove_abandoned(self._tmp)
 
     def save(self, job: Job, finished: Finished) -> tuple[Image, ...]:
@@ -56,9 +57,8 @@ class Outputs:
     @_as_our_errors()
     def check(self) -> None:
         """Try whether a picture could be written now. Raises DiskFull, OutputsUnusable."""
-        if not self._tmp.exists():
-            self._make()
-        probe(self._tmp)
+        self._make_again()
+        probe(self._tmp, PAGE)
 
     def read(self, image: Image) -> bytes | None:
         """The stored file, or None when it was deleted."""
@@ -81,9 +81,12 @@ class Outputs:
         if beyond:
             log.info("deleted %d pictures that are no longer kept (%d bytes)", len(beyond), sum(e.size for e in beyond))
 
-    def _make(self) -> None:
-        self._tmp.mkdir(parents=True, exist_ok=True)
-        fsync_dir(self.folder.parent)
+    def _make_again(self) -> None:
+        """Make a folder that was removed. One without ``.tmp`` may be where a disk was mounted, and is left alone."""
+        if not self.folder.exists():
+            self.folder.mkdir()
+            self._tmp.mkdir()
+            fsync_dir(self.folder.parent)
 
     def _save_one(self, job: Job, finished: Finished, number: int) -> Image:
         from diffusion_api import images, infotext  # NumPy and Pillow: a third of the time until the service answers
@@ -102,8 +105,7 @@ class Outputs:
         stem = job.id if len(finished.images) == 1 else f"{job.id}-{number}"
         name = f"{stem}.{SUFFIX[request.output.format]}"
         with _as_our_errors():
-            if not self._tmp.exists():
-                self._make()
+            self._make_again()
             write_whole(self.folder / name, data, tmp=self._tmp)
         return Image(
             path=f"{self.folder.name}/{name}",

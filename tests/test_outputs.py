@@ -153,6 +153,15 @@ def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
     outputs.check()
 
 
+def test_a_folder_from_which_a_disk_went_is_not_filled(tmp_path: Path) -> None:
+    outputs, job = Outputs(tmp_path / "outputs"), new_job()
+    (tmp_path / "outputs" / ".tmp").rmdir()
+    with pytest.raises(OutputsUnusable):
+        outputs.save(job, pictures(job))
+    with pytest.raises(OutputsUnusable):
+        outputs.check()
+
+
 def test_a_folder_that_cannot_be_written_is_told_so_without_its_path(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputsUnusable, match=r"^the folder of outputs cannot be used: Not a directory$"):

@@ -132,7 +132,7 @@ class FileQueue(Queue):
     def check(self) -> None:
         """Try whether a job could be stored now. Raises what :meth:`enqueue` would, and leaves nothing behind."""
         self._check_room()
-        disk.probe(self._places.tmp)
+        disk.probe(self._places.tmp, disk.PAGE)
 
     def _check_room(self) -> None:
         self._places.check_room(self._reserve)

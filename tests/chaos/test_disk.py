@@ -100,6 +100,7 @@ def test_on_a_full_disk_no_job_is_taken_and_all_else_goes_on(tmp_path: Path, mod
             server.kill()
         with serving(home, *MODES[mode], disk_reserve_mb=0) as server:
             assert server.status(before)["state"] == "done"
+            fill(home)  # what the dead process had held is free
             assert server.post(**JOB).status_code == 507
             filler.unlink()
             eventually(lambda: server.get("/ready").status_code == 200, "the room to be noticed")

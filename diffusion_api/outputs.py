@@ -12,12 +12,13 @@ from pathlib import Path
 
 from diffusion_api import __version__
 from diffusion_api.catalog import samplers
-from diffusion_api.disk import PAGE, fsync_dir, probe, remove_abandoned, write_whole
+from diffusion_api.disk import PAGE, free, fsync_dir, probe, remove_abandoned, write_whole
 from diffusion_api.engine.base import Finished
 from diffusion_api.errors import DiskFull, OutputsUnusable
 from diffusion_api.retention import Limits, due, entries
 from diffusion_api.schema.job import Image, Job
 
+MIB = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SUFFIX = {"png": "png", "jpeg": "jpg"}
 OURS = re.compile(rf"(?P<job>[0-9a-f]{{8}}(-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}})(-\d+)?\.({'|'.join(SUFFIX.values())})")
@@ -39,12 +40,13 @@ def _as_our_errors() -> Iterator[None]:
 class Outputs:
     """The folder of finished pictures. Files are named by job, so that a job run again writes over its own.
 
-    Who removes the folder gets a new one. Raises DiskFull, OutputsUnusable.
+    Who removes the folder gets a new one. ``reserve`` are the bytes of its disk that jobs which have not begun leave to
+    those that run. Raises DiskFull, OutputsUnusable.
     """
 
     @_as_our_errors()
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, reserve: int = 0) -> None:
+        self.folder, self._reserve = folder, reserve
         self._tmp = folder / ".tmp"
         self._tmp.mkdir(parents=True, exist_ok=True)
         fsync_dir(folder.parent)
@@ -58,6 +60,11 @@ class Outputs:
     def check(self) -> None:
         """Try whether a picture could be written now. Raises DiskFull, OutputsUnusable."""
         self._make_again()
+        left = free(self.folder)
+        if left < self._reserve:
+            raise DiskFull(
+                f"{left // MIB} MiB are left on the disk of the pictures; {self._reserve // MIB} are kept for the running job"
+            )
         probe(self._tmp, PAGE)
 
     def read(self, image: Image) -> bytes | None:

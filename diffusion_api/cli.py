@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,10 @@ Port = Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a fre
 Home = Annotated[Path | None, typer.Option(help="Folder with stable_diffusion/, queue/ and outputs/.")]
 Engine = Annotated[str | None, typer.Option(help="diffusers, or stub: no model, for tests.")]
 Isolated = Annotated[bool | None, typer.Option(help="Run the jobs in a process of their own, which may crash.")]
+ModelsFrom = Annotated[
+    list[Path] | None,
+    typer.Option(help="Folder of A1111, Forge, ComfyUI, the hub's cache or your own, to be read too; may be repeated."),
+]
 HandedOver = Annotated[str, typer.Option("--handover", hidden=True)]
 
 
@@ -43,6 +48,7 @@ def serve(
     home: Home = None,
     engine: Engine = None,
     isolated: Isolated = None,
+    models_from: ModelsFrom = None,
     worker: Annotated[bool, typer.Option(help="Also run jobs.")] = True,
     handover: HandedOver = "{}",
 ) -> None:
@@ -50,17 +56,19 @@ def serve(
     from diffusion_api.restart import Handover
     from diffusion_api.server import run
 
-    settings = _settings(host=host, port=port, home=home, engine=engine, isolated=isolated)
+    settings = _settings(host=host, port=port, home=home, engine=engine, isolated=isolated, models_from=models_from)
     run(settings, worker=worker, handover=Handover.model_validate_json(handover))
 
 
 @app.command()
-def worker(home: Home = None, engine: Engine = None, handover: HandedOver = "{}") -> None:
+def worker(
+    home: Home = None, engine: Engine = None, models_from: ModelsFrom = None, handover: HandedOver = "{}"
+) -> None:
     """Run jobs of a queue folder, without an API."""
     from diffusion_api.restart import Handover
     from diffusion_api.server import work
 
-    work(_settings(home=home, engine=engine), Handover.model_validate_json(handover))
+    work(_settings(home=home, engine=engine, models_from=models_from), Handover.model_validate_json(handover))
 
 
 @app.command()
@@ -77,33 +85,42 @@ def demo(
 
 
 @app.command()
-def models(home: Home = None) -> None:
+def models(home: Home = None, models_from: ModelsFrom = None) -> None:
     """List the installed models."""
     from diffusion_api.server import build_library
 
-    for model in build_library(_settings(home=home)).models():
+    for model in build_library(_settings(home=home, models_from=models_from)).models():
         size = f"{model.native_size} px"
         print(f"{model.label:24} -> {model.name:32} {model.family:8} {size:8} {model.shown_path}")
 
 
 @app.command()
-def doctor(home: Home = None) -> None:
+def doctor(home: Home = None, models_from: ModelsFrom = None) -> None:
     """Say what was found (device, memory, folders, models, versions) and what to do about it."""
     from diffusion_api.doctor import examine
 
-    raise typer.Exit(examine(_settings(home=home)))
+    raise typer.Exit(examine(_settings(home=home, models_from=models_from)))
 
 
 @app.command()
 def config(
-    host: Host = None, port: Port = None, home: Home = None, engine: Engine = None, isolated: Isolated = None
+    host: Host = None,
+    port: Port = None,
+    home: Home = None,
+    engine: Engine = None,
+    isolated: Isolated = None,
+    models_from: ModelsFrom = None,
 ) -> None:
     """Print every setting, its value and where it came from."""
-    flags = {"host": host, "port": port, "home": home, "engine": engine, "isolated": isolated}
+    flags = {
+        "host": host, "port": port, "home": home, "engine": engine, "isolated": isolated, "models_from": models_from
+    }  # fmt: skip
     found = _settings(**flags)
     where = configuration.sources(found, flags)
     for name in type(found).model_fields:
-        print(f"{name:16} {getattr(found, name)!s:24} {where[name]}")
+        value = getattr(found, name)
+        text = os.pathsep.join(map(str, value)) if isinstance(value, tuple) else str(value)
+        print(f"{name:16} {text:24} {where[name]}")
 
 
 @app.command()

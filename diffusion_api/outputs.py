@@ -101,11 +101,12 @@ class Outputs:
         request, pixels, seed = job.request, finished.images[number], finished.seeds[number]
         text = infotext.for_txt2img(
             request,
+            number=number,
             sampler_label=samplers.sampler(request.sampler).label,
             schedule_label=samplers.schedule(request.schedule).label,
-            seed=seed,
             model_name=request.model,
             model_hash=finished.model_hash,
+            known=finished.infotext,
             version=f"DiffusionAPI v{__version__}",
         )
         data = images.encode(pixels, format=request.output.format, quality=request.output.quality, infotext=text)

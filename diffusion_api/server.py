@@ -52,7 +52,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 def build_library(settings: Settings) -> Library:
     """The models of this installation."""
     shipped = DATA / "models" if settings.shipped_models else None
-    return Library(settings.home, settings.models_dir, shipped, settings.model)
+    return Library(settings.home, settings.models_dir, shipped, settings.model, models_from=settings.models_from)
 
 
 def build_engine(settings: Settings, library: Library) -> Engine:
@@ -177,7 +177,9 @@ def build_worker(queue: Queue, engine: Engine, outputs: Outputs, pace: Pace, han
 
 def build_supervisor(settings: Settings, queue: Queue) -> Supervisor:
     """What keeps a worker process running on the same folder; it reads the same settings, but for flags of ours."""
-    flags = ("--home", str(settings.home), "--engine", settings.engine)
+    flags = ["--home", str(settings.home), "--engine", settings.engine]
+    for root in settings.models_from:
+        flags += ["--models-from", str(root)]
 
     def hangs(pid: int) -> bool:
         with contextlib.suppress(QueueUnusable):

@@ -28,7 +28,8 @@ from diffusion_api.usage import Usage, Use
 from diffusion_api.waiters import Waiters
 
 if TYPE_CHECKING:
-    from diffusion_api.catalog.library import Library, Model
+    from diffusion_api.catalog.layouts import Kind
+    from diffusion_api.catalog.library import Asset, Library, Model
     from diffusion_api.engine.base import Engine
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
@@ -42,6 +43,9 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 MAX_PARTS = 32
 """Parts of a prompt between ANDs; each is an evaluation at every step."""
+
+MAX_NETWORKS = 64
+"""LoRAs of one job; each is read and added to the weights."""
 
 MAX_TEXTS = 200_000
 """Characters of all the texts that a prompt is at its steps; each is encoded before the first one."""
@@ -189,6 +193,14 @@ class Service:
         """Installed models."""
         return self._library.models()
 
+    def assets(self, kind: Kind) -> list[Asset]:
+        """Installed LoRAs, VAEs, upscalers or embeddings."""
+        return self._library.assets(kind)
+
+    def asset(self, kind: Kind, name: str) -> Asset | None:
+        """The file of that kind that a caller means."""
+        return self._library.find_asset(kind, name)
+
     def model(self, name: str | None) -> Model:
         """The model that a request means. Raises UnknownModel."""
         return self._library.resolve(name)
@@ -247,7 +259,7 @@ class Service:
             outputs_free_gb=round(free, 2),
             active_jobs=self._active_jobs(),
             models=models,
-            loras=_count_files(settings.loras_dir),
+            loras=len(self._library.assets("lora")),
             device=self._engine.report() if self._engine else next((w.device for w in workers if w.device), None),
             workers=tuple(workers),
             paused=readiness.paused,
@@ -316,6 +328,12 @@ class Service:
                 f"at most {limits.max_pixels} are allowed",
                 field="width",
             )
+        if request.seed_resize_width * request.seed_resize_height > limits.max_pixels:
+            raise InvalidRequest(
+                f"seed_resize_width x seed_resize_height is {request.seed_resize_width}x{request.seed_resize_height}; "
+                f"at most {limits.max_pixels} pixels are allowed",
+                field="seed_resize_width",
+            )
         work = request.width * request.height * request.steps * request.count / 1e6
         if work > limits.max_work:
             raise InvalidRequest(
@@ -326,7 +344,10 @@ class Service:
         for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
             if len(text) > limits.max_prompt:
                 raise TooLarge(f"{name} has {len(text)} characters; at most {limits.max_prompt} are allowed")
-        parts = prompt.parse(request.prompt).parts
+        parsed = prompt.parse(request.prompt)
+        parts, networks = parsed.parts, len(request.loras) + len(parsed.networks)
+        if networks > MAX_NETWORKS:
+            raise TooLarge(f"the job asks for {networks} LoRAs; at most {MAX_NETWORKS} are allowed")
         if len(parts) > MAX_PARTS:
             raise TooLarge(f"prompt joins {len(parts)} parts by AND; at most {MAX_PARTS} are allowed")
         for name, each in (("prompt", parts), ("negative_prompt", (prompt.parse_negative(request.negative_prompt),))):
@@ -344,7 +365,3 @@ def _space(folder: Path) -> tuple[float, float]:
     except OSError:
         return 100.0, 0.0
     return 100 * disk.used / disk.total, disk.free / GIB
-
-
-def _count_files(folder: Path) -> int:
-    return sum(f.suffix in (".safetensors", ".bin", ".pt", ".pth") for f in folder.glob("*"))

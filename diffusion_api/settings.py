@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from diffusion_api.errors import Misconfigured
 
 DATA = Path(__file__).parent / "data"
 PREFIX = "DIFFUSION_API_"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DIFFUSERS_DISABLE_REMOTE_CODE": "1"}
+
+
+def _paths(value: Any) -> Any:
+    """One text of several paths, as a variable has it, in parts."""
+    if not isinstance(value, str):
+        return value
+    parts = re.split(f"[,{os.pathsep}]", value)
+    return tuple(Path(part.strip()).expanduser() for part in parts if part.strip())
+
+
+Paths: TypeAlias = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)]
 
 
 class Settings(BaseSettings):
@@ -49,6 +61,11 @@ class Settings(BaseSettings):
     engine: Literal["diffusers", "stub"] = Field(default="diffusers", description="what makes the pictures")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the engine runs")
     model: str | None = Field(default=None, description="model of requests that name none")
+    models_from: Paths = Field(
+        default=(),
+        description="folders of other programs whose models, LoRAs and so on are listed too, and only read; "
+        f"separated by {os.pathsep!r} or commas",
+    )
     shipped_models: bool = Field(default=True, description="list the models that come with the package")
 
     isolated: bool = Field(

@@ -325,6 +325,8 @@ class Worker:
             seconds=time.monotonic() - began,
             memory_before_mb=finished.memory_before_mb,
             memory_after_mb=finished.memory_after_mb,
+            loras_applied=finished.loras_applied,
+            loras_skipped=finished.loras_skipped,
         )
 
 

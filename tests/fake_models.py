@@ -21,6 +21,9 @@ SDXL_KEYS = {
 }
 INPAINTING_KEYS = {"model.diffusion_model.input_blocks.0.0.weight": [8, 9, 3, 3]}
 LORA_KEYS = {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": [4, 8]}
+VAE_KEYS = {"decoder.conv_in.weight": [8, 4, 3, 3]}
+ESRGAN_KEYS = {"conv_first.weight": [8, 3, 3, 3]}
+EMBEDDING_KEYS = {"emb_params": [2, 768]}
 
 
 def checkpoint(path: Path, shapes: dict[str, list[int]]) -> Path:

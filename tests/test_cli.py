@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from pathlib import Path
 
 import pytest
-from fake_models import diffusers_folder
+from fake_models import SD1_KEYS, checkpoint, diffusers_folder
 from serving import run
 
 from diffusion_api import __version__
@@ -53,6 +54,21 @@ def test_models_are_listed(home: Path, tmp_path: Path) -> None:
         *("Pastel", "Mix", "->", "models--mirroring--pastel-mix", "sd1", "512", "px"),
         "stable_diffusion/models/models--mirroring--pastel-mix",
     ]
+
+
+def test_models_of_other_programs_are_listed_too(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "webui" / "models" / "Stable-diffusion" / "dream.safetensors", SD1_KEYS)
+    checkpoint(tmp_path / "ComfyUI" / "models" / "checkpoints" / "base.safetensors", SD1_KEYS)
+    roots = [tmp_path / "webui", tmp_path / "ComfyUI"]
+    flags = [argument for root in roots for argument in ("--models-from", root)]
+    flagged = run("models", *flags, cwd=tmp_path, shipped_models=False)
+    named = run("models", cwd=tmp_path, shipped_models=False, models_from=os.pathsep.join(map(str, roots)))
+    assert named.stdout == flagged.stdout
+    assert [line.split()[-1] for line in named.stdout.splitlines()] == [
+        "ComfyUI/models/checkpoints/base.safetensors",
+        "webui/models/Stable-diffusion/dream.safetensors",
+    ]
+    assert table(*flags, cwd=tmp_path)["models_from"] == [os.pathsep.join(map(str, roots)), "flag"]
 
 
 def test_a_file_that_is_no_model_is_told_beside_the_list(home: Path, tmp_path: Path) -> None:

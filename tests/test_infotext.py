@@ -60,6 +60,27 @@ REQUEST = Txt2Img(
 )
 
 
+FULL = REQUEST.model_copy(
+    update={
+        "count": 2,
+        "variation_seed": 2**32 - 1,
+        "variation_strength": 0.25,
+        "seed_resize_width": 256,
+        "seed_resize_height": 320,
+        "clip_skip": 2,
+        "ensd": 31337,
+        "eta": 0.5,
+        "s_churn": 1,
+        "s_tmin": 0.5,
+        "s_tmax": 10,
+        "s_noise": 1.01,
+        "discard_next_to_last_sigma": True,
+        "guidance_rescale": 0.7,
+        "emphasis": "no norm",
+    }
+)
+
+
 def fields_of(line: str) -> dict[str, object]:
     return dict(parse("prompt\n" + line).fields)
 
@@ -76,21 +97,30 @@ def test_the_infotext_of_a_request_says_how_the_picture_was_made() -> None:
         REQUEST,
         sampler_label="Euler a",
         schedule_label="Karras",
-        seed=43,
         model_name="tiny",
         model_hash="abcdef0123",
         version="DiffusionAPI v1.0.0",
     )
     assert text == (
         "a cat, 猫\nNegative prompt: dog\nSteps: 25, Sampler: Euler a, Schedule type: Karras, CFG scale: 7.5, "
-        "Seed: 43, Size: 512x640, Model hash: abcdef0123, Model: tiny, RNG: CPU, Version: DiffusionAPI v1.0.0"
+        "Seed: 42, Size: 512x640, Model hash: abcdef0123, Model: tiny, RNG: NV, Version: DiffusionAPI v1.0.0"
+    )
+
+
+def test_all_that_decides_the_picture_is_written_with_a1111s_keys_and_in_its_order() -> None:
+    text = for_txt2img(
+        FULL, number=1, sampler_label="Euler a", schedule_label="Karras", model_name="m", model_hash=None, version="v"
+    )
+    assert text.splitlines()[-1] == (
+        "Steps: 25, Sampler: Euler a, Schedule type: Karras, CFG scale: 7.5, Seed: 42, Size: 512x640, Model: m, "
+        "Variation seed: 0, Variation seed strength: 0.25, Seed resize from: 256x320, Clip skip: 2, ENSD: 31337, RNG: NV, "
+        "Emphasis: No norm, Eta: 0.5, Sigma churn: 1, Sigma tmin: 0.5, Sigma tmax: 10, Sigma noise: 1.01, "
+        "Discard penultimate sigma: True, CFG Rescale: 0.7, Version: v"
     )
 
 
 def test_a_model_without_a_hash_leaves_the_hash_out() -> None:
-    text = for_txt2img(
-        REQUEST, sampler_label="a", schedule_label="b", seed=1, model_name="tiny", model_hash=None, version="v"
-    )
+    text = for_txt2img(REQUEST, sampler_label="a", schedule_label="b", model_name="tiny", model_hash=None, version="v")
     assert "Model hash" not in text
 
 
@@ -502,11 +532,18 @@ def test_the_manual_shows_what_the_service_writes() -> None:
         request,
         sampler_label="Euler a",
         schedule_label="Karras",
-        seed=42,
         model_name="tiny",
         model_hash="abcdef0123",
         version="DiffusionAPI v0.1.0",
     )
     assert shown[1] == text
+
+
+def test_the_manual_names_every_field_that_is_written() -> None:
+    manual = (Path(__file__).parents[1] / "METADATA_README.md").read_text(encoding="utf-8")
     table = manual[manual.index("## What is written") :]
-    assert re.findall(r"^\| ([A-Z][\w ]+) \|", table, re.MULTILINE) == list(parse(text).fields)
+    named = ", ".join(re.findall(r"^\| ([A-Z][\w ,]+?)(?: \(.*\))? \|", table, re.MULTILINE)).split(", ")
+    text = for_txt2img(
+        FULL, sampler_label="Euler a", schedule_label="Karras", model_name="m", model_hash="abcdef0123", version="v"
+    )
+    assert named == list(parse(text).fields)

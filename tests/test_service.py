@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from asking import plain
-from fake_models import diffusers_folder
+from fake_models import LORA_KEYS, checkpoint, diffusers_folder
 
 from diffusion_api import storage
 from diffusion_api.catalog.library import Library
@@ -132,7 +132,8 @@ def test_models_are_those_of_the_library(service: Service) -> None:
 
 
 def test_health_counts_what_is_there(service: Service) -> None:
-    for name in ("one.safetensors", "two.pt", "notes.txt"):
+    checkpoint(service.settings.loras_dir / "one.safetensors", LORA_KEYS)
+    for name in ("two.pt", "notes.txt"):
         (service.settings.loras_dir / name).touch()
     jobs = [service.submit(new_job()) for _ in range(3)]
     service.cancel(jobs[0].id)

@@ -52,6 +52,13 @@ def test_variables_of_others_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> N
     assert settings.load().port == 8000
 
 
+@pytest.mark.parametrize("text", ["/a:~/b", "/a,~/b", " /a , ~/b ", "/a::~/b:"])
+def test_several_folders_stand_in_one_variable(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(settings.PREFIX + "MODELS_FROM", text)
+    assert settings.load().models_from == (Path("/a"), Path.home() / "b")
+    assert settings.load(models_from=[Path("c:d,e")]).models_from == (Path("c:d,e"),)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

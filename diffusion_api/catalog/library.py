@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
+import struct
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Literal, TypeVar
 
 from diffusion_api.catalog import detect
+from diffusion_api.catalog.kinds import family_of, kind_of
 from diffusion_api.catalog.labels import label
+from diffusion_api.catalog.layouts import Entry, Kind, Place, places, search
 from diffusion_api.errors import InvalidRequest, UnknownModel
 
 log = logging.getLogger(__name__)
@@ -22,22 +27,58 @@ PREFERRED_DEFAULT = "stable-diffusion-v1-5"
 FRESH = 2.0
 """Seconds for which a scan is believed."""
 
+LONG_SCAN = 20
+"""A scan is believed for so many times as long as it took, on top."""
 
-@dataclass(frozen=True)
-class Model:
-    """An installed model.
+PLAIN_NAMES = ("lora", "pytorch_lora_weights", "adapter_model", "learned_embeds", "diffusion_pytorch_model", "model")
+"""Names that programs give to any file of its kind: such a file is called after its folder."""
 
-    ``native_size`` is the side in pixels that it was trained at; ``shown_path`` is for callers; ``stamp`` changes with the
-    files.
+OWN_FOLDERS: dict[str, Kind] = {
+    "models": "model",
+    "loras": "lora",
+    "upscalers": "upscaler",
+    "vae": "vae",
+    "embeddings": "embedding",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """A file of weights; a folder only if it is a model. ``family`` is the one that it was made for, where that can be
+    told; ``shown_path`` is for callers; ``stamp`` changes with the files.
     """
 
+    kind: Kind
     name: str
-    family: str
     path: Path
     shown_path: str
+    family: str | None
+    stamp: int = 0
+
+    @property
+    def pickled(self) -> bool:
+        """True for a format that can hold code: it is read as data only."""
+        return self.path.is_file() and self.path.suffix.lower() != ".safetensors"
+
+    @property
+    def hash(self) -> str | None:
+        """The first 10 hex digits of the file's SHA-256, as A1111 shows it; None for a folder."""
+        return _sha256(self.path, self.stamp)[:10] if self.path.is_file() else None
+
+    @property
+    def network_hash(self) -> str:
+        """The 12 hex digits by which A1111 knows a LoRA or an embedding again."""
+        return _lora_hash(self.path, self.stamp) if self.kind == "lora" else _sha256(self.path, self.stamp)[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Asset):
+    """An installed model. ``native_size`` is the side in pixels that it was trained at."""
+
+    kind: Kind = "model"
+    family: str
     native_size: int
     shipped: bool = False
-    stamp: int = 0
 
     @property
     def label(self) -> str:
@@ -54,40 +95,58 @@ class Model:
         """``sdxl`` or ``standard``, the two words of the original API."""
         return "sdxl" if self.family == "sdxl" else "standard"
 
-    @property
-    def hash(self) -> str | None:
-        """The first 10 hex digits of the file's SHA-256, as A1111 shows it; None for a folder."""
-        return _sha256(self.path, self.stamp)[:10] if self.single_file else None
+
+Row = TypeVar("Row", bound=Asset)
 
 
 class Library:
-    """The models of an installation: the user's folder, and the ones that come with the package."""
+    """What is installed: in the home, in the folders that the operator named beside it, and in the package.
 
-    def __init__(self, home: Path, models_dir: Path, shipped: Path | None = None, default: str | None = None) -> None:
+    Of two files of one kind and name the first keeps the name: the home's before the others', nearer before deeper.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        models_dir: Path,
+        shipped: Path | None = None,
+        default: str | None = None,
+        *,
+        models_from: Sequence[Path] = (),
+    ) -> None:
         self._home, self._models_dir, self._shipped, self._default = home, models_dir, shipped, default
+        self._roots = _shown_as(models_from)
         self._lock = threading.Lock()
-        self._scanned = float("-inf")
-        self._models: dict[str, Model] = {}
+        self._scanned, self._took = float("-inf"), 0.0
+        self._rows: dict[Kind, dict[str, Asset]] = {}
+        self._recognised: dict[tuple[Path, Kind | None], tuple[int, _Facts | detect.Unrecognised | None]] = {}
         self._refused: dict[str, str] = {}
         self._told: set[str] = set()
 
     def models(self) -> list[Model]:
         """Installed models that can run, by name."""
-        with self._lock:
-            if time.monotonic() - self._scanned > FRESH:
-                self._refused = {}
-                self._models = self._scan()
-                self._scanned = time.monotonic()
-            return sorted(self._models.values(), key=lambda m: m.name.lower())
+        return [row for row in self._of("model") if isinstance(row, Model)]
+
+    def assets(self, kind: Kind) -> list[Asset]:
+        """Installed files of that kind, by name."""
+        return self._of(kind)
+
+    def find_asset(self, kind: Kind, name: str) -> Asset | None:
+        """The file of that kind with that name, as callers write it: see :meth:`find`."""
+        return _find(self.assets(kind), name)
+
+    def styles_files(self) -> list[Path]:
+        """The files of styles that A1111 would read: the home's before the others'."""
+        roots = (self._home, self._home / "stable_diffusion", *(root for root, _ in self._roots))
+        return [file for root in roots if (file := root / "styles.csv").is_file()]
 
     def find(self, name: str) -> Model | None:
-        """The model with that name, file name or label; case, ``-`` and ``_`` do not matter for labels."""
+        """The model with that name, file name, path within its folder, repository of the hub, or label.
+
+        Case, ``-`` and ``_`` do not matter for names and labels, an exact name goes first.
+        """
         models = self.models()
-        for model in models:
-            if name in (model.name, model.path.name):
-                return model
-        wanted = _loose(name)
-        return next((m for m in models if wanted in (_loose(m.label), _loose(m.name))), None)
+        return _find(models, name) or next((m for m in models if _loose(m.label) == _loose(name)), None)
 
     def resolve(self, name: str | None) -> Model:
         """The model that a request means; None means the default one. Raises UnknownModel with the choices."""
@@ -122,60 +181,188 @@ class Library:
         names = [m.name for m in self.models()]
         return f"one of {', '.join(names)}" if names else "no model is installed: put one into stable_diffusion/models"
 
-    def _scan(self) -> dict[str, Model]:
-        found: dict[str, Model] = {}
-        if self._shipped:
-            found.update(self._scan_folder(self._shipped, shipped=True))
-        found.update(self._scan_folder(self._models_dir, shipped=False))
-        return found
+    def _of(self, kind: Kind) -> list[Asset]:
+        with self._lock:
+            started = time.monotonic()
+            if started - self._scanned > FRESH + LONG_SCAN * self._took:
+                self._rows = self._scan()
+                self._scanned = time.monotonic()
+                self._took = self._scanned - started
+            return sorted(self._rows.get(kind, {}).values(), key=lambda row: row.name.lower())
 
-    def _scan_folder(self, root: Path, *, shipped: bool) -> dict[str, Model]:
-        found: dict[str, Model] = {}
-        entries = sorted(root.iterdir()) if root.is_dir() else []
-        for entry in entries:
-            if entry.name.startswith(".") or not (entry.is_dir() or entry.suffix in (".safetensors", ".ckpt")):
-                continue
-            try:
-                model = self._recognise(entry, shipped=shipped)
-            except (detect.Unrecognised, OSError) as error:
-                self._tell(entry, str(error))
-                continue
-            if model.family in RUNNABLE:
-                found[model.name] = model
+    def _scan(self) -> dict[Kind, dict[str, Asset]]:
+        rows: dict[Kind, dict[str, Asset]] = {}
+        self._refused = {}
+        for entry in search(self._places(), self._tell):
+            if row := self._row(entry):
+                self._add(row, entry, rows.setdefault(row.kind, {}))
+        shipped = [Place(self._shipped, "shipped", "model")] if self._shipped else []
+        for entry in search(shipped, self._tell):
+            row = self._row(entry, shipped=True)
+            if row and row.name not in rows.setdefault(row.kind, {}):
+                rows[row.kind][row.name] = row
+        return rows
+
+    def _places(self) -> Iterable[Place]:
+        """Where to search; asked anew for each scan, since folders come and go."""
+        home, own = self._home, self._home / "stable_diffusion"
+        yield Place(self._models_dir, _shown(self._models_dir, home), "model")
+        for name, kind in OWN_FOLDERS.items():
+            yield Place(own / name, f"stable_diffusion/{name}", kind)
+        yield Place(home / "models", "models", "model")
+        yield Place(home / "loras", "loras", "lora")
+        for root, shown in self._roots:
+            if root.exists():
+                yield from places(root, shown, self._tell)
             else:
-                self._tell(entry, f"family {model.family} has no lane yet")
-        return found
+                self._log_once(f"{shown} (models_from) is not there")
 
-    def _recognise(self, entry: Path, *, shipped: bool) -> Model:
-        if entry.suffix == ".ckpt":
-            raise detect.Unrecognised(".ckpt files can run code when loaded; convert it to .safetensors")
-        if entry.is_dir():
-            family, size = detect.folder_family(_snapshot(entry))
-            name, path = entry.name, _snapshot(entry)
-        else:
-            family, size = detect.file_family(entry)
-            name, path = entry.stem, entry
-        shown = f"shipped/{entry.name}" if shipped else entry.relative_to(self._home).as_posix()
-        return Model(name, family, path, shown, size, shipped, _stamp(path))
+    def _row(self, entry: Entry, *, shipped: bool = False) -> Asset | None:
+        """What an entry is; None, and told where it should be something, when it can be of no use."""
+        try:
+            stamp = _stamp(entry.path)
+            facts = self._facts(entry, stamp)
+        except (detect.Unrecognised, OSError) as error:
+            self._tell(str(entry.relative), str(error))
+            return None
+        if facts is None:
+            return None
+        name = _name(entry)
+        if facts.kind != "model":
+            return Asset(
+                kind=facts.kind, name=name, path=entry.path, shown_path=entry.shown, family=facts.family, stamp=stamp
+            )
+        if facts.family not in RUNNABLE:
+            self._tell(str(entry.relative), f"family {facts.family} has no lane yet")
+            return None
+        return Model(
+            name=name,
+            path=entry.path,
+            shown_path=entry.shown,
+            family=facts.family,
+            stamp=stamp,
+            native_size=facts.native_size,
+            shipped=shipped,
+        )
 
-    def _tell(self, entry: Path, reason: str) -> None:
-        self._refused |= {entry.name: reason, entry.stem: reason}
-        message = f"{entry.name} is not listed: {reason}"
+    def _facts(self, entry: Entry, stamp: int) -> _Facts | None:
+        """What the files say, read again only when they have changed. Raises Unrecognised."""
+        key = (entry.path, entry.kind)
+        known = self._recognised.get(key)
+        if known is None or known[0] != stamp:
+            try:
+                known = (stamp, _recognise(entry.path, entry.kind))
+            except detect.Unrecognised as error:
+                known = (stamp, error)
+            self._recognised[key] = known
+        if isinstance(known[1], detect.Unrecognised):
+            raise known[1]
+        return known[1]
+
+    def _add(self, row: Asset, entry: Entry, rows: dict[str, Asset]) -> None:
+        """Put a row under the first of its names that is free."""
+        suffix = row.path.suffix if row.path.is_file() else ""
+        relative = str(entry.relative).removesuffix(suffix)
+        for name in (row.name, relative, entry.shown.removesuffix(suffix), entry.shown):
+            other = rows.get(name)
+            if other is None:
+                rows[name] = replace(row, name=name)
+                if name != row.name:
+                    first = rows[row.name].shown_path
+                    self._log_once(f"{entry.shown} is listed as {name!r}, since {row.name!r} is {first}")
+                return
+            if other.path.samefile(row.path):
+                return
+
+    def _tell(self, name: str, reason: str) -> None:
+        path = PurePosixPath(name)
+        self._refused |= {path.name: reason, path.stem: reason}
+        self._log_once(f"{name} is not listed: {reason}")
+
+    def _log_once(self, message: str) -> None:
         if message not in self._told:
             self._told.add(message)
             log.warning("%s", message)
 
 
-def _snapshot(folder: Path) -> Path:
-    """The newest snapshot of a folder in the hub's ``models--org--name`` layout; any other folder itself."""
-    snapshots = folder / "snapshots"
-    found = [s for s in snapshots.iterdir() if (s / "model_index.json").is_file()] if snapshots.is_dir() else []
-    return max(found, key=lambda s: s.stat().st_mtime) if found else folder
+@dataclass(frozen=True)
+class _Facts:
+    """What a file says of itself."""
+
+    kind: Kind
+    family: str | None
+    native_size: int = 0
+
+
+def _recognise(path: Path, kind: Kind | None) -> _Facts | None:
+    """What a file or folder is: by its tensors, else as ``kind`` has it; None for what nobody expects here.
+
+    Raises Unrecognised.
+    """
+    if path.is_dir():
+        return _Facts("model", *detect.folder_family(path))
+    if path.suffix.lower() != ".safetensors":
+        return _recognise_pickle(path, kind)
+    tensors = detect.safetensors_header(path)
+    found = kind_of(tensors) or kind
+    if found == "model":
+        return _Facts("model", *detect.file_family(path))
+    return _Facts(found, family_of(found, tensors)) if found else None
+
+
+def _recognise_pickle(path: Path, kind: Kind | None) -> _Facts | None:
+    """Formats that can hold code are not opened here: their names and folders tell."""
+    stem = path.stem.lower()
+    if stem in ("lora", "pytorch_lora_weights", "adapter_model"):
+        return _Facts("lora", None)
+    if stem.endswith(".vae"):
+        return _Facts("vae", None)
+    if path.suffix.lower() == ".ckpt" and kind in (None, "model"):
+        raise detect.Unrecognised(".ckpt files can run code when loaded; convert it to .safetensors")
+    return _Facts(kind, None) if kind and kind != "model" else None
+
+
+def _find(rows: Sequence[Row], name: str) -> Row | None:
+    """The row with that name, exactly if there is one, else loosely."""
+    repository = "models--" + name.replace("/", "--")
+    for row in rows:
+        if name in (row.name, row.path.name) or row.name == repository:
+            return row
+    below = "/" + name
+    for row in rows:
+        path = "/" + row.shown_path
+        if path.endswith(below) or path.removesuffix(row.path.suffix).endswith(below):
+            return row
+    return next((row for row in rows if _loose(row.name) == _loose(name)), None)
+
+
+def _name(entry: Entry) -> str:
+    """What a file is called: by its own name, or its folder's where its own says nothing."""
+    path = PurePosixPath(entry.shown)
+    if entry.path.is_dir():
+        return path.name
+    return path.parent.name if path.stem in PLAIN_NAMES and len(entry.relative.parts) > 1 else path.stem
+
+
+def _shown_as(roots: Iterable[Path]) -> list[tuple[Path, str]]:
+    """Each root with the name under which callers see it: its own, with a number where that is taken."""
+    found: dict[str, Path] = {}
+    for root in roots:
+        name = root.resolve().name
+        number = 2
+        while name in found:
+            name, number = f"{root.resolve().name}-{number}", number + 1
+        found[name] = root
+    return [(root, name) for name, root in found.items()]
+
+
+def _shown(folder: Path, home: Path) -> str:
+    return folder.relative_to(home).as_posix()
 
 
 def _stamp(path: Path) -> int:
     """Another number whenever a file of the model is another one."""
-    files = [path, *sorted(path.glob("*/*"))] if path.is_dir() else [path]
+    files = [path, *sorted(path.glob("*")), *sorted(path.glob("*/*"))] if path.is_dir() else [path]
     found = [file.stat() for file in files if file.exists()]
     return hash(tuple((file.st_mtime_ns, file.st_size) for file in found))
 
@@ -188,3 +375,19 @@ def _loose(name: str) -> str:
 def _sha256(path: Path, stamp: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _lora_hash(path: Path, stamp: int) -> str:
+    """What the trainer wrote into the file; else the SHA-256 of its tensors without the header, so that a file that is
+    described anew is known again; of the whole file where it has no header.
+    """
+    if path.suffix.lower() != ".safetensors":
+        return _sha256(path, stamp)[:12]
+    told = detect.safetensors_metadata(path).get("sshs_model_hash", "")
+    if re.fullmatch("[0-9a-f]{12,64}", told):
+        return told[:12]
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(8 + length)
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]

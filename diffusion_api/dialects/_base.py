@@ -139,12 +139,12 @@ def build(kind: type[Built], **fields: Any) -> Built:
         raise errors.InvalidRequest(explain(dict(first)), field=field) from error
 
 
-def resolve_seed(seed: int | None) -> int:
+def resolve_seed(seed: int | None, name: str = "seed") -> int:
     """The seed of a job: drawn when none or a negative one was given. Raises InvalidRequest above 2**32 - 1."""
     if seed is None or seed < 0:
         return random.randint(0, MAX_SEED)  # noqa: S311 - a seed is no secret
     if seed > MAX_SEED:
-        raise errors.InvalidRequest(f"seed is {seed}; it may be 0 to {MAX_SEED}, or -1 for a random one", field="seed")
+        raise errors.InvalidRequest(f"{name} is {seed}; it may be 0 to {MAX_SEED}, or -1 for a random one", field=name)
     return seed
 
 

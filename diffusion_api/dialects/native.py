@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastapi import APIRouter, Body, FastAPI, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
-from diffusion_api import __version__
+from diffusion_api import __version__, infotext
 from diffusion_api.catalog import samplers
-from diffusion_api.dialects._base import ErrorRoute, build, caller_of, hears, resolve_seed, round_size
-from diffusion_api.errors import InvalidRequest
+from diffusion_api.dialects._base import MAX_SIDE, ErrorRoute, build, caller_of, hears, resolve_seed, round_size
+from diffusion_api.errors import InvalidRequest, UnknownModel
 from diffusion_api.prompt import parse
 from diffusion_api.queues.base import Key, Snapshot
-from diffusion_api.schema.job import Job, Result, State
-from diffusion_api.schema.request import Output, Txt2Img
+from diffusion_api.schema.job import NOT_INSTALLED, Job, LoraApplied, LoraSkipped, Result, State, lora_skipped
+from diffusion_api.schema.request import MAX_SEED, OWN_VAE, Emphasis, LoraUse, Output, Source, Txt2Img
 
 if TYPE_CHECKING:
     from diffusion_api.schema.report import WorkerReport
@@ -32,19 +32,46 @@ DEFAULT_SAMPLER = "DPM++ 2M"
 MAX_UNKNOWN = 100
 """Fields of a body that are ignored with a warning each; looking for a near name takes its time."""
 LONGEST_NAME = 100
+OPTIONS = (
+    *("rng", "ensd", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "discard_next_to_last_sigma"),
+    *("guidance_rescale", "clip_skip", "emphasis"),
+)
+"""Fields that are passed on as they are, and left to the request's defaults when they are not given."""
+
 UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or no worker runs"}
 NEXT_STEP = 5.0
 """Seconds that a running job gets to end before the caller who cancelled it is answered."""
 
+KNOWN = "<lora:name:weight> is one"
 NOBODY = 499
 """Status of an answer that nobody will read, as the caller has hung up."""
 
 
-class LoraBody(BaseModel):
-    """A LoRA by name, with its strength."""
+IN_BODY = {"guidance_scale": "cfg_scale", "sampler": "sampler_name", "schedule": "scheduler_type"}
+"""What the body calls a field of the request, where the names differ."""
 
-    name: str
-    scale: float = 1.0
+
+def _also(name: str, *others: str) -> AliasChoices:
+    """The names that a field of a body may have: its own one, and A1111's."""
+    return AliasChoices(name, *others)
+
+
+def _word(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _source(value: Any) -> Any:
+    return "nv" if (word := _word(value)) == "gpu" else word
+
+
+class LoraBody(BaseModel):
+    """A LoRA by name, or by its path as the service shows it, with its strength."""
+
+    name: str = Field(validation_alias=_also("name", "path"))
+    scale: float = Field(default=1.0, allow_inf_nan=False)
+    text_scale: float | None = Field(
+        default=None, allow_inf_nan=False, description="strength on the text encoders; that of scale when left out"
+    )
 
 
 class HiresBody(BaseModel):
@@ -98,7 +125,74 @@ class Txt2ImgBody(BaseModel):
     jpeg_quality: int | None = Field(default=None, ge=1, le=100, description="85 when left out")
     seed: int | None = Field(default=None, description="0 to 4294967295; null or -1 draws one")
     n: int | None = Field(default=None, ge=1, description="pictures, with seeds seed, seed + 1, ...; 1 when left out")
-    loras: list[LoraBody | str] | None = None
+    rng: Annotated[Source, BeforeValidator(_source)] | None = Field(
+        default=None,
+        validation_alias=_also("rng", "randn_source"),
+        description="where noise comes from; nv when left out",
+    )
+    variation_seed: int | None = Field(
+        default=None, validation_alias=_also("variation_seed", "subseed"), description="like seed"
+    )
+    variation_strength: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        validation_alias=_also("variation_strength", "subseed_strength"),
+        description="how far to go from the noise of seed to that of variation_seed; 0 when left out",
+    )
+    seed_resize_width: int | None = Field(
+        default=None,
+        le=MAX_SIDE,
+        validation_alias=_also("seed_resize_width", "seed_resize_from_w"),
+        description="pixels; with seed_resize_height: noise as for a picture of that size",
+    )
+    seed_resize_height: int | None = Field(
+        default=None, le=MAX_SIDE, validation_alias=_also("seed_resize_height", "seed_resize_from_h")
+    )
+    ensd: int | None = Field(
+        default=None,
+        ge=-MAX_SEED,
+        le=MAX_SEED,
+        validation_alias=_also("ensd", "eta_noise_seed_delta"),
+        description="added to the seed for noise after the first; 0 when left out",
+    )
+    eta: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="the sampler's own when left out")
+    s_churn: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="0 when left out")
+    s_tmin: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="0 when left out")
+    s_tmax: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="0, which is no end, when left out"
+    )
+    s_noise: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="1 when left out")
+    discard_next_to_last_sigma: bool | None = Field(
+        default=None,
+        validation_alias=_also("discard_next_to_last_sigma", "always_discard_next_to_last_sigma"),
+        description="the sampler's own way when left out",
+    )
+    guidance_rescale: float | None = Field(
+        default=None, ge=0, le=1, allow_inf_nan=False, description="0 when left out; against overexposed pictures"
+    )
+    clip_skip: int | None = Field(
+        default=None,
+        ge=1,
+        le=12,
+        validation_alias=_also("clip_skip", "CLIP_stop_at_last_layers"),
+        description="1 when left out: the last layer of the text encoder",
+    )
+    emphasis: Annotated[Emphasis, BeforeValidator(_word)] | None = Field(
+        default=None, description="what weights in a prompt do; original when left out"
+    )
+    infotext: str | None = Field(
+        default=None, description="the parameters of a picture, as A1111 writes them: for all that is left out here"
+    )
+    loras: list[LoraBody | str] | None = Field(
+        default=None, description="beside those that the prompt names as <lora:name:scale>"
+    )
+    vae: str | None = Field(
+        default=None,
+        validation_alias=_also("vae", "sd_vae"),
+        description="a VAE by name; None: the model's own; Automatic, also when left out: the one named like the model",
+    )
     hires: HiresBody | None = None
     refiner_checkpoint: str | None = None
     refiner_switch_at: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False, description="0 to 1")
@@ -156,6 +250,8 @@ class StatusBody(BaseModel):
     height: int = Field(default=0, description="pixels")
     file_type: Literal["jpg", "png"] = "jpg"
     jpeg_quality: int | None = None
+    loras_applied: list[LoraApplied] = Field(default=[], description="with their strengths, in order")
+    loras_skipped: list[LoraSkipped] = Field(default=[], description="those that were asked for in vain, and why")
     generation_time_sec: float = 0
     memory_before_mb: float = Field(default=0, description="resident on a CPU, allocated on a GPU")
     memory_after_mb: float = 0
@@ -343,6 +439,9 @@ def mount(app: FastAPI, service: Service) -> None:
 def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]:
     """The frozen request that a body means, and what the caller should know. Raises InvalidRequest."""
     warnings = _unknown_fields(list(body.model_extra or {}))
+    if body.infotext:
+        body, notes = _filled(body, service)
+        warnings += notes
     model = service.model(body.model)
     sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
     width, width_note = round_size(_given(body.width, model.native_size), "width")
@@ -350,9 +449,8 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     warnings += [note for note in (width_note, height_note) if note]
     if body.hires and body.hires.enabled:
         raise InvalidRequest("hires is not supported by this release; leave it out", field="hires")
-    asked = [("lora", lora if isinstance(lora, str) else lora.name) for lora in body.loras or []]
-    asked += [(network.kind, network.name) for network in parse(body.prompt).networks]
-    warnings += [_skipped(kind, name) for kind, name in dict.fromkeys(asked)]
+    loras = tuple(_lora(lora) for lora in body.loras or [])
+    warnings += _absent([*(("lora", lora.name) for lora in loras), *_networks(body.prompt)], service)
     if body.refiner_checkpoint:
         warnings.append(f"refiner_checkpoint is ignored: model {model.name!r} is no SDXL model")
     file_type = (body.fileType or "jpg").lower()
@@ -371,15 +469,75 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
         schedule=schedule.name,
         seed=resolve_seed(body.seed),
         count=_given(body.n, 1),
+        loras=loras,
+        vae=_vae(body.vae, service),
+        **_noise(body),
+        **{name: value for name in OPTIONS if (value := getattr(body, name)) is not None},
         output=build(Output, format=FILE_TYPES[file_type], quality=_given(body.jpeg_quality, 85)),
     )
     return request, warnings
 
 
-def _skipped(kind: str, name: str) -> str:
-    if kind == "lora":
-        return f"LoRA {name!r} was skipped: this release does not apply LoRAs"
-    return f"<{kind}:{name}> was taken out of the prompt: no such kind of network is known; <lora:name:weight> is one"
+def _filled(body: Txt2ImgBody, service: Service) -> tuple[Txt2ImgBody, list[str]]:
+    """The body with what its infotext says of all that it leaves out, and what the infotext says in vain."""
+    told, unused = infotext.asked(infotext.parse(body.infotext or ""))
+    notes = [f"infotext: {', '.join(unused[:MAX_UNKNOWN])} is not used here"] if unused else []
+    said = body.model_dump(exclude_unset=True, exclude_none=True)
+    fields = {IN_BODY.get(name, name): value for name, value in told.items()} | said
+    if "model" in told and "model" not in said:
+        try:
+            service.model(str(told["model"]))
+        except UnknownModel:
+            del fields["model"]
+            notes.append(f"infotext: model {told['model']!r} is not installed; the default one is used")
+    if "vae" in told and "vae" not in said and service.asset("vae", str(told["vae"])) is None:
+        del fields["vae"]
+        notes.append(f"infotext: vae {told['vae']!r} is not installed; the model's own is used")
+    return build(Txt2ImgBody, **fields), notes
+
+
+def _noise(body: Txt2ImgBody) -> dict[str, Any]:
+    """The variation and the other size of the noise, each whole or not there at all."""
+    fields: dict[str, Any] = {}
+    if body.variation_strength:
+        seed = resolve_seed(body.variation_seed, "variation_seed")
+        fields |= {"variation_seed": seed, "variation_strength": body.variation_strength}
+    width, height = (_given(side, 0) // 8 * 8 for side in (body.seed_resize_width, body.seed_resize_height))
+    if width > 0 and height > 0:
+        fields |= {"seed_resize_width": width, "seed_resize_height": height}
+    return fields
+
+
+def _lora(body: LoraBody | str) -> LoraUse:
+    return LoraUse(name=body) if isinstance(body, str) else LoraUse(**body.model_dump())
+
+
+def _networks(prompt: str) -> list[tuple[str, str]]:
+    return [(network.kind, network.name) for network in parse(prompt).networks]
+
+
+def _absent(networks: list[tuple[str, str]], service: Service) -> list[str]:
+    """What to tell the caller of networks that no job will find. Whether a LoRA fits the model is seen when it runs."""
+    warnings = []
+    for kind, name in dict.fromkeys(networks):
+        if kind != "lora":
+            warnings.append(f"<{kind}:{name}> was taken out of the prompt: no such kind of network is known; {KNOWN}")
+        elif service.asset("lora", name) is None:
+            warnings.append(lora_skipped(name, NOT_INSTALLED))
+    return warnings
+
+
+def _vae(name: str | None, service: Service) -> str | None:
+    """The VAE that a request means. Raises InvalidRequest with the choices."""
+    if name is None or name.lower() == "automatic":
+        return None
+    if name.lower() == "none":
+        return OWN_VAE
+    row = service.asset("vae", name)
+    if row is None:
+        choices = ", ".join(["Automatic", OWN_VAE, *(row.name for row in service.assets("vae"))])
+        raise InvalidRequest(f"vae {name!r} is not installed; one of {choices}", field="vae")
+    return row.name
 
 
 def _given(value: Any, default: Any) -> Any:
@@ -449,18 +607,26 @@ def _status(snapshot: Snapshot) -> dict[str, Any]:
 def _result(job: Job, result: Result) -> dict[str, Any]:
     image, output = result.images[0], job.request.output
     several = {"output_paths": [i.path for i in result.images]} if len(result.images) > 1 else {}
-    return several | {
-        "payload": job.payload,
-        "output_path": image.path,
-        "width": image.width,
-        "height": image.height,
-        "file_type": "jpg" if output.format == "jpeg" else output.format,
-        "jpeg_quality": output.quality if output.format == "jpeg" else None,
-        "generation_time_sec": round(result.seconds, 3),
-        "memory_before_mb": round(result.memory_before_mb, 2),
-        "memory_after_mb": round(result.memory_after_mb, 2),
-        "seed": image.seed,
+    loras = {
+        "loras_applied": [lora.model_dump() for lora in result.loras_applied],
+        "loras_skipped": [lora.model_dump() for lora in result.loras_skipped],
     }
+    return (
+        several
+        | {name: uses for name, uses in loras.items() if uses}
+        | {
+            "payload": job.payload,
+            "output_path": image.path,
+            "width": image.width,
+            "height": image.height,
+            "file_type": "jpg" if output.format == "jpeg" else output.format,
+            "jpeg_quality": output.quality if output.format == "jpeg" else None,
+            "generation_time_sec": round(result.seconds, 3),
+            "memory_before_mb": round(result.memory_before_mb, 2),
+            "memory_after_mb": round(result.memory_after_mb, 2),
+            "seed": image.seed,
+        }
+    )
 
 
 def _pictures(job: Job, service: Service) -> dict[str, Any]:

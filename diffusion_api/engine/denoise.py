@@ -7,8 +7,9 @@ work's value. What it never does is touch the model itself: who answers may answ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from diffusion_api.catalog import samplers
 from diffusion_api.engine import text
-from diffusion_api.engine.base import Finished, Pixels, Stop, StopAsked
+from diffusion_api.engine.base import Attached, Finished, Pixels, Stop, StopAsked
+from diffusion_api.engine.loras import Patches
+from diffusion_api.engine.noise import streams
 from diffusion_api.engine.plan import Pass, plan
 from diffusion_api.engine.samplers import SAMPLERS
 from diffusion_api.engine.samplers.sigmas import NoiseLevels, spacing
@@ -57,6 +60,24 @@ class Lane(Protocol):
     def device(self) -> torch.device:
         """Where latents live."""
 
+    @property
+    def patches(self) -> Patches:
+        """What stands in place of the model's own weights."""
+
+    @property
+    def words(self) -> Mapping[str, text.Words]:
+        """Its text encoders' words, by part."""
+
+
+class Point(StrEnum):
+    """What a job needs the device for."""
+
+    LOAD = "load"
+    ENCODE = "encode"
+    EVALUATE = "evaluate"
+    DECODE = "decode"
+    OTHER = "other"
+
 
 @dataclass(frozen=True)
 class Evaluate:
@@ -66,13 +87,15 @@ class Evaluate:
     latents: Tensor
     timestep: float
     conditionings: tuple[Tensor, ...]
+    point: Point = field(default=Point.EVALUATE, init=False)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Please: anything else that needs the device."""
+    """Please: anything else that needs the device. It may be run again when memory runs out in it."""
 
     work: Callable[[], Any]
+    point: Point = Point.OTHER
 
 
 Asks = Generator[Evaluate | Run, Any, Any]
@@ -81,7 +104,13 @@ DECODED_AGAIN = "the picture overflowed while it was decoded, and was decoded ag
 
 
 def job(
-    request: Request, *, load: Callable[[str], Lane], memory: Callable[[], float], report: Report, stop: StopAsked
+    request: Request,
+    *,
+    load: Callable[[str], Lane],
+    attach: Callable[[Lane, Request], Attached],
+    memory: Callable[[], float],
+    report: Report,
+    stop: StopAsked,
 ) -> Asks:
     """The whole of one job; its value is Finished. Raises Interrupted, NotFinite and what ``load`` raises.
 
@@ -89,9 +118,10 @@ def job(
     """
     before = memory()
     report(Progress(state=State.LOADING, phase="loading"))
-    lane: Lane = yield Run(lambda: load(request.model))
+    lane: Lane = yield Run(lambda: load(request.model), Point.LOAD)
+    extras: Attached = yield Run(lambda: attach(lane, request))
     images: list[Pixels] = []
-    warnings: dict[str, None] = {}
+    warnings = dict.fromkeys(extras.warnings)
     broken_off: int | None = None
     for stage in plan(request):
         if stop() is Stop.WITH_PICTURE:
@@ -99,7 +129,7 @@ def job(
             break
         report(_progress(stage, 0))
         latents, broken_off = yield from denoised(lane, stage, report, stop)
-        image, warning = yield Run(partial(developed, lane, latents))
+        image, warning = yield Run(partial(developed, lane, latents), Point.DECODE)
         images.append(image)
         warnings |= dict.fromkeys(warning)
         if broken_off is not None:
@@ -114,6 +144,9 @@ def job(
         memory_before_mb=before,
         memory_after_mb=memory(),
         warnings=tuple(warnings),
+        loras_applied=extras.applied,
+        loras_skipped=extras.skipped,
+        infotext=extras.infotext,
     )
 
 
@@ -135,19 +168,24 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Guidance:
-    """The prompts joined by AND, each with its scale, and the negative one; None where it would change nothing."""
+    """The prompts joined by AND, each with its weight, and the negative one; None where it would change nothing."""
 
     prompts: tuple[Schedule, ...]
-    scales: tuple[float, ...]
+    weights: tuple[float, ...]
     negative: Schedule | None
+    scale: float
 
     def predicted(
         self, evaluation: int, evaluate: Callable[[tuple[Tensor, ...]], Evaluate]
-    ) -> Generator[Evaluate, Tensor, Tensor]:
-        """The guided prediction. A negative prompt of another length than the prompts is asked for apart."""
+    ) -> Generator[Evaluate, Tensor, tuple[Tensor, Tensor]]:
+        """The guided prediction, and the one that scale 1 gives.
+
+        A negative prompt of another length than the prompts is asked for apart.
+        """
         conditionings = text.as_long([prompt.at(evaluation) for prompt in self.prompts])
         if self.negative is None:
-            return (yield evaluate(conditionings))
+            prediction = yield evaluate(conditionings)
+            return prediction, prediction
         negative = self.negative.at(evaluation)
         if negative.shape == conditionings[0].shape:
             both = yield evaluate((negative, *conditionings))
@@ -155,10 +193,21 @@ class Guidance:
         else:
             without = yield evaluate((negative,))
             predictions = yield evaluate(conditionings)
-        guided: Tensor = without
-        for prediction, scale in zip(predictions, self.scales, strict=True):
-            guided = guided + (prediction - without) * scale
-        return guided
+        direction = torch.zeros_like(without)
+        for prediction, weight in zip(predictions, self.weights, strict=True):
+            direction = direction + (prediction - without) * weight
+        return without + direction * self.scale, without + direction
+
+
+def rescaled(x: Tensor, sigma: float, guided: Tensor, plain: Tensor, share: float) -> Tensor:
+    """The guided estimate of the picture in ``x``, brought towards the spread of the plain one (Lin et al. 2024,
+    arXiv:2305.08891, 3.4).
+
+    The spread is that of v, which the paper's model predicts; scaling epsilon would leave noise in the picture.
+    """
+    middle = x / (sigma**2 + 1)  # v is the distance from it, in units that do not matter here
+    wide, narrow = middle - guided, middle - plain
+    return middle - wide * (share * (narrow.std() / wide.std()) + 1 - share)
 
 
 def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
@@ -167,17 +216,17 @@ def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
 
     def encoded(part: Part) -> Generator[Run, Any, Schedule]:
         lasts, texts = zip(*part.schedule(steps), strict=True)
-        return Schedule(lasts, (yield Run(lambda: lane.encode(texts))))
+        return Schedule(lasts, (yield Run(lambda: lane.encode(texts), Point.ENCODE)))
 
     parts = parse(stage.prompt).parts
-    scales = tuple(part.weight * stage.guidance_scale for part in parts)
+    weights = tuple(part.weight for part in parts)
     negative = None
-    if scales != (1,):
+    if len(parts) > 1 or weights[0] * stage.guidance_scale != 1:
         negative = yield from encoded(parse_negative(stage.negative_prompt))
     prompts = []
     for part in parts:
         prompts.append((yield from encoded(part)))
-    return Guidance(tuple(prompts), scales, negative)
+    return Guidance(tuple(prompts), weights, negative, stage.guidance_scale)
 
 
 class _Enough(Exception):
@@ -191,29 +240,30 @@ class _Enough(Exception):
 def denoised(
     lane: Lane, stage: Pass, report: Report, stop: StopAsked
 ) -> Generator[Evaluate | Run, Any, tuple[Tensor, int | None]]:
-    """One sampling pass: noise from the image's own generator, then the sampler; clean latents.
+    """One sampling pass: the picture's own noise, then the sampler; clean latents.
 
     When told to stop with a picture: the model's present guess of them, and the step at which that was.
     """
     guidance = yield from guided(lane, stage)
-    generator = torch.Generator("cpu").manual_seed(stage.seed)
-    shape = lane.latent_shape(stage.width, stage.height)
+    first, later = streams(stage, lane.latent_shape)
 
     def noise() -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(lane.device)
+        return later().to(lane.device)
 
     evaluations = 0
 
     def denoise(x: Tensor, sigma: float) -> Generator[Evaluate, Tensor, Tensor]:
         nonlocal evaluations
         scaled = x * (1 / math.sqrt(sigma**2 + 1))
-        predicted = yield from guidance.predicted(
+        predicted, plain = yield from guidance.predicted(
             evaluations, partial(Evaluate, lane, scaled, lane.levels.timestep(sigma))
         )
         evaluations += 1
         progress = _progress(stage, evaluations)
         report(progress)
         estimate = x - predicted * sigma
+        if share := stage.request.guidance_rescale:
+            estimate = rescaled(x, sigma, estimate, x - plain * sigma, share)
         if stop() is Stop.WITH_PICTURE:
             raise _Enough(estimate, progress.step)
         return estimate
@@ -221,7 +271,7 @@ def denoised(
     sigmas = spacing(lane.levels, stage.sampler, stage.schedule, stage.steps)
     start = math.sqrt(1 + sigmas[0] ** 2) if stage.sampler == "ddim" else sigmas[0]
     try:
-        x: Tensor = yield from SAMPLERS[stage.sampler](denoise, noise() * start, sigmas, noise)
+        x: Tensor = yield from SAMPLERS[stage.sampler](denoise, first.to(lane.device) * start, sigmas, noise)
     except _Enough as enough:
         return enough.estimate, enough.step
     return x * (1 / math.sqrt(1 + sigmas[-1] ** 2)), None

@@ -5,16 +5,27 @@ from __future__ import annotations
 import errno
 import gc
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import torch
 
 from diffusion_api.errors import DeviceUnusable
-from diffusion_api.schema.report import DeviceReport
+from diffusion_api.schema.report import DeviceReport, Room
 
 MIB = 2**20
+GIB = 2**30
+
+CARD_RESERVE = GIB // 2
+"""Bytes of a card that nothing is planned into: the driver's context, kernels and fragments."""
+
+HOST_RESERVE = 2 * GIB
+"""Bytes of RAM that nothing is planned into: the libraries of this process, and the system."""
+
+CGROUP = Path("/sys/fs/cgroup")
 
 EXHAUSTED = ("out of memory", "can't allocate memory", "status_alloc_failed")
 """What RuntimeErrors of torch's backends say when memory runs out."""
@@ -33,12 +44,105 @@ STICKY = (
 """What CUDA says when it fails every call of the process from then on (CUDA Runtime API, ``cudaError_t``)."""
 
 
+class Meter(Protocol):
+    """Reads how large a memory is, and what of it is not ours. Bytes."""
+
+    @property
+    def total(self) -> int:
+        """All there is."""
+
+    def others(self) -> int:
+        """What other programs hold at this moment, which may change before the next."""
+
+
+class RamMeter:
+    """The machine's RAM, or what the control group of this process may have of it."""
+
+    @cached_property
+    def total(self) -> int:
+        """All there is."""
+        return min(int(psutil.virtual_memory().total), _cgroup("memory.max") or 2**63)
+
+    def others(self) -> int:
+        """What is not available, less what is ours."""
+        memory = psutil.virtual_memory()
+        return max(0, int(memory.total - memory.available) - int(psutil.Process().memory_info().rss))
+
+
+def _cgroup(name: str) -> int | None:
+    """A number of this process's control group (version 2), None where it has no such limit."""
+    try:
+        return int((CGROUP / name).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class CardMeter:
+    """The memory of a CUDA card."""
+
+    place: torch.device
+
+    @cached_property
+    def total(self) -> int:
+        """All there is."""
+        return int(torch.cuda.mem_get_info(self.place)[1])
+
+    def others(self) -> int:
+        """What the driver has given away, less what torch got of it; this process's context counts as another's."""
+        free, total = torch.cuda.mem_get_info(self.place)
+        return max(0, total - free - torch.cuda.memory_reserved(self.place))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the models and jobs of this process may use of a memory. ``limit`` is the operator's. Bytes."""
+
+    meter: Meter
+    limit: int | None = None
+    reserve: int = 0
+
+    @property
+    def budget(self) -> int:
+        """What they may use when no other program needs it."""
+        return min(self.limit or 2**63, self._ours)
+
+    def now(self) -> int:
+        """What they may use at this moment."""
+        return min(self.budget, max(0, self._ours - self.meter.others()))
+
+    @property
+    def _ours(self) -> int:
+        total = self.meter.total
+        return total - min(self.reserve, total // 4)
+
+
+def ram(limit: int | None = None) -> Memory:
+    """The RAM of this machine."""
+    return Memory(RamMeter(), limit, HOST_RESERVE)
+
+
 @dataclass(frozen=True)
 class Device:
-    """Where tensors live, and the dtype that models are loaded in."""
+    """Where tensors live, and the dtype that models are loaded in.
+
+    ``memory`` is what it has; ``host`` is the RAM beside it, None where they are one.
+    """
 
     place: torch.device
     dtype: torch.dtype
+    memory: Memory = field(default_factory=ram)
+    host: Memory | None = None
+
+    @property
+    def room(self) -> Room:
+        """What models and jobs may use when no other program needs it."""
+        return Room(self.memory.budget, self.host.budget if self.host else None, self.dtype.itemsize)
+
+    @property
+    def room_now(self) -> Room:
+        """What they may use at this moment. RAM that others hold counts as ours: it can be had back, a card's cannot."""
+        return replace(self.room, device=self.memory.now()) if self.host else self.room
 
     @property
     def memory_mb(self) -> float:
@@ -68,9 +172,10 @@ class Device:
 
     def report(self) -> DeviceReport:
         """The ``gpu`` part of ``GET /health``."""
+        facts: dict[str, bool | int | float | str]
         if self.place.type == "cuda":
             name = torch.cuda.get_device_name(self.place)
-            facts: dict[str, bool | int | float | str] = {
+            facts = {
                 "cuda_available": True,
                 "cuda_version": torch.version.cuda or torch.version.hip or "",
                 "gpu_count": torch.cuda.device_count(),
@@ -79,14 +184,16 @@ class Device:
                 "memory_allocated_gb": round(torch.cuda.memory_allocated(self.place) / 2**30, 2),
                 "memory_reserved_gb": round(torch.cuda.memory_reserved(self.place) / 2**30, 2),
             }
-            return DeviceReport(name, "cuda", facts)
+            return DeviceReport(name, "cuda", facts, self.room)
         if self.place.type == "mps":
-            return DeviceReport("Apple Silicon GPU", "mps", {"mps_available": True, "device_name": "Apple Silicon GPU"})
-        return DeviceReport("CPU", "cpu", {"cuda_available": False, "mps_available": False, "device_name": "CPU"})
+            facts = {"mps_available": True, "device_name": "Apple Silicon GPU"}
+            return DeviceReport("Apple Silicon GPU", "mps", facts, self.room)
+        facts = {"cuda_available": False, "mps_available": False, "device_name": "CPU"}
+        return DeviceReport("CPU", "cpu", facts, self.room)
 
 
-def choose(wanted: str) -> Device:
-    """The device for ``auto``, ``cpu``, ``cuda`` or ``mps``.
+def choose(wanted: str, *, max_vram: int | None = None, max_ram: int | None = None) -> Device:
+    """The device for ``auto``, ``cpu``, ``cuda`` or ``mps``, with at most so many bytes of its memory and of RAM.
 
     Raises DeviceUnusable for a GPU that was asked for or is in the box and cannot be used: a silent run on the CPU would be
     a hundred times slower and nobody would know why.
@@ -95,15 +202,23 @@ def choose(wanted: str) -> Device:
     if wanted == "cuda" or (wanted == "auto" and (cuda or gpu_nodes())):
         if not cuda:
             raise DeviceUnusable(diagnosis(torch.version.cuda or torch.version.hip, gpu_nodes()))
-        return Device(torch.device("cuda"), torch.float16)
+        return _card(torch.device("cuda", torch.cuda.current_device()), max_vram, max_ram)
     mps = torch.backends.mps.is_available()
     if wanted == "mps" or (wanted == "auto" and mps):
         if not mps:
             raise DeviceUnusable(
                 "device mps was asked for, and this torch finds no Apple GPU; set DIFFUSION_API_DEVICE=cpu"
             )
-        return Device(torch.device("mps"), torch.float32)
-    return Device(torch.device("cpu"), torch.float32)
+        return Device(torch.device("mps"), torch.float32, ram(max_ram))
+    return Device(torch.device("cpu"), torch.float32, ram(max_ram))
+
+
+def _card(place: torch.device, max_vram: int | None, max_ram: int | None) -> Device:
+    """A CUDA card; beyond ``max_vram`` torch itself says that memory has run out, so that other programs keep theirs."""
+    meter = CardMeter(place)
+    if max_vram:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max_vram / meter.total), place)
+    return Device(place, torch.float16, Memory(meter, max_vram, CARD_RESERVE), ram(max_ram))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,11 +10,13 @@ from diffusion_api.schema.request import Request
 
 @dataclass(frozen=True)
 class Pass:
-    """One sampling pass, and its share of the job's progress (0 to 1)."""
+    """One sampling pass, and its share of the job's progress (0 to 1). What is the same in all is in ``request``."""
 
+    request: Request
     prompt: str
     negative_prompt: str
     seed: int
+    variation_seed: int | None
     width: int
     height: int
     steps: int
@@ -36,9 +38,11 @@ def plan(request: Request) -> tuple[Pass, ...]:
     """The passes, in order; each makes one picture."""
     return tuple(
         Pass(
+            request=request,
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
             seed=seed,
+            variation_seed=variation_seed,
             width=request.width,
             height=request.height,
             steps=request.steps,
@@ -48,5 +52,5 @@ def plan(request: Request) -> tuple[Pass, ...]:
             begins=number / request.count,
             ends=(number + 1) / request.count,
         )
-        for number, seed in enumerate(request.seeds)
+        for number, (seed, variation_seed) in enumerate(zip(request.seeds, request.variation_seeds, strict=True))
     )

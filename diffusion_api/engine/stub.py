@@ -104,7 +104,8 @@ def _job(request: Request, stop: StopAsked) -> Generator[Event, None, Finished]:
     made = request if partial is None else request.model_copy(update={"steps": partial})
     if "nan" in hooks and made.steps >= int(hooks["nan"] or middle):
         raise NotFinite("the stub engine was told to compute what is no number")
-    return Finished(images=tuple(_picture(made, seed) for seed in made.seeds), seeds=made.seeds, partial=partial)
+    images = tuple(_picture(made, *seeds) for seeds in zip(made.seeds, made.variation_seeds, strict=True))
+    return Finished(images=images, seeds=made.seeds, partial=partial)
 
 
 def _fail(request: Request) -> NoReturn:
@@ -155,8 +156,10 @@ def _hold_the_interpreter(seconds: float) -> None:
         ctypes.PyDLL(None).usleep(int(seconds * 1e6))
 
 
-def _picture(request: Request, seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    asked = request.model_copy(update={"seed": seed, "count": 1})
+def _picture(
+    request: Request, seed: int, variation_seed: int | None
+) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    asked = request.model_copy(update={"seed": seed, "variation_seed": variation_seed, "count": 1})
     digest = hashlib.sha256(asked.model_dump_json().encode()).digest()
     generator = np.random.default_rng(int.from_bytes(digest, "big"))
     coarse = generator.integers(0, 256, (request.height // 8, request.width // 8, 3), dtype=np.uint8)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_api.prompt import emphasis
 
@@ -32,7 +33,7 @@ class Tokenizer(Protocol):
 
 
 class Chunk(NamedTuple):
-    """77 token ids: start, up to 75 tokens, end, padding; and the weight of each."""
+    """77 token ids: start, up to 75 tokens, end, padding; and the weight of each. Ids below 0 are learned vectors."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
@@ -42,13 +43,39 @@ class Words:
     """A model's tokenizer and text encoder, and what they made of the last chunks.
 
     ``encoder`` maps (1, 77) ids to (1, 77, width): every chunk is encoded alone, so that its embedding never depends on what
-    it was batched with.
+    it was batched with. ``table`` is where the encoder looks up the vectors of its tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, encoder: Callable[[Tensor], Tensor]) -> None:
-        self._tokenizer, self._encoder = tokenizer, encoder
+    def __init__(self, tokenizer: Tokenizer, encoder: Callable[[Tensor], Tensor], table: nn.Embedding) -> None:
+        self._tokenizer, self._encoder, self._table = tokenizer, encoder, table
         self._comma = self._ids(",")
+        self._learned: dict[tuple[int, ...], range] = {}
+        self._vectors: list[Tensor] = []
+        self._lesson: Hashable = ()
         self._kept: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+
+    @property
+    def width(self) -> int:
+        """How many numbers the vector of a token has."""
+        return self._table.embedding_dim
+
+    def learn(self, lesson: Hashable, embeddings: Mapping[str, Tensor]) -> None:
+        """From now on these words, and no others, mean these vectors: (vectors, width) each. ``lesson`` says which they are.
+
+        A word is found by its tokens, so case does not matter, and only whole words are found.
+        """
+        if lesson == self._lesson:
+            return
+        self._lesson, self._learned, self._vectors = lesson, {}, []
+        for word, vectors in embeddings.items():
+            known = len(self._vectors)
+            self._learned[tuple(self._ids(word))] = range(-1 - known, -1 - known - len(vectors), -1)
+            self._vectors += vectors
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was encoded: the encoder has other weights now."""
+        self._kept.clear()
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
         """A conditioning for each text, (1, 77 * chunks, width), all as long as the longest; the short ones get empty chunks.
@@ -71,10 +98,12 @@ class Words:
         for section in emphasis(text):
             rows.append([])
             for words, weight in section:
-                for token in self._ids(words):
-                    if len(rows[-1]) == CHUNK:
-                        rows.append(self._moved(rows[-1], token))
-                    rows[-1].append((token, weight))
+                for tokens in self._tokens(words):
+                    if len(tokens) > 1 and len(rows[-1]) + len(tokens) > CHUNK:
+                        rows.append([])
+                    elif len(rows[-1]) == CHUNK:
+                        rows.append(self._moved(rows[-1], tokens[0]))
+                    rows[-1] += ((token, weight) for token in tokens)
         if len(rows) > 1 and not rows[-1]:
             rows.pop()
         return [self._padded(row) for row in rows]
@@ -82,6 +111,16 @@ class Words:
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[index]
         return ids
+
+    def _tokens(self, text: str) -> Iterator[Sequence[int]]:
+        """The tokens of a text, those that belong together in one piece: the vectors of a learned word."""
+        ids = self._ids(text)
+        place = 0
+        while place < len(ids):
+            fitting = [word for word in self._learned if tuple(ids[place : place + len(word)]) == word]
+            word = max(fitting, key=len, default=(ids[place],))
+            yield self._learned.get(word, word)
+            place += len(word)
 
     def _moved(self, row: list[tuple[int, float]], following: int) -> list[tuple[int, float]]:
         """What leaves a full row before a token that has no place in it."""
@@ -112,11 +151,31 @@ class Words:
     def _encoded(self, ids: tuple[int, ...]) -> Tensor:
         hidden = self._kept.pop(ids, None)
         if hidden is None:
-            hidden = self._encoder(torch.tensor([ids]))
+            vectors = {place: self._vectors[-1 - token] for place, token in enumerate(ids) if token < 0}
+            with _looked_up(self._table, vectors):
+                hidden = self._encoder(torch.tensor([[max(token, 0) for token in ids]]))
         self._kept[ids] = hidden
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         return hidden
+
+
+@contextmanager
+def _looked_up(table: nn.Embedding, vectors: Mapping[int, Tensor]) -> Iterator[None]:
+    """Within, the table has these vectors at these places of the text, whatever their tokens are."""
+
+    def replaced(_: nn.Module, __: object, found: Tensor) -> Tensor:
+        found = found.clone()
+        for place, vector in vectors.items():
+            found[:, place] = vector
+        return found
+
+    hook = table.register_forward_hook(replaced) if vectors else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
 
 
 def as_long(conditionings: Sequence[Tensor]) -> tuple[Tensor, ...]:

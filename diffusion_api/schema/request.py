@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_SEED = 2**32 - 1
+
+OWN_VAE = "None"
+"""The name of the VAE that a model has itself."""
+
+Source = Literal["nv", "cpu"]
+Emphasis = Literal["original", "no norm", "ignore", "none"]
 
 
 class Frozen(BaseModel):
@@ -22,11 +28,32 @@ class Output(Frozen):
     quality: int = Field(default=85, ge=1, le=100)
 
 
+class LoraUse(Frozen):
+    """A LoRA by name, how strongly it works, and how strongly on the text encoders where that is another number."""
+
+    name: str
+    scale: float = Field(default=1.0, allow_inf_nan=False)
+    text_scale: float | None = Field(default=None, allow_inf_nan=False)
+
+    @property
+    def on_text(self) -> float:
+        """Its strength on the text encoders."""
+        return self.scale if self.text_scale is None else self.text_scale
+
+
 class Txt2Img(Frozen):
     """A picture from words.
 
     ``model``, ``sampler`` and ``schedule`` are names of the catalogs, already looked up. ``width`` and ``height`` are pixels,
     multiples of 8. ``guidance_scale`` 1 means no guidance. ``seed`` is 0 to 2**32 - 1; ``count`` pictures are made.
+
+    ``rng`` is where noise comes from: as on an NVIDIA GPU, or torch's CPU generator. ``variation_strength`` is 0 to 1; at 0
+    there is no ``variation_seed``. ``seed_resize_width`` and ``seed_resize_height`` are pixels, both 0 for no other size.
+    ``ensd`` is added to the seed of noise that is drawn after the first. ``eta`` None is the sampler's own; ``s_tmax`` 0 is
+    no end. ``clip_skip`` counts layers of the text encoder from the last one, 1.
+
+    ``loras`` are asked for beside those that the prompt names. ``vae`` is a name, ``"None"`` for the model's own; None for
+    the one that is named like the model, where there is one.
     """
 
     kind: Literal["txt2img"] = "txt2img"
@@ -43,10 +70,51 @@ class Txt2Img(Frozen):
     count: int = Field(default=1, ge=1)
     output: Output
 
+    rng: Source = "nv"
+    variation_seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    variation_strength: float = Field(default=0, ge=0, le=1)
+    seed_resize_width: int = Field(default=0, ge=0, multiple_of=8)
+    seed_resize_height: int = Field(default=0, ge=0, multiple_of=8)
+    ensd: int = Field(default=0, ge=-MAX_SEED, le=MAX_SEED)
+
+    eta: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    s_churn: float = Field(default=0, ge=0, allow_inf_nan=False)
+    s_tmin: float = Field(default=0, ge=0, allow_inf_nan=False)
+    s_tmax: float = Field(default=0, ge=0, allow_inf_nan=False)
+    s_noise: float = Field(default=1, ge=0, allow_inf_nan=False)
+    discard_next_to_last_sigma: bool = False
+
+    guidance_rescale: float = Field(default=0, ge=0, le=1)
+    clip_skip: int = Field(default=1, ge=1, le=12)
+    emphasis: Emphasis = "original"
+
+    loras: tuple[LoraUse, ...] = ()
+    vae: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.variation_seed is None) != (self.variation_strength == 0):
+            raise ValueError("variation_seed and variation_strength belong together")
+        if (self.seed_resize_width == 0) != (self.seed_resize_height == 0):
+            raise ValueError("seed_resize_width and seed_resize_height belong together")
+        return self
+
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seed of each picture: ``seed``, ``seed + 1``, …, around at 2**32."""
-        return tuple((self.seed + i) % (MAX_SEED + 1) for i in range(self.count))
+        """The seed of each picture: ``seed``, ``seed + 1``, …, around at 2**32. All variations have the same one."""
+        if self.variation_seed is not None:
+            return (self.seed,) * self.count
+        return self._counted(self.seed)
+
+    @property
+    def variation_seeds(self) -> tuple[int | None, ...]:
+        """The variation seed of each picture."""
+        if self.variation_seed is None:
+            return (None,) * self.count
+        return self._counted(self.variation_seed)
+
+    def _counted(self, first: int) -> tuple[int, ...]:
+        return tuple((first + i) % (MAX_SEED + 1) for i in range(self.count))
 
 
 Request = Txt2Img

@@ -122,7 +122,7 @@ def test_a_model_behind_a_link_is_listed(tmp_path: Path, models: Path, new_libra
         (fake_models.SDXL_KEYS, "family sdxl has no lane yet"),
         (fake_models.SD2_KEYS, "family sd2 has no lane yet"),
         (fake_models.INPAINTING_KEYS, "family sd1-inpainting has no lane yet"),
-        (fake_models.LORA_KEYS, "it is no checkpoint"),
+        ({"text_model.embeddings.token_embedding.weight": [8]}, "it is no checkpoint"),
     ],
 )
 def test_what_cannot_run_is_not_listed_and_told_once(
@@ -209,7 +209,7 @@ def test_a_link_to_nowhere_is_told(models: Path, new_library: NewLibrary, caplog
 def test_a_folder_that_is_no_model_is_told(
     models: Path, new_library: NewLibrary, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (models / "notes").mkdir()
+    (diffusers_folder(models / "notes") / "model_index.json").unlink()
     assert names(new_library()) == []
     assert told(caplog) == ["notes is not listed: notes/model_index.json cannot be read"]
 
@@ -347,7 +347,7 @@ def test_the_log_names_no_folder_of_the_host(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     (models / "x.safetensors").write_bytes(b"")
-    (models / "y").mkdir()
+    (diffusers_folder(models / "y") / "model_index.json").unlink()
     assert names(new_library()) == []
     assert len(told(caplog)) == 2
     assert str(models) not in caplog.text

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from fake_models import LORA_KEYS, checkpoint
 from PIL import Image
 from serving import Program, eventually
 
@@ -695,7 +696,8 @@ def test_hello(stub_server: Program) -> None:
 
 
 def test_health_tells_real_numbers(stub_server: Program) -> None:
-    (stub_server.home / "stable_diffusion" / "loras" / "one.safetensors").touch()
+    checkpoint(stub_server.home / "stable_diffusion" / "loras" / "one.safetensors", LORA_KEYS)
+    eventually(lambda: stub_server.get("/health").json()["loras"]["count"], "the new file to be seen")
     health = stub_server.get("/health").json()
     assert health.keys() - {"warnings"} == {
         *("status", "timestamp", "version", "system", "gpu", "workers", "models", "loras", "queue", "outputs", "disk"),

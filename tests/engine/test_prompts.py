@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from asking import Draw, request
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from semantics import asked, seen
 from torch import Tensor
 
@@ -165,13 +167,35 @@ def test_the_negative_prompt_is_left_out_where_it_would_change_nothing(
 
 
 def test_guidance_is_the_sum_over_the_prompts() -> None:
-    guidance = denoise.Guidance(
-        tuple(denoise.Schedule((1,), (torch.zeros(1, 1, 1),)) for _ in range(2)),
-        (2.0, -1.0),
-        denoise.Schedule((1,), (torch.zeros(1, 1, 1),)),
-    )
+    nothing = denoise.Schedule((1,), (torch.zeros(1, 1, 1),))
+    guidance = denoise.Guidance((nothing,) * 2, (1.0, -0.5), nothing, 2)
     asks = guidance.predicted(0, lambda conditionings: conditionings)  # type: ignore[arg-type, return-value]
     assert len(next(asks)) == 3  # type: ignore[arg-type]
     with pytest.raises(StopIteration) as end:
         asks.send(torch.tensor([1.0, 5.0, 3.0]).reshape(3, 1, 1, 1))
-    assert end.value.value.item() == 1 + 2 * (5 - 1) - (3 - 1)
+    guided, plain = end.value.value
+    assert guided.item() == 1 + 2 * (5 - 1) - (3 - 1)
+    assert plain.item() == 1 + (5 - 1) - 0.5 * (3 - 1)
+
+
+@pytest.mark.parametrize("share", [0.3, 1])
+def test_guidance_rescale_is_that_of_diffusers_for_models_that_predict_v(share: float) -> None:
+    sigma = 2.5
+    clean, noise, guided, plain = torch.randn(4, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = clean + sigma * noise
+    alpha = 1 / math.sqrt(sigma**2 + 1)
+
+    def picture(v: Tensor) -> Tensor:
+        return x * alpha**2 - v * sigma * alpha
+
+    ours = denoise.rescaled(x, sigma, picture(guided), picture(plain), share)
+    assert torch.allclose(ours, picture(rescale_noise_cfg(guided, plain, share)), atol=1e-5)
+
+
+def test_guidance_rescale_brings_an_overexposed_picture_back(draw: Draw) -> None:
+    def glare(rescale: float) -> float:
+        picture = draw(RED, steps=10, sampler="euler", guidance_scale=15, guidance_rescale=rescale)
+        assert seen(picture).agrees(asked(RED))
+        return float((picture > 248).mean())  # brighter than any colour that the model learned
+
+    assert glare(0) > 2 * glare(0.4) > 4 * glare(0.7)

@@ -25,6 +25,17 @@ def read_tensors(path: Path) -> Tensors:
     return load_file(path, backend="pread")
 
 
+def read_weights(path: Path) -> Any:
+    """What a file of any format holds: tensors by their names; a pickle's may be nested. Raises anything at all.
+
+    A pickle is read as data: numbers, texts and tensors, and nothing that could run.
+    """
+    if path.suffix.lower() == ".safetensors":
+        return read_tensors(path)
+    with torch.serialization.safe_globals([torch.nn.ParameterDict]):  # the first embeddings were saved as one
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_network(kind: Any, folder: Path, device: Device) -> Any:
     """A network of diffusers from its part of a pipeline's folder. Raises anything at all when that is broken."""
     config = kind.load_config(folder, local_files_only=True)

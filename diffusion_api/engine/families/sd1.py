@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffusion_api.engine import text
 from diffusion_api.engine.devices import Device
 from diffusion_api.engine.families.base import Tensors, complete, network, read_network, read_tensors, read_tokenizer
+from diffusion_api.engine.loras import Patches
 from diffusion_api.engine.samplers.sigmas import NoiseLevels
 
 NOISE_SCHEDULE: dict[str, object] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -94,6 +95,16 @@ class SD1:
         return self._words.encode(texts)
 
     @cached_property
+    def patches(self) -> Patches:
+        """What stands in place of the model's own weights."""
+        return Patches({"unet": self.unet, "text_encoder": self.text_encoder, "vae": self.vae})
+
+    @property
+    def words(self) -> dict[str, text.Words]:
+        """The text encoder's words."""
+        return {"text_encoder": self._words}
+
+    @cached_property
     def _words(self) -> text.Words:
         text_encoder = (
             self.text_encoder
@@ -103,7 +114,7 @@ class SD1:
             hidden: Tensor = text_encoder(ids.to(text_encoder.device)).last_hidden_state
             return hidden
 
-        return text.Words(self.tokenizer, encoder)
+        return text.Words(self.tokenizer, encoder, text_encoder.get_input_embeddings())
 
     def predict(self, latents: Tensor, timestep: float, conditionings: Tensor) -> Tensor:
         """Epsilon, float32. ``latents`` is (rows, 4, h, w), conditionings (rows, tokens, width)."""

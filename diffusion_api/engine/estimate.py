@@ -1,0 +1,194 @@
+"""What a job needs of memory, and what is done so that it fits. Pure, torch-free.
+
+The same arithmetic answers at the door (can this ever fit?), plans a job's start, and orders what is tried when memory
+runs out all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import reduce
+
+from diffusion_api.catalog.footprint import DENOISERS, Footprint
+from diffusion_api.engine.plan import Pass
+from diffusion_api.prompt import parse
+from diffusion_api.schema.report import Room
+
+GIB = 2**30
+
+TILE = 512
+"""Side in pixels of the tiles that a picture is decoded in, when it is not decoded whole."""
+
+PIECES = 32
+"""A network that is moved in pieces: each is at most this part of it, or one tensor if that is larger."""
+
+WORKSPACE = 1.25
+"""What libraries take beside the numbers that the layers must hold; planned for, and never a reason to refuse a job."""
+
+
+class Placement(IntEnum):
+    """How much of a model is on the device at a time; the rest waits in RAM."""
+
+    WHOLE = 0
+    PARTS = 1
+    """One network."""
+    PIECES = 2
+    """A few layers of one network."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is done so that a job fits: the picture decoded in tiles, attention in slices, one conditioning at a time."""
+
+    tiling: bool = False
+    slicing: bool = False
+    singly: bool = False
+    placement: Placement = Placement.WHOLE
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rungs that lead here."""
+        return tuple(rung.name for rung in RUNGS if rung.within(self))
+
+    def joined(self, others: Measures) -> Measures:
+        """All of both."""
+        return Measures(
+            self.tiling or others.tiling,
+            self.slicing or others.slicing,
+            self.singly or others.singly,
+            max(self.placement, others.placement),
+        )
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One more measure, and its price."""
+
+    name: str
+    price: str
+    measure: Measures
+
+    def within(self, measures: Measures) -> bool:
+        """Whether the measures have this one; of the offloads the one that is in force."""
+        placement = self.measure.placement
+        return self.measure.joined(measures) == measures and placement in (Placement.WHOLE, measures.placement)
+
+
+RUNGS = (
+    Rung("VAE tiling", "seams may be seen", Measures(tiling=True)),
+    Rung("attention slicing", "steps take a little longer", Measures(slicing=True)),
+    Rung("one conditioning at a time", "steps take up to twice as long", Measures(singly=True)),
+    Rung(
+        "model offload", "each picture waits until its networks are moved, seconds", Measures(placement=Placement.PARTS)
+    ),
+    Rung(
+        "group offload",
+        "each step waits until the model is moved, several times as long",
+        Measures(placement=Placement.PIECES),
+    ),
+)
+"""What is tried, in this order."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at the peak of a job: weights and activations on the device, and weights that wait in RAM."""
+
+    weights: int
+    activations: int
+    host: int
+
+    @property
+    def device(self) -> int:
+        """Bytes on the device."""
+        return self.weights + self.activations
+
+
+@dataclass(frozen=True)
+class Load:
+    """One job's demands on one model."""
+
+    footprint: Footprint
+    passes: tuple[Pass, ...]
+
+    def need(self, measures: Measures, number: int) -> Need:
+        """The bytes at the stage that needs most, ``number`` for each weight."""
+        resident = {part: self._resident(part, measures.placement) for part in self.footprint.parts}
+        everything = sum(self.footprint.parts.values())
+        stages = []
+        for part, own in resident.items():
+            weights = own if measures.placement else everything
+            stages.append(Need(weights * number, int(self._activations(part, measures)) * number, 0))
+        worst = max(stages, key=lambda need: need.device, default=Need(0, 0, 0))
+        return replace(worst, host=everything * number if measures.placement else 0)
+
+    def _resident(self, part: str, placement: Placement) -> int:
+        size = self.footprint.parts[part]
+        return max(size // PIECES, self.footprint.largest[part]) if placement is Placement.PIECES else size
+
+    def _activations(self, part: str, measures: Measures) -> float:
+        if part in DENOISERS:
+            return max((self._evaluated(p, measures) for p in self.passes), default=0)
+        if part == "vae":
+            return max((self._decoded(p, measures) for p in self.passes), default=0)
+        return 0
+
+    def _evaluated(self, stage: Pass, measures: Measures) -> float:
+        rows = 1 if measures.singly else rows_of(stage)
+        return self.footprint.latent * rows * (stage.width // 8) * (stage.height // 8)
+
+    def _decoded(self, stage: Pass, measures: Measures) -> float:
+        whole = stage.width * stage.height
+        tile = min(stage.width, TILE) * min(stage.height, TILE)
+        # Tiled, the picture itself is still there, in tiles and once more put together: three channels each.
+        return self.footprint.pixel * tile + 6 * whole if measures.tiling else self.footprint.pixel * whole
+
+
+def rows_of(stage: Pass) -> int:
+    """Conditionings of one evaluation: the prompts that AND joins, and the negative one if it counts."""
+    return len(parse(stage.prompt).parts) + (stage.guidance_scale != 1)
+
+
+def chosen(load: Load, room: Room, *, workspace: float = WORKSPACE) -> Measures | None:
+    """The measures, in order and no more than it takes, with which a job fits; None when none help enough."""
+    measures = Measures()
+    while True:
+        need = load.need(measures, room.number)
+        if _fits(need, room, workspace):
+            return measures
+        better = (measures.joined(rung.measure) for rung in rungs(room))
+        cheaper = (m for m in better if load.need(m, room.number).device < need.device)
+        if (found := next(cheaper, None)) is None:
+            return None
+        measures = found
+
+
+def rungs(room: Room) -> tuple[Rung, ...]:
+    """Those that the device has: only from memory of its own can models be moved."""
+    return tuple(rung for rung in RUNGS if room.host is not None or not rung.measure.placement)
+
+
+def _fits(need: Need, room: Room, workspace: float) -> bool:
+    return need.weights + need.activations * workspace <= room.device and need.host <= (room.host or 0)
+
+
+def least(load: Load, room: Room) -> Need:
+    """What the job needs with everything done that helps."""
+    return load.need(strictest(room), room.number)
+
+
+def strictest(room: Room) -> Measures:
+    """Everything that can be done there."""
+    return reduce(Measures.joined, (rung.measure for rung in rungs(room)))
+
+
+def prices(measures: Measures) -> Iterable[str]:
+    """Each measure with what it costs, for the log."""
+    return (f"{rung.name} ({rung.price})" for rung in RUNGS if rung.within(measures))
+
+
+def shown(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,203 @@
+"""A picture's infotext asks for the same picture again, ours and A1111's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fake_models import diffusers_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion_api.catalog import samplers
+from diffusion_api.catalog.library import Library
+from diffusion_api.dialects.native import Txt2ImgBody, to_request
+from diffusion_api.engine.stub import StubEngine
+from diffusion_api.errors import InvalidRequest, UnknownSampler
+from diffusion_api.infotext import for_txt2img
+from diffusion_api.outputs import Outputs
+from diffusion_api.queues.memory import MemoryQueue
+from diffusion_api.schema.request import MAX_SEED, Txt2Img
+from diffusion_api.service import Service
+from diffusion_api.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service with one model, ``small``."""
+    home = Settings(home=tmp_path_factory.mktemp("home"))
+    home.create_folders()
+    diffusers_folder(home.models_dir / "small")
+    queue = MemoryQueue()
+    yield Service(home, Library(home.home, home.models_dir), queue, Outputs(home.outputs_dir), StubEngine())
+    queue.close()
+
+
+def meant(service: Service, **fields: Any) -> tuple[Txt2Img, list[str]]:
+    return to_request(Txt2ImgBody.model_validate(fields), service)
+
+
+def written(request: Txt2Img, number: int = 0) -> str:
+    return for_txt2img(
+        request,
+        number=number,
+        sampler_label=samplers.sampler(request.sampler).label,
+        schedule_label=samplers.schedule(request.schedule).label,
+        model_name=request.model,
+        model_hash=None,
+        version="DiffusionAPI v0.1.0",
+    )
+
+
+SEEDS = st.integers(0, MAX_SEED)
+NUMBERS = st.floats(0, 1e6)
+PROMPTS = (
+    st.text(alphabet=st.characters(exclude_categories=["Cs", "Cc"]))
+    .map(lambda text: "\n".join(line.strip() for line in text.split("\n")).strip())
+    .filter(lambda text: "Negative prompt:" not in text and "\r" not in text)
+)
+BODIES = st.fixed_dictionaries(
+    {
+        "steps": st.integers(1, 150),
+        "cfg_scale": st.floats(0, 100),
+        "width": st.integers(1, 64).map(lambda n: 8 * n),
+        "height": st.integers(1, 64).map(lambda n: 8 * n),
+        "sampler_name": st.sampled_from([row.label for row in samplers.SAMPLERS]),
+        "scheduler_type": st.sampled_from([None, *samplers.scheduler_types()]),
+        "seed": SEEDS,
+    },
+    optional={
+        "prompt": PROMPTS,
+        "negative_prompt": PROMPTS,
+        "rng": st.sampled_from(["nv", "cpu"]),
+        "variation_seed": SEEDS,
+        "variation_strength": st.floats(0, 1),
+        "seed_resize_width": st.integers(0, 2000),
+        "seed_resize_height": st.integers(0, 2000),
+        "ensd": st.integers(-MAX_SEED, MAX_SEED),
+        "eta": NUMBERS,
+        "s_churn": NUMBERS,
+        "s_tmin": NUMBERS,
+        "s_tmax": NUMBERS,
+        "s_noise": NUMBERS,
+        "discard_next_to_last_sigma": st.booleans(),
+        "guidance_rescale": st.floats(0, 1),
+        "clip_skip": st.integers(1, 12),
+        "emphasis": st.sampled_from(["original", "no norm", "ignore", "none"]),
+    },
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(fields=BODIES, number=st.integers(0, 2))
+def test_the_infotext_of_a_picture_asks_for_it_again(service: Service, fields: dict[str, Any], number: int) -> None:
+    request, _ = meant(service, **fields, n=3)
+    again, warnings = meant(service, infotext=written(request, number))
+    seeds = {"seed": request.seeds[number], "variation_seed": request.variation_seeds[number], "count": 1}
+    assert again == request.model_copy(update=seeds)
+    assert warnings == []
+
+
+A1111 = """a castle, (stone:1.2)
+Negative prompt: fog
+Steps: 12, Sampler: DPM++ 2M, CFG scale: 5.5, Seed: 99, Size: 256x192, Model hash: 0123456789, Model: small"""
+
+
+def test_an_infotext_of_a1111_without_a_source_means_the_noise_of_an_nvidia_gpu(service: Service) -> None:
+    request, warnings = meant(service, infotext=A1111 + ", Version: v1.10.1")
+    assert (request.rng, request.sampler, request.schedule) == ("nv", "dpmpp_2m", "karras")
+    assert (request.prompt, request.negative_prompt) == ("a castle, (stone:1.2)", "fog")
+    assert (request.steps, request.guidance_scale, request.seed) == (12, 5.5, 99)
+    assert (request.width, request.height, request.model) == (256, 192, "small")
+    assert warnings == []
+
+
+@pytest.mark.parametrize(("key", "source"), [("CPU", "cpu"), ("NV", "nv"), ("GPU", "nv")])
+def test_the_source_of_an_infotext_is_taken(service: Service, key: str, source: str) -> None:
+    assert meant(service, infotext=f"{A1111}, RNG: {key}")[0].rng == source
+
+
+def test_the_combined_names_of_old_versions_are_read(service: Service) -> None:
+    request, _ = meant(service, infotext="a\nSteps: 5, Sampler: Euler a Karras, Seed: 1")
+    assert (request.sampler, request.schedule) == ("euler_a", "karras")
+
+
+def test_without_a_schedule_an_infotext_means_the_samplers_own(service: Service) -> None:
+    request, _ = meant(service, infotext="a\nSteps: 5, Sampler: Euler a, Seed: 1")
+    assert request.schedule == "default"
+
+
+def test_what_the_body_says_goes_before_its_infotext(service: Service) -> None:
+    request, _ = meant(service, infotext=A1111, prompt="a ship", seed=1, cfg_scale=None, negative_prompt="")
+    assert (request.prompt, request.negative_prompt, request.seed) == ("a ship", "", 1)
+    assert request.guidance_scale == 5.5
+
+
+def test_what_an_infotext_says_in_vain_is_told(service: Service) -> None:
+    text = A1111.replace("small", "anything") + ", Hires upscale: 2, Tiling: True, Version: v1.10.1"
+    request, warnings = meant(service, infotext=text)
+    assert request.model == "small"
+    assert warnings == [
+        "infotext: Hires upscale, Tiling is not used here",
+        "infotext: model 'anything' is not installed; the default one is used",
+    ]
+
+
+def test_a_text_without_fields_is_a_prompt(service: Service) -> None:
+    request, _ = meant(service, infotext="a castle")
+    assert (request.prompt, request.steps) == ("a castle", 30)
+
+
+def test_a_model_that_the_body_names_must_be_there(service: Service) -> None:
+    with pytest.raises(InvalidRequest, match="'other'"):
+        meant(service, infotext=A1111, model="other")
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [("Steps: many", "steps is 'many'"), ("Seed: 99999999999", "seed is 99999999999"), ("RNG: dice", "rng is 'dice'")],
+)
+def test_a_value_that_makes_no_sense_is_refused_with_its_field(service: Service, field: str, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        meant(service, infotext=f"{A1111}, {field}")
+
+
+def test_a_sampler_that_is_not_known_is_refused_with_the_choices(service: Service) -> None:
+    with pytest.raises(UnknownSampler, match="Euler a"):
+        meant(service, infotext=A1111.replace("DPM++ 2M", "Heunish"))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"subseed": 5, "subseed_strength": 0.5}, {"variation_seed": 5, "variation_strength": 0.5}),
+        (
+            {"seed_resize_from_w": 70, "seed_resize_from_h": 64},
+            {"seed_resize_width": 64, "seed_resize_height": 64},
+        ),
+        ({"seed_resize_from_w": -1, "seed_resize_from_h": -1}, {"seed_resize_width": 0, "seed_resize_height": 0}),
+        ({"CLIP_stop_at_last_layers": 2}, {"clip_skip": 2}),
+        ({"eta_noise_seed_delta": 31337}, {"ensd": 31337}),
+        ({"randn_source": "GPU"}, {"rng": "nv"}),
+        ({"randn_source": "CPU"}, {"rng": "cpu"}),
+        ({"always_discard_next_to_last_sigma": True}, {"discard_next_to_last_sigma": True}),
+        ({"emphasis": "No norm"}, {"emphasis": "no norm"}),
+        ({"subseed": 5, "subseed_strength": 0}, {"variation_seed": None, "variation_strength": 0}),
+    ],
+)
+def test_a1111s_names_are_understood(service: Service, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    request, warnings = meant(service, **theirs)
+    assert {name: getattr(request, name) for name in ours} == ours
+    assert warnings == []
+
+
+def test_a_variation_without_a_seed_draws_one(service: Service) -> None:
+    drawn = {meant(service, subseed_strength=0.1, subseed=-1)[0].variation_seed for _ in range(5)}
+    assert None not in drawn
+    assert len(drawn) > 1
+
+
+def test_a_variation_seed_beyond_the_range_is_refused_by_its_name(service: Service) -> None:
+    with pytest.raises(InvalidRequest, match="variation_seed is 4294967296"):
+        meant(service, variation_strength=0.1, variation_seed=2**32)

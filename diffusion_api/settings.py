@@ -87,7 +87,9 @@ class Settings(BaseSettings):
         description="crashes in a row while running jobs, after which the queue pauses itself; 0 is never",
     )
     max_queue: int = Field(default=1000, ge=0, description="jobs that may wait; 0 is no limit")
-    disk_reserve_mb: int = Field(default=64, ge=0, description="MiB of the queue's disk that no new job may take")
+    disk_reserve_mb: int = Field(
+        default=64, ge=0, description="MiB left on a disk below which no job is taken or begun"
+    )
     grace: float = Field(default=30, ge=0, description="seconds that a running job may go on when the service stops")
 
     stuck_after: float = Field(

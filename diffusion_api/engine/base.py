@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -50,7 +50,7 @@ class Finished:
 
     ``partial`` is there when the job was told to stop with what it had: the steps that its last picture got, or 0 when
     all of ``images`` are whole and only the rest of them is missing. ``model_cached`` is true when the model was in
-    memory already; None for an engine that keeps none.
+    memory already; None for an engine that keeps none. ``memory_steps`` is what was done so that the job fitted.
     """
 
     images: tuple[Pixels, ...]
@@ -61,6 +61,7 @@ class Finished:
     memory_before_mb: float = 0.0
     memory_after_mb: float = 0.0
     warnings: tuple[str, ...] = ()
+    memory_steps: tuple[str, ...] = ()
     loras_applied: tuple[LoraApplied, ...] = ()
     loras_skipped: tuple[LoraSkipped, ...] = ()
     infotext: Mapping[str, str] = field(default_factory=dict)
@@ -73,12 +74,17 @@ PATIENCE = 0.05
 """Seconds between two looks at whether a job is to stop, while it waits for the device."""
 
 
-def out_of_memory(request: Request) -> OutOfMemory:
-    """What the caller of a job is told that did not fit into memory."""
+def out_of_memory(request: Request, tried: Sequence[str] = ()) -> OutOfMemory:
+    """What the caller of a job is told that did not fit into memory, and what was tried."""
     return OutOfMemory(
         f"out of memory: {request.width}x{request.height} pixels, n {request.count}, model {request.model!r}; "
-        "ask for a smaller picture, for fewer at a time or for a smaller model"
+        f"{after(tried)}ask for a smaller picture or for a smaller model"
     )
+
+
+def after(tried: Sequence[str]) -> str:
+    """What was tried, as a part of a sentence."""
+    return f"tried {', '.join(tried)}; " if tried else ""
 
 
 class Admission:

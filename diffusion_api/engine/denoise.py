@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import partial
 from typing import Any, Protocol
 
@@ -68,6 +69,16 @@ class Lane(Protocol):
         """Its text encoders' words, by part."""
 
 
+class Point(StrEnum):
+    """What a job needs the device for."""
+
+    LOAD = "load"
+    ENCODE = "encode"
+    EVALUATE = "evaluate"
+    DECODE = "decode"
+    OTHER = "other"
+
+
 @dataclass(frozen=True)
 class Evaluate:
     """Please: the model's raw prediction for these latents, once for each conditioning; (conditionings, c, h, w)."""
@@ -76,13 +87,15 @@ class Evaluate:
     latents: Tensor
     timestep: float
     conditionings: tuple[Tensor, ...]
+    point: Point = field(default=Point.EVALUATE, init=False)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Please: anything else that needs the device."""
+    """Please: anything else that needs the device. It may be run again when memory runs out in it."""
 
     work: Callable[[], Any]
+    point: Point = Point.OTHER
 
 
 Asks = Generator[Evaluate | Run, Any, Any]
@@ -105,7 +118,7 @@ def job(
     """
     before = memory()
     report(Progress(state=State.LOADING, phase="loading"))
-    lane: Lane = yield Run(lambda: load(request.model))
+    lane: Lane = yield Run(lambda: load(request.model), Point.LOAD)
     extras: Attached = yield Run(lambda: attach(lane, request))
     images: list[Pixels] = []
     warnings = dict.fromkeys(extras.warnings)
@@ -116,7 +129,7 @@ def job(
             break
         report(_progress(stage, 0))
         latents, broken_off = yield from denoised(lane, stage, report, stop)
-        image, warning = yield Run(partial(developed, lane, latents))
+        image, warning = yield Run(partial(developed, lane, latents), Point.DECODE)
         images.append(image)
         warnings |= dict.fromkeys(warning)
         if broken_off is not None:
@@ -203,7 +216,7 @@ def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
 
     def encoded(part: Part) -> Generator[Run, Any, Schedule]:
         lasts, texts = zip(*part.schedule(steps), strict=True)
-        return Schedule(lasts, (yield Run(lambda: lane.encode(texts))))
+        return Schedule(lasts, (yield Run(lambda: lane.encode(texts), Point.ENCODE)))
 
     parts = parse(stage.prompt).parts
     weights = tuple(part.weight for part in parts)

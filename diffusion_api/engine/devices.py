@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +13,8 @@ from typing import Protocol
 import psutil
 import torch
 
-from diffusion_api.engine.estimate import Room
 from diffusion_api.errors import DeviceUnusable
-from diffusion_api.schema.report import DeviceReport
+from diffusion_api.schema.report import DeviceReport, Room
 
 MIB = 2**20
 GIB = 2**30
@@ -106,11 +105,16 @@ class Memory:
     @property
     def budget(self) -> int:
         """What they may use when no other program needs it."""
-        return min(self.limit or 2**63, max(0, self.meter.total - self.reserve))
+        return min(self.limit or 2**63, self._ours)
 
     def now(self) -> int:
         """What they may use at this moment."""
-        return min(self.budget, max(0, self.meter.total - self.reserve - self.meter.others()))
+        return min(self.budget, max(0, self._ours - self.meter.others()))
+
+    @property
+    def _ours(self) -> int:
+        total = self.meter.total
+        return total - min(self.reserve, total // 4)
 
 
 def ram(limit: int | None = None) -> Memory:
@@ -137,8 +141,8 @@ class Device:
 
     @property
     def room_now(self) -> Room:
-        """What they may use at this moment."""
-        return Room(self.memory.now(), self.host.now() if self.host else None, self.dtype.itemsize)
+        """What they may use at this moment. RAM that others hold counts as ours: it can be had back, a card's cannot."""
+        return replace(self.room, device=self.memory.now()) if self.host else self.room
 
     @property
     def memory_mb(self) -> float:
@@ -168,9 +172,10 @@ class Device:
 
     def report(self) -> DeviceReport:
         """The ``gpu`` part of ``GET /health``."""
+        facts: dict[str, bool | int | float | str]
         if self.place.type == "cuda":
             name = torch.cuda.get_device_name(self.place)
-            facts: dict[str, bool | int | float | str] = {
+            facts = {
                 "cuda_available": True,
                 "cuda_version": torch.version.cuda or torch.version.hip or "",
                 "gpu_count": torch.cuda.device_count(),
@@ -179,10 +184,12 @@ class Device:
                 "memory_allocated_gb": round(torch.cuda.memory_allocated(self.place) / 2**30, 2),
                 "memory_reserved_gb": round(torch.cuda.memory_reserved(self.place) / 2**30, 2),
             }
-            return DeviceReport(name, "cuda", facts)
+            return DeviceReport(name, "cuda", facts, self.room)
         if self.place.type == "mps":
-            return DeviceReport("Apple Silicon GPU", "mps", {"mps_available": True, "device_name": "Apple Silicon GPU"})
-        return DeviceReport("CPU", "cpu", {"cuda_available": False, "mps_available": False, "device_name": "CPU"})
+            facts = {"mps_available": True, "device_name": "Apple Silicon GPU"}
+            return DeviceReport("Apple Silicon GPU", "mps", facts, self.room)
+        facts = {"cuda_available": False, "mps_available": False, "device_name": "CPU"}
+        return DeviceReport("CPU", "cpu", facts, self.room)
 
 
 def choose(wanted: str, *, max_vram: int | None = None, max_ram: int | None = None) -> Device:

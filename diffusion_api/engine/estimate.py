@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import reduce
 
 from diffusion_api.catalog.footprint import DENOISERS, Footprint
 from diffusion_api.engine.plan import Pass
+from diffusion_api.prompt import parse
+from diffusion_api.schema.report import Room
 
 GIB = 2**30
 
@@ -49,66 +52,44 @@ class Measures:
         """The rungs that lead here."""
         return tuple(rung.name for rung in RUNGS if rung.within(self))
 
+    def joined(self, others: Measures) -> Measures:
+        """All of both."""
+        return Measures(
+            self.tiling or others.tiling,
+            self.slicing or others.slicing,
+            self.singly or others.singly,
+            max(self.placement, others.placement),
+        )
+
 
 @dataclass(frozen=True)
 class Rung:
-    """One more measure, its price, and where it helps: while words are encoded, the model evaluated, the picture decoded."""
+    """One more measure, and its price."""
 
     name: str
     price: str
-    tiling: bool = False
-    slicing: bool = False
-    singly: bool = False
-    placement: Placement = Placement.WHOLE
-
-    def taken(self, measures: Measures) -> Measures:
-        """The measures with this one."""
-        return Measures(
-            measures.tiling or self.tiling,
-            measures.slicing or self.slicing,
-            measures.singly or self.singly,
-            max(measures.placement, self.placement),
-        )
+    measure: Measures
 
     def within(self, measures: Measures) -> bool:
         """Whether the measures have this one; of the offloads the one that is in force."""
-        return self.taken(measures) == measures and (not self.placement or self.placement == measures.placement)
-
-    def helps(self, point: str, *, tiles: bool, rows: int, card: bool) -> bool:
-        """Whether it can help a job that needs memory at that point: ``load``, ``encode``, ``evaluate`` or ``decode``.
-
-        ``tiles``: its pictures are larger than a tile. ``rows``: conditionings of an evaluation. ``card``: the device has
-        memory of its own, so that models can leave it.
-        """
-        if self.placement:
-            return card
-        if self.tiling:
-            return tiles and point == "decode"
-        return point == "evaluate" and (self.slicing or rows > 1)
+        placement = self.measure.placement
+        return self.measure.joined(measures) == measures and placement in (Placement.WHOLE, measures.placement)
 
 
 RUNGS = (
-    Rung("VAE tiling", "seams may be seen", tiling=True),
-    Rung("attention slicing", "steps take a little longer", slicing=True),
-    Rung("one conditioning at a time", "steps take up to twice as long", singly=True),
-    Rung("model offload", "each picture waits until its networks are moved, seconds", placement=Placement.PARTS),
+    Rung("VAE tiling", "seams may be seen", Measures(tiling=True)),
+    Rung("attention slicing", "steps take a little longer", Measures(slicing=True)),
+    Rung("one conditioning at a time", "steps take up to twice as long", Measures(singly=True)),
     Rung(
-        "group offload", "each step waits until the model is moved, several times as long", placement=Placement.PIECES
+        "model offload", "each picture waits until its networks are moved, seconds", Measures(placement=Placement.PARTS)
+    ),
+    Rung(
+        "group offload",
+        "each step waits until the model is moved, several times as long",
+        Measures(placement=Placement.PIECES),
     ),
 )
 """What is tried, in this order."""
-
-
-@dataclass(frozen=True)
-class Room:
-    """What the models and jobs of a worker may use, in bytes: on the device, and in RAM beside it (None: it is RAM itself).
-
-    ``number`` is the bytes of one weight.
-    """
-
-    device: int
-    host: int | None
-    number: int
 
 
 @dataclass(frozen=True)
@@ -155,7 +136,7 @@ class Load:
         return 0
 
     def _evaluated(self, stage: Pass, measures: Measures) -> float:
-        rows = 1 if measures.singly or stage.guidance_scale == 1 else 2
+        rows = 1 if measures.singly else rows_of(stage)
         return self.footprint.latent * rows * (stage.width // 8) * (stage.height // 8)
 
     def _decoded(self, stage: Pass, measures: Measures) -> float:
@@ -165,6 +146,11 @@ class Load:
         return self.footprint.pixel * tile + 6 * whole if measures.tiling else self.footprint.pixel * whole
 
 
+def rows_of(stage: Pass) -> int:
+    """Conditionings of one evaluation: the prompts that AND joins, and the negative one if it counts."""
+    return len(parse(stage.prompt).parts) + (stage.guidance_scale != 1)
+
+
 def chosen(load: Load, room: Room, *, workspace: float = WORKSPACE) -> Measures | None:
     """The measures, in order and no more than it takes, with which a job fits; None when none help enough."""
     measures = Measures()
@@ -172,11 +158,16 @@ def chosen(load: Load, room: Room, *, workspace: float = WORKSPACE) -> Measures 
         need = load.need(measures, room.number)
         if _fits(need, room, workspace):
             return measures
-        better = (rung.taken(measures) for rung in RUNGS if rung.placement == 0 or room.host is not None)
+        better = (measures.joined(rung.measure) for rung in rungs(room))
         cheaper = (m for m in better if load.need(m, room.number).device < need.device)
         if (found := next(cheaper, None)) is None:
             return None
         measures = found
+
+
+def rungs(room: Room) -> tuple[Rung, ...]:
+    """Those that the device has: only from memory of its own can models be moved."""
+    return tuple(rung for rung in RUNGS if room.host is not None or not rung.measure.placement)
 
 
 def _fits(need: Need, room: Room, workspace: float) -> bool:
@@ -190,7 +181,7 @@ def least(load: Load, room: Room) -> Need:
 
 def strictest(room: Room) -> Measures:
     """Everything that can be done there."""
-    return Measures(True, True, True, Placement.WHOLE if room.host is None else Placement.PIECES)
+    return reduce(Measures.joined, (rung.measure for rung in rungs(room)))
 
 
 def prices(measures: Measures) -> Iterable[str]:

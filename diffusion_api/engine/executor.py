@@ -7,10 +7,11 @@ import logging
 import queue
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusion_api.catalog.library import Library
 from diffusion_api.engine.base import Admission, Event, Finished, Stop, StopAsked, out_of_memory
@@ -21,9 +22,11 @@ from diffusion_api.schema.request import Request
 from diffusion_api.settings import keep_offline
 
 if TYPE_CHECKING:
-    from diffusion_api.engine.denoise import Asks
+    from diffusion_api.engine.denoise import Asks, Evaluate, Run
     from diffusion_api.engine.devices import Device
+    from diffusion_api.engine.estimate import Measures
     from diffusion_api.engine.extras import Extras
+    from diffusion_api.engine.ladder import Ladder
     from diffusion_api.engine.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -32,6 +35,21 @@ CLOSING = 30.0
 """Seconds that the device thread may take to end."""
 
 LOST = "the device failed and works no more until the service starts again; the log has the details"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the operator says of memory: the most bytes of a card and of RAM, the seconds after which models that nobody
+    uses leave it, and the models that are there from the start. None: as the machine has it, never.
+    """
+
+    max_vram: int | None = None
+    max_ram: int | None = None
+    idle: float | None = None
+    warm_up: tuple[str, ...] = ()
+
+
+UNLIMITED = Budget()
 
 
 @dataclass
@@ -57,14 +75,15 @@ class Executor:
     Everything heavy is imported on the device thread, so that the API answers while torch loads.
     """
 
-    def __init__(self, library: Library, *, device: str, tokenizer: Path) -> None:
-        self._library, self._wanted, self._tokenizer = library, device, tokenizer
+    def __init__(self, library: Library, *, device: str, tokenizer: Path, budget: Budget = UNLIMITED) -> None:
+        self._library, self._wanted, self._tokenizer, self._budget = library, device, tokenizer, budget
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._admission = Admission()
         self._ready = threading.Event()
         self._unusable: DeviceUnusable | None = None
         self._lost = False
         self._device: Device | None = None
+        self._weights: Weights | None = None
         self._thread = threading.Thread(target=self._main, name="device", daemon=True)
 
     def start(self) -> None:
@@ -91,7 +110,9 @@ class Executor:
 
     def report(self) -> DeviceReport | None:
         """What the engine runs on; None while torch loads."""
-        return self._device.report() if self._device else None
+        if self._device is None or self._weights is None:
+            return None
+        return replace(self._device.report(), models=self._weights.report)
 
     def close(self) -> None:
         """End the device thread after the job in hand; a thread that is still in torch when Python ends aborts the process."""
@@ -105,15 +126,14 @@ class Executor:
             from diffusers.utils import logging as diffusers_logging
             from transformers.utils import logging as transformers_logging
 
-            from diffusion_api.engine import devices
             from diffusion_api.engine.extras import Extras
             from diffusion_api.engine.weights import Weights
 
             diffusers_logging.set_verbosity_error()
             transformers_logging.set_verbosity_error()
             transformers_logging.disable_progress_bar()
-            self._device = devices.choose(self._wanted)
-            weights = Weights(self._library, self._device, self._tokenizer)
+            self._device = device = self._chosen()
+            self._weights = weights = Weights(self._library, device, self._tokenizer)
             extras = Extras(self._library)
         except DeviceUnusable as error:
             self._unusable = error
@@ -124,27 +144,53 @@ class Executor:
             return
         finally:
             self._ready.set()
-        log.info("engine ready on %s", self._device.report().name)
+        log.info("engine ready on %s", device.report().name)
         with torch.inference_mode():
-            while task := self._tasks.get():
-                task.context.run(self._answer, task, weights, extras, self._device)
+            self._warm_up(weights)
+            while task := self._next(weights):
+                task.context.run(self._answer, task, weights, extras, device)
+
+    def _chosen(self) -> Device:
+        from diffusion_api.engine import devices
+
+        return devices.choose(self._wanted, max_vram=self._budget.max_vram, max_ram=self._budget.max_ram)
+
+    def _warm_up(self, weights: Weights) -> None:
+        """Load what the operator wants to be there before the first job. What cannot be is a matter for the jobs that ask."""
+        for name in self._budget.warm_up:
+            try:
+                weights.load(name)
+            except DiffusionApiError as error:
+                log.warning("model %s was not loaded at the start: %s", name, error)
+
+    def _next(self, weights: Weights) -> Task | None:
+        """The next job; None at the end. While there is none, models leave the memory when their time is over."""
+        while True:
+            try:
+                return self._tasks.get(timeout=self._budget.idle if weights.report else None)
+            except queue.Empty:
+                log.info("no job for %g s: models leave the memory", self._budget.idle)
+                weights.unload()
 
     def _answer(self, task: Task, weights: Weights, extras: Extras, device: Device) -> None:
         from diffusion_api.engine import denoise
+        from diffusion_api.engine.ladder import Ladder
 
         outcome: Finished | Exception
+        ladder = Ladder(task.request, weights, device)
         asks = denoise.job(
             task.request,
-            load=weights.load,
+            load=ladder.load,
             attach=extras.attach,
             memory=lambda: device.memory_mb,
             report=task.events.put,
             stop=task.stop,
         )
         try:
-            outcome = replace(self._drive(asks, task), model_cached=weights.hit)
+            finished = self._drive(asks, task, ladder)
+            outcome = replace(finished, model_cached=weights.hit, memory_steps=tuple(ladder.steps))
         except Exception as error:  # the job fails, whatever it was; the device thread lives on for the next one
-            outcome = self._explained(error, task.request, device)
+            outcome = self._explained(error, task.request, device, ladder.steps)
             _forget_tensors(error)
         finally:
             asks.close()
@@ -152,7 +198,7 @@ class Executor:
             device.free()
         task.events.put(outcome)
 
-    def _explained(self, error: Exception, request: Request, device: Device) -> Exception:
+    def _explained(self, error: Exception, request: Request, device: Device, tried: Sequence[str]) -> Exception:
         """The error in the words of the tree, where it is one of the device's."""
         from diffusion_api.engine.devices import is_out_of_memory
 
@@ -160,19 +206,15 @@ class Executor:
             return error
         if is_out_of_memory(error):
             log.warning("out of memory", exc_info=error)
-            return out_of_memory(request)
+            return out_of_memory(request, tried)
         if device.lost(error):
             log.critical("the device is lost", exc_info=error)
             self._lost = True
             return DeviceLost(LOST)
         return error
 
-    def _drive(self, asks: Asks, task: Task) -> Finished:
+    def _drive(self, asks: Asks, task: Task, ladder: Ladder) -> Finished:
         """Answer one job's questions until it is finished."""
-        import torch
-
-        from diffusion_api.engine.denoise import Evaluate
-
         answer = None
         while True:
             try:
@@ -182,12 +224,39 @@ class Executor:
                 return finished
             if task.stop() is Stop.NOW:
                 raise Interrupted("stopped while it ran")
-            if isinstance(question, Evaluate):
-                rows = len(question.conditionings)
-                latents = question.latents.expand(rows, -1, -1, -1)
-                answer = question.lane.predict(latents, question.timestep, torch.cat(question.conditionings))
-            else:
-                answer = question.work()
+            answer = _answered(question, ladder)
+
+
+def _answered(question: Evaluate | Run, ladder: Ladder) -> Any:
+    """The answer to one question, asked again with less use of memory until there is enough of it."""
+    from diffusion_api.engine.devices import is_out_of_memory
+
+    while True:
+        try:
+            return _computed(question, ladder.measures)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            _forget_tensors(error)
+            if not ladder.climb(question):
+                raise
+
+
+def _computed(question: Evaluate | Run, measures: Measures) -> Any:
+    import torch
+
+    from diffusion_api.engine.denoise import Run
+    from diffusion_api.engine.thrift import SlicedAttention
+
+    with SlicedAttention() if measures.slicing else nullcontext():
+        if isinstance(question, Run):
+            return question.work()
+        lane, time, conditionings = question.lane, question.timestep, question.conditionings
+        most = 1 if measures.singly else len(conditionings)
+        batches = [conditionings[first : first + most] for first in range(0, len(conditionings), most)]
+        return torch.cat(
+            [lane.predict(question.latents.expand(len(batch), -1, -1, -1), time, torch.cat(batch)) for batch in batches]
+        )
 
 
 def _forget_tensors(error: BaseException) -> None:

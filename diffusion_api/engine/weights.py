@@ -1,52 +1,199 @@
-"""Loading of models, one kept at a time."""
+"""Loading of models, and which of them stay in memory: the last ones used, on the device and in RAM."""
 
 from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
+from diffusion_api.catalog.detect import Unrecognised
+from diffusion_api.catalog.footprint import footprint
 from diffusion_api.catalog.library import Library, Model
+from diffusion_api.engine import thrift
 from diffusion_api.engine.denoise import Lane
 from diffusion_api.engine.devices import Device, is_out_of_memory
+from diffusion_api.engine.estimate import Load, Measures, Placement, chosen, prices, shown, strictest
 from diffusion_api.engine.families.base import read_tensors
 from diffusion_api.engine.families.sd1 import SD1
+from diffusion_api.engine.plan import plan
 from diffusion_api.errors import ModelUnreadable, OutOfMemory, UnknownModel
+from diffusion_api.schema.report import HeldModel
+from diffusion_api.schema.request import Request
 
 log = logging.getLogger(__name__)
 
 LONGEST_REASON = 300
 """Characters of what a library says of a file; some list every tensor."""
 
+HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Held:
+    """A model in memory. ``measures`` are what it was last used with; None while it waits in RAM."""
+
+    model: Model
+    lane: Lane
+    placed: thrift.Placed
+    measures: Measures | None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of its weights are on the device."""
+        return self.measures is not None and self.measures.placement is Placement.WHOLE
+
 
 class Weights:
-    """The model in memory; asking for another one replaces it."""
+    """The models in memory. The one that was used longest ago goes first: from the device to RAM, from RAM for good."""
 
     def __init__(self, library: Library, device: Device, tokenizer: Path) -> None:
         self._library, self._device, self._tokenizer = library, device, tokenizer
-        self._loaded: tuple[Model, Lane] | None = None
+        self._held: dict[str, Held] = {}  # the last used is the last
+        self._used: set[str] = set()
         self.hit = False
         """Whether the model that was asked for last was in memory already."""
+        self.measures = Measures()
+        """What it is used with."""
+        self.report: tuple[HeldModel, ...] = ()
+        """What is in memory; may be read from any thread."""
 
-    def load(self, name: str) -> Lane:
-        """The lane of that model. Raises ModelUnreadable, OutOfMemory, and UnknownModel when it is no longer listed."""
+    def begin(self) -> None:
+        """A job begins: what it loads from now on is kept until the next one begins."""
+        self._used = set()
+
+    def load(self, name: str, request: Request | None = None, measures: Measures | None = None) -> Lane:
+        """The lane of that model, with at least those measures, and those that the request needs beside them.
+
+        Raises ModelUnreadable, OutOfMemory, and UnknownModel when it is no longer listed.
+        """
         model = self._library.find(name)
         if model is None:
             raise UnknownModel(f"model {name!r} {self._library.absence(name)}", field="model")
-        self.hit = self._loaded is not None and self._loaded[0] == model
-        if self._loaded and self.hit:
-            return self._loaded[1]
-        self._loaded = None
+        held = self._held.get(model.name)
+        if held and held.model != model:  # its files are others by now
+            self._drop(held)
+            held = None
+        self.hit = held is not None
+        self._used.add(model.name)
+        needed, size = self._needed(model, request, measures or Measures())
+        self.measures = needed
+        self._make_room(model, size)
+        held = self._placed(held, needed) if held else self._read(model, needed)
+        self._keep(held)
+        return held.lane
+
+    def take(self, measures: Measures) -> None:
+        """Have the models of this job work with these measures from now on. Raises what a full device raises."""
+        for held in [held for name, held in self._held.items() if name in self._used]:
+            self._keep(self._placed(held, measures))
+
+    def free(self) -> None:
+        """Let go of all that the job at hand does not use."""
+        for held in [held for name, held in self._held.items() if name not in self._used]:
+            self._drop(held)
+        self._tell()
+        self._device.free()
+
+    def unload(self) -> None:
+        """Let go of every model."""
+        self._held, self._used = {}, set()
+        self._tell()
+        self._device.free()
+
+    def _needed(self, model: Model, request: Request | None, measures: Measures) -> tuple[Measures, int]:
+        """The measures that the model needs now, and the bytes it then takes of the device."""
+        room = self._device.room_now
+        try:
+            load = Load(footprint(model), plan(request) if request else ())
+        except Unrecognised as error:
+            raise ModelUnreadable(f"model {model.name!r} cannot be read: {error}") from error
+        found = chosen(load, room)
+        if found is None:
+            log.warning(
+                "model %s may not fit: %s are free on the device, and RAM for %s",
+                model.name, shown(room.device), shown(room.host or room.device),
+            )  # fmt: skip
+            found = strictest(room)
+        needed = measures.joined(found)
+        if needed != Measures():
+            need = shown(load.need(Measures(), room.number).device)
+            log.info(
+                "model %s needs %s and may use %s: %s",
+                model.name, need, shown(room.device), ", ".join(prices(needed)),
+            )  # fmt: skip
+        return needed, load.need(needed, room.number).device
+
+    def _make_room(self, model: Model, size: int) -> None:
+        """Move models away until there is room for one of that size, or none is left to move."""
+        for held in [held for held in self._held.values() if held.whole and held.model != model]:
+            if self._on_device(without=model) + size <= self._device.memory.now():
+                break
+            if self._device.host is None:
+                self._drop(held)
+            else:
+                self._to_host(held)
+        self._device.free()
+
+    def _to_host(self, held: Held) -> None:
+        """Have a model wait in RAM; those that wait there longest make room, and if that is not enough it is dropped."""
+        assert self._device.host
+        waiting = [other for other in self._held.values() if not other.whole and other.model.name not in self._used]
+        for other in waiting:
+            if self._on_host() + held.placed.size <= self._device.host.now():
+                break
+            self._drop(other)
+        if self._on_host() + held.placed.size > self._device.host.now():
+            self._drop(held)
+            return
+        held.placed.put(None)
+        self._held[held.model.name] = replace(held, measures=None)
+        log.info("model %s waits in RAM", held.model.name)
+
+    def _on_device(self, *, without: Model) -> int:
+        return sum(held.placed.size for held in self._held.values() if held.whole and held.model != without)
+
+    def _on_host(self) -> int:
+        return sum(held.placed.size for held in self._held.values() if not held.whole)
+
+    def _drop(self, held: Held) -> None:
+        held.placed.land()
+        del self._held[held.model.name]
+        log.info("model %s was dropped from memory", held.model.name)
+
+    def _keep(self, held: Held) -> None:
+        """As the one that was used last."""
+        self._held.pop(held.model.name, None)
+        self._held[held.model.name] = held
+        self._tell()
+
+    def _tell(self) -> None:
+        self.report = tuple(
+            HeldModel(held.model.name, "device" if held.whole else "ram", held.placed.size)
+            for held in self._held.values()
+        )
+
+    def _placed(self, held: Held, measures: Measures) -> Held:
+        thrift.set_tiling(thrift.networks(held.lane), measures.tiling)
+        if held.measures is None or held.measures.placement is not measures.placement:
+            held.placed.put(measures.placement)
+        return replace(held, measures=measures)
+
+    def _read(self, model: Model, measures: Measures) -> Held:
         self._device.free()
         started = time.monotonic()
-        lane = self._read(model)
-        self._loaded = (model, lane)
+        device = self._device if measures.placement is Placement.WHOLE else replace(self._device, place=HOST)
+        lane = self._opened(model, device)
+        placed = thrift.Placed(thrift.networks(lane), self._device.place, HOST)
         log.info("loaded model %s (%s) in %.1f s", model.name, model.family, time.monotonic() - started)
-        return lane
+        first = Measures() if measures.placement is Placement.WHOLE else None
+        return self._placed(Held(model, lane, placed, first), measures)
 
-    def _read(self, model: Model) -> Lane:
+    def _opened(self, model: Model, device: Device) -> Lane:
         try:
-            return self._open(model)
+            return self._open(model, device)
         except Exception as error:  # transformers, diffusers and tokenizers raise anything for a file that is damaged
             if is_out_of_memory(error):
                 raise OutOfMemory(
@@ -56,10 +203,10 @@ class Weights:
                 raise
             raise ModelUnreadable(f"model {model.name!r} cannot be read: {_reason(error, model)}") from error
 
-    def _open(self, model: Model) -> Lane:
+    def _open(self, model: Model, device: Device) -> Lane:
         if not model.single_file:
-            return SD1.from_folder(model.path, self._device, model.hash)
-        return SD1.from_checkpoint(read_tensors(model.path), self._tokenizer, self._device, model.hash)
+            return SD1.from_folder(model.path, device, model.hash)
+        return SD1.from_checkpoint(read_tensors(model.path), self._tokenizer, device, model.hash)
 
 
 def _reason(error: Exception, model: Model) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 from diffusion_api.schema.request import Frozen
 
@@ -11,12 +12,37 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
+class HeldModel:
+    """A model in memory: ``where`` its weights are, and how many bytes they have."""
+
+    name: str
+    where: Literal["device", "ram"]
+    size: int
+
+
+@dataclass(frozen=True)
+class Room:
+    """What models and jobs may use, in bytes: on the device, and in RAM beside it (None: it is RAM itself).
+
+    ``number`` is the bytes of one weight.
+    """
+
+    device: int
+    host: int | None
+    number: int
+
+
+@dataclass(frozen=True)
 class DeviceReport:
-    """What the engine runs on. ``facts`` are the keys of ``gpu`` in ``GET /health``."""
+    """What the engine runs on. ``facts`` are the keys of ``gpu`` in ``GET /health``; of the ``models`` in memory the last
+    used is the last.
+    """
 
     name: str
     kind: str
     facts: dict[str, bool | int | float | str] = field(default_factory=dict)
+    room: Room | None = None
+    models: tuple[HeldModel, ...] = ()
 
 
 class WorkerReport(Frozen):

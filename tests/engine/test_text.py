@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from diffusion_api.engine import text
@@ -37,7 +37,7 @@ def words(tokenizer: CLIPTokenizer, seen: list[Tensor]) -> Words:
         seen.append(ids)
         return torch.stack([ids, ids * 2], -1).float()
 
-    return Words(tokenizer, encoder)
+    return Words(tokenizer, encoder, nn.Embedding(1, 2))
 
 
 def tokens(words: Words, prompt: str) -> list[list[int]]:

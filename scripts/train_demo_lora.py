@@ -31,8 +31,8 @@ INK = COLOURS["black"]
 WIDTH = 0.05
 """Of the outline, as a share of the picture's shorter side."""
 
-BATCHES: dict[Size, int] = {(96, 96): 16, (128, 128): 10, (192, 192): 5, (256, 256): 3}
-PICTURES = 400
+BATCHES: dict[Size, int] = {(96, 96): 12, (128, 128): 8, (256, 256): 2}
+PICTURES = 150
 """Of each size."""
 
 PREVIEW = (
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the model is; the shipped one by default")
     parser.add_argument("--out", type=Path, help="the file to write; diffusion_api/data/loras/ and its name by default")
     parser.add_argument("--preview", type=Path, help="a picture to write")
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
     model = models[options.model]
     folder = options.folder or Path("diffusion_api/data/models") / model.name

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffusion_api.schema.request import Txt2Img
+from diffusion_api.schema.request import LoraUse, Sampling
 
 Value = str | int | float | bool
 """What a field holds: text, or the number or truth value that the text stood for."""
@@ -75,6 +75,7 @@ _QUOTED = re.compile(f"({_STRING}){_END}")
 _JSON = re.compile(f"({_json_pattern(6)}){_END}")
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,29})")
 _FLOAT = re.compile(r"-?[0-9]{1,30}(?:\.[0-9]{1,30}(?:e[+-][0-9]{2,3})?|e[+-][0-9]{2,3})")
+_USE = re.compile(r"\s*+([^,:][^,:]*+):(-?[0-9.]++)(?::(-?[0-9.]++))?\s*+(?:,|\Z)")
 _SIZE = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")
 _VERSION = re.compile(r"v?(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?(?:-(\d{1,9}))?(?![.\w])")
 
@@ -147,6 +148,7 @@ _ASKED = _OPTIONS | {
     "Seed resize from-2": "seed_resize_height",
     "Eta": "eta",
     "Eta DDIM": "eta",
+    "VAE": "vae",
     "RNG": "rng",
     "Emphasis": "emphasis",
 }
@@ -209,21 +211,22 @@ def ordered(fields: Mapping[str, str | int | float | None]) -> dict[str, str | i
     return {key: fields[key] for key in (*_LEADING, *others, *_TRAILING) if key in fields}
 
 
-def for_txt2img(
-    request: Txt2Img,
+def for_request(
+    request: Sampling,
     *,
     number: int = 0,
     sampler_label: str,
     schedule_label: str,
     model_name: str,
     model_hash: str | None,
+    known: Mapping[str, str] | None = None,
     version: str,
 ) -> str:
     """The infotext of one picture of a request: of the first one, or the one with that ``number``.
 
     Labels are those that users see ("Euler a", "Karras"). ``model_hash`` is the first ten hex digits of the file's
-    SHA-256, or None. ``version`` should start with a name ("DiffusionAPI v1.0.0"): a bare number looks like A1111's own,
-    which then behaves as it did in that version.
+    SHA-256, or None; ``known`` are more fields by A1111's keys. ``version`` should start with a name
+    ("DiffusionAPI v1.0.0"): a bare number looks like A1111's own, which then behaves as it did in that version.
     """
     resized = f"{request.seed_resize_width}x{request.seed_resize_height}" if request.seed_resize_width else None
     options = {key: _unless_default(request, field) for key, field in _OPTIONS.items()}
@@ -243,32 +246,47 @@ def for_txt2img(
         "Emphasis": emphasis and emphasis.capitalize(),
         "Eta DDIM" if request.sampler.startswith("ddim") else "Eta": request.eta,
         **options,
+        "LoRAs": ", ".join(f"{use.name}:{_strengths(use)}" for use in request.loras) or None,
+        **(known or {}),
         "Version": version,
     }
     return render(request.prompt, request.negative_prompt, ordered(fields))
 
 
-def _unless_default(request: Txt2Img, field: str) -> Any:
+def _strengths(use: LoraUse) -> str:
+    """As in ``<lora:name:text encoder:unet>``, in full only where the two differ."""
+    text, unet = _written(use.on_text), _written(use.scale)
+    return unet if text == unet else f"{text}:{unet}"
+
+
+def _unless_default(request: Sampling, field: str) -> Any:
     value = getattr(request, field)
-    return None if value == Txt2Img.model_fields[field].default else value
+    return None if value == Sampling.model_fields[field].default else value
 
 
-def asked(parameters: Parameters) -> tuple[dict[str, Value], tuple[str, ...]]:
-    """What a picture like that is asked for with, by the names of :class:`Txt2Img`; and the keys that are not understood.
+def asked(parameters: Parameters) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What a picture like that is asked for with, by the names of :class:`Sampling`; and the keys that are not understood.
 
     Sampler, schedule and model are as written. What A1111 means by leaving a key out is filled in, so that the noise is
     A1111's where no RNG is named. Whether the values are good ones is not looked at.
     """
     full = restored(parameters)
-    found: dict[str, Value] = {"prompt": full.prompt, "negative_prompt": full.negative_prompt}
+    found: dict[str, Any] = {"prompt": full.prompt, "negative_prompt": full.negative_prompt}
     for key, field in _ASKED.items():
         if key in full.fields:
             value = full.fields[key]
             found[field] = str(value).lower() if field in _IN_WORDS else value
     if found.get("rng") == "gpu":
         found["rng"] = "nv"
-    known = _ASKED.keys() | _NO_MATTER
+    if loras := [_use(item) for item in _USE.finditer(str(full.fields.get("LoRAs", "")))]:
+        found["loras"] = loras
+    known = _ASKED.keys() | _NO_MATTER | {"LoRAs"}
     return found, tuple(key for key in parameters.fields if not {key, f"{key}-1"} & known)
+
+
+def _use(item: re.Match[str]) -> dict[str, str | float]:
+    use: dict[str, str | float] = {"name": item[1], "scale": float(item[3] or item[2])}
+    return use | {"text_scale": float(item[2])} if item[3] else use
 
 
 def from_novelai(description: str, comment: str, *, width: int, height: int) -> str | None:

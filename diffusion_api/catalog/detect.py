@@ -108,6 +108,16 @@ def safetensors_header(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """What the writer of a safetensors file said about it; empty where that cannot be read."""
+    try:
+        content = from_json(_header(path, path.stat().st_size))
+    except (OSError, ValueError):
+        return {}
+    told = content.get("__metadata__") if isinstance(content, dict) else None
+    return {str(key): str(value) for key, value in told.items()} if isinstance(told, dict) else {}
+
+
 def _header(path: Path, size: int) -> bytes:
     with path.open("rb") as file:
         prefix = file.read(8)

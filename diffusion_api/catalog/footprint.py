@@ -103,7 +103,11 @@ def _of_file(path: Path) -> Iterator[tuple[str, str, Tensor]]:
 
 def _unet_latent(tensors: dict[str, Tensor]) -> float:
     first = next(
-        (tensors[name] for name in ("conv_in.weight", "model.diffusion_model.input_blocks.0.0.weight") if name in tensors),
+        (
+            tensors[name]
+            for name in ("conv_in.weight", "model.diffusion_model.input_blocks.0.0.weight")
+            if name in tensors
+        ),
         None,
     )
     attends = any(name.startswith(TOP_ATTENTION) for name in tensors)
@@ -130,5 +134,3 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-

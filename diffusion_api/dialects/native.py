@@ -17,14 +17,16 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, C
 
 from diffusion_api import __version__, infotext
 from diffusion_api.catalog import samplers
+from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects._base import MAX_SIDE, ErrorRoute, build, caller_of, hears, resolve_seed, round_size
 from diffusion_api.errors import InvalidRequest, UnknownModel
 from diffusion_api.prompt import parse, uncommented
 from diffusion_api.queues.base import Key, Snapshot
-from diffusion_api.schema.job import Job, Result, State
-from diffusion_api.schema.request import MAX_SEED, Emphasis, Output, Source, Txt2Img
+from diffusion_api.schema.job import NOT_INSTALLED, Job, LoraApplied, LoraSkipped, Result, State, lora_skipped
+from diffusion_api.schema.request import MAX_SEED, OWN_VAE, Emphasis, LoraUse, Output, Source, Txt2Img
 
 if TYPE_CHECKING:
+    from diffusion_api.catalog.library import Asset, Model
     from diffusion_api.schema.report import WorkerReport
     from diffusion_api.service import Service
 
@@ -43,6 +45,7 @@ UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or no worker
 NEXT_STEP = 5.0
 """Seconds that a running job gets to end before the caller who cancelled it is answered."""
 
+KNOWN = "<lora:name:weight> is one"
 NOBODY = 499
 """Status of an answer that nobody will read, as the caller has hung up."""
 
@@ -65,10 +68,13 @@ def _source(value: Any) -> Any:
 
 
 class LoraBody(BaseModel):
-    """A LoRA by name, with its strength."""
+    """A LoRA by name, or by its path as the service shows it, with its strength."""
 
-    name: str
-    scale: float = 1.0
+    name: str = Field(validation_alias=_also("name", "path"))
+    scale: float = Field(default=1.0, allow_inf_nan=False)
+    text_scale: float | None = Field(
+        default=None, allow_inf_nan=False, description="strength on the text encoders; that of scale when left out"
+    )
 
 
 class HiresBody(BaseModel):
@@ -185,7 +191,14 @@ class Txt2ImgBody(BaseModel):
     infotext: str | None = Field(
         default=None, description="the parameters of a picture, as A1111 writes them: for all that is left out here"
     )
-    loras: list[LoraBody | str] | None = None
+    loras: list[LoraBody | str] | None = Field(
+        default=None, description="beside those that the prompt names as <lora:name:scale>"
+    )
+    vae: str | None = Field(
+        default=None,
+        validation_alias=_also("vae", "sd_vae"),
+        description="a VAE by name; None: the model's own; Automatic, also when left out: the one named like the model",
+    )
     hires: HiresBody | None = None
     refiner_checkpoint: str | None = None
     refiner_switch_at: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False, description="0 to 1")
@@ -243,6 +256,8 @@ class StatusBody(BaseModel):
     height: int = Field(default=0, description="pixels")
     file_type: Literal["jpg", "png"] = "jpg"
     jpeg_quality: int | None = None
+    loras_applied: list[LoraApplied] = Field(default=[], description="with their strengths, in order")
+    loras_skipped: list[LoraSkipped] = Field(default=[], description="those that were asked for in vain, and why")
     generation_time_sec: float = 0
     memory_before_mb: float = Field(default=0, description="resident on a CPU, allocated on a GPU")
     memory_after_mb: float = 0
@@ -256,6 +271,8 @@ class ModelBody(BaseModel):
     label: str
     type: Literal["standard", "sdxl"]
     path: str
+    family: str
+    pickled: bool = Field(description="in a format that can hold code; read as data only")
 
 
 class ModelsBody(BaseModel):
@@ -263,6 +280,56 @@ class ModelsBody(BaseModel):
 
     status: Literal["success"] = "success"
     models: list[ModelBody]
+
+
+class LabelBody(BaseModel):
+    """A model's name, and a label that may stand for it."""
+
+    name: str
+    label: str
+
+
+class LabelsBody(BaseModel):
+    """The labels that are known, by label; the models need not be installed."""
+
+    status: Literal["success"] = "success"
+    models: list[LabelBody]
+    message: str = "a label may stand for the name of its model; case, - and _ do not matter"
+
+
+class LoraRow(BaseModel):
+    """An installed LoRA."""
+
+    name: str
+    scale: float = 1.0
+    path: str
+    family: str | None = Field(description="the family of models that it is for; null where its file does not tell")
+    pickled: bool
+
+
+class LorasBody(BaseModel):
+    """The installed LoRAs, by name."""
+
+    status: Literal["success"] = "success"
+    loras: list[LoraRow]
+
+
+class UpscalerRow(BaseModel):
+    """An upscaler: one that is built in, or an installed file."""
+
+    name: str
+    path: str = Field(description="internal for one that is built in")
+    type: Literal["internal", "external"]
+    description: str
+    size_mb: float
+    pickled: bool = False
+
+
+class UpscalersBody(BaseModel):
+    """The upscalers: those that are built in, then the installed ones by name."""
+
+    status: Literal["success"] = "success"
+    upscalers: list[UpscalerRow]
 
 
 class HelloBody(BaseModel):
@@ -364,8 +431,19 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @router.get("/models", tags=["catalog"], summary="Installed models")
     def models() -> ModelsBody:
-        rows = [ModelBody(name=m.name, label=m.label, type=m.type, path=m.shown_path) for m in service.models()]
-        return ModelsBody(models=rows)
+        return ModelsBody(models=[_model(model) for model in service.models()])
+
+    @router.get("/models/aliases", tags=["catalog"], summary="Labels of models")
+    def labels() -> LabelsBody:
+        return LabelsBody(models=[LabelBody(name=name, label=label) for name, label in service.labels()])
+
+    @router.get("/loras", tags=["catalog"], summary="Installed LoRAs")
+    def loras() -> LorasBody:
+        return LorasBody(loras=[_lora_row(row) for row in service.assets("lora")])
+
+    @router.get("/upscalers", tags=["catalog"], summary="Upscalers")
+    def upscalers() -> UpscalersBody:
+        return UpscalersBody(upscalers=[*_internal_upscalers(), *map(_upscaler, service.assets("upscaler"))])
 
     @router.post(
         "/txt2img", tags=["jobs"], summary="A picture from words",
@@ -436,15 +514,15 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     prompt, negative_prompt, notes = _styled(body, service)
     warnings += notes
     model = service.model(body.model)
+    body = _defaulted(body, model)
     sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
-    width, width_note = round_size(_given(body.width, model.native_size), "width")
-    height, height_note = round_size(_given(body.height, model.native_size), "height")
+    width, width_note = round_size(_given(body.width, model.default_size[0]), "width")
+    height, height_note = round_size(_given(body.height, model.default_size[1]), "height")
     warnings += [note for note in (width_note, height_note) if note]
     if body.hires and body.hires.enabled:
         raise InvalidRequest("hires is not supported by this release; leave it out", field="hires")
-    asked = [("lora", lora if isinstance(lora, str) else lora.name) for lora in body.loras or []]
-    asked += [(network.kind, network.name) for network in parse(prompt).networks]
-    warnings += [_skipped(kind, name) for kind, name in dict.fromkeys(asked)]
+    loras = tuple(_lora(lora) for lora in body.loras or [])
+    warnings += _absent([*(("lora", lora.name) for lora in loras), *_networks(prompt)], service)
     if body.refiner_checkpoint:
         warnings.append(f"refiner_checkpoint is ignored: model {model.name!r} is no SDXL model")
     file_type = (body.fileType or "jpg").lower()
@@ -463,6 +541,8 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
         schedule=schedule.name,
         seed=resolve_seed(body.seed),
         count=_given(body.n, 1),
+        loras=loras,
+        vae=_vae(body.vae, service),
         **_noise(body),
         **{name: value for name in OPTIONS if (value := getattr(body, name)) is not None},
         output=build(Output, format=FILE_TYPES[file_type], quality=_given(body.jpeg_quality, 85)),
@@ -482,6 +562,9 @@ def _filled(body: Txt2ImgBody, service: Service) -> tuple[Txt2ImgBody, list[str]
         except UnknownModel:
             del fields["model"]
             notes.append(f"infotext: model {told['model']!r} is not installed; the default one is used")
+    if "vae" in told and "vae" not in said and service.asset("vae", str(told["vae"])) is None:
+        del fields["vae"]
+        notes.append(f"infotext: vae {told['vae']!r} is not installed; the model's own is used")
     return build(Txt2ImgBody, **fields), notes
 
 
@@ -517,10 +600,84 @@ def _noise(body: Txt2ImgBody) -> dict[str, Any]:
     return fields
 
 
-def _skipped(kind: str, name: str) -> str:
-    if kind == "lora":
-        return f"LoRA {name!r} was skipped: this release does not apply LoRAs"
-    return f"<{kind}:{name}> was taken out of the prompt: no such kind of network is known; <lora:name:weight> is one"
+def _lora(body: LoraBody | str) -> LoraUse:
+    return LoraUse(name=body) if isinstance(body, str) else LoraUse(**body.model_dump())
+
+
+def _networks(prompt: str) -> list[tuple[str, str]]:
+    return [(network.kind, network.name) for network in parse(prompt).networks]
+
+
+def _absent(networks: list[tuple[str, str]], service: Service) -> list[str]:
+    """What to tell the caller of networks that no job will find. Whether a LoRA fits the model is seen when it runs."""
+    warnings = []
+    for kind, name in dict.fromkeys(networks):
+        if kind != "lora":
+            warnings.append(f"<{kind}:{name}> was taken out of the prompt: no such kind of network is known; {KNOWN}")
+        elif service.asset("lora", name) is None:
+            warnings.append(lora_skipped(name, NOT_INSTALLED))
+    return warnings
+
+
+def _vae(name: str | None, service: Service) -> str | None:
+    """The VAE that a request means. Raises InvalidRequest with the choices."""
+    if name is None or name.lower() == "automatic":
+        return None
+    if name.lower() == "none":
+        return OWN_VAE
+    row = service.asset("vae", name)
+    if row is None:
+        choices = ", ".join(["Automatic", OWN_VAE, *(row.name for row in service.assets("vae"))])
+        raise InvalidRequest(f"vae {name!r} is not installed; one of {choices}", field="vae")
+    return row.name
+
+
+def _defaulted(body: Txt2ImgBody, model: Model) -> Txt2ImgBody:
+    """The body with the model's own defaults in place of what it leaves out."""
+    profile = model.profile
+    defaults: dict[str, Any] = {"steps": profile.steps, "clip_skip": profile.clip_skip, "vae": profile.vae}
+    if profile.sampler and body.sampler_name is None:
+        sampler, schedule = samplers.resolve(profile.sampler, body.scheduler_type)
+        defaults |= {"sampler_name": sampler.label, "scheduler_type": schedule.name}
+    left_out = {
+        name: value
+        for name, value in defaults.items()
+        if value is not None and name in Txt2ImgBody.model_fields and getattr(body, name) is None
+    }
+    return body.model_copy(update=left_out)
+
+
+def _model(model: Model) -> ModelBody:
+    return ModelBody(
+        name=model.name,
+        label=model.label,
+        type=model.type,
+        path=model.shown_path,
+        family=model.family,
+        pickled=model.pickled,
+    )
+
+
+def _lora_row(row: Asset) -> LoraRow:
+    return LoraRow(name=row.name, path=row.shown_path, family=row.family, pickled=row.pickled)
+
+
+def _internal_upscalers() -> list[UpscalerRow]:
+    return [
+        UpscalerRow(name=name, path="internal", type="internal", description=text, size_mb=0)
+        for name, text in INTERNAL.items()
+    ]
+
+
+def _upscaler(row: Asset) -> UpscalerRow:
+    return UpscalerRow(
+        name=row.name,
+        path=row.shown_path,
+        type="external",
+        description="a model of its own",
+        size_mb=round(row.bytes / 2**20, 1),
+        pickled=row.pickled,
+    )
 
 
 def _given(value: Any, default: Any) -> Any:
@@ -589,18 +746,26 @@ def _status(snapshot: Snapshot) -> dict[str, Any]:
 def _result(job: Job, result: Result) -> dict[str, Any]:
     image, output = result.images[0], job.request.output
     several = {"output_paths": [i.path for i in result.images]} if len(result.images) > 1 else {}
-    return several | {
-        "payload": job.payload,
-        "output_path": image.path,
-        "width": image.width,
-        "height": image.height,
-        "file_type": "jpg" if output.format == "jpeg" else output.format,
-        "jpeg_quality": output.quality if output.format == "jpeg" else None,
-        "generation_time_sec": round(result.seconds, 3),
-        "memory_before_mb": round(result.memory_before_mb, 2),
-        "memory_after_mb": round(result.memory_after_mb, 2),
-        "seed": image.seed,
+    loras = {
+        "loras_applied": [lora.model_dump() for lora in result.loras_applied],
+        "loras_skipped": [lora.model_dump() for lora in result.loras_skipped],
     }
+    return (
+        several
+        | {name: uses for name, uses in loras.items() if uses}
+        | {
+            "payload": job.payload,
+            "output_path": image.path,
+            "width": image.width,
+            "height": image.height,
+            "file_type": "jpg" if output.format == "jpeg" else output.format,
+            "jpeg_quality": output.quality if output.format == "jpeg" else None,
+            "generation_time_sec": round(result.seconds, 3),
+            "memory_before_mb": round(result.memory_before_mb, 2),
+            "memory_after_mb": round(result.memory_after_mb, 2),
+            "seed": image.seed,
+        }
+    )
 
 
 def _pictures(job: Job, service: Service) -> dict[str, Any]:

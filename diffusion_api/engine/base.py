@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from diffusion_api.errors import Interrupted, OutOfMemory
-from diffusion_api.schema.job import Progress
+from diffusion_api.schema.job import LoraApplied, LoraSkipped, Progress
 from diffusion_api.schema.report import DeviceReport
 from diffusion_api.schema.request import Request
 
@@ -35,6 +35,16 @@ StopAsked: TypeAlias = Callable[[], Stop | None]
 
 
 @dataclass(frozen=True)
+class Attached:
+    """What became of a job's LoRAs, VAE and embeddings; ``infotext`` holds fields by A1111's keys."""
+
+    applied: tuple[LoraApplied, ...] = ()
+    skipped: tuple[LoraSkipped, ...] = ()
+    warnings: tuple[str, ...] = ()
+    infotext: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Finished:
     """The pictures, in order, with the seed of each, and what the infotext should say beyond the request.
 
@@ -52,6 +62,10 @@ class Finished:
     memory_after_mb: float = 0.0
     warnings: tuple[str, ...] = ()
     memory_steps: tuple[str, ...] = ()
+    loras_applied: tuple[LoraApplied, ...] = ()
+    loras_skipped: tuple[LoraSkipped, ...] = ()
+    infotext: Mapping[str, str] = field(default_factory=dict)
+    """What only the engine knows of how the pictures were made, by A1111's keys."""
 
 
 Event = Progress | Finished

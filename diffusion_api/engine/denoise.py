@@ -7,7 +7,7 @@ work's value. What it never does is touch the model itself: who answers may answ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from diffusion_api.catalog import samplers
 from diffusion_api.engine import text
-from diffusion_api.engine.base import Finished, Pixels, Stop, StopAsked
+from diffusion_api.engine.base import Attached, Finished, Pixels, Stop, StopAsked
+from diffusion_api.engine.loras import Patches
 from diffusion_api.engine.noise import streams
 from diffusion_api.engine.plan import Pass, plan
 from diffusion_api.engine.samplers import SAMPLERS
@@ -73,6 +74,14 @@ class Lane(Protocol):
     def device(self) -> torch.device:
         """Where latents live."""
 
+    @property
+    def patches(self) -> Patches:
+        """What stands in place of the model's own weights."""
+
+    @property
+    def words(self) -> Mapping[str, text.Words]:
+        """Its text encoders' words, by part."""
+
 
 class Point(StrEnum):
     """What a job needs the device for."""
@@ -110,7 +119,13 @@ DECODED_AGAIN = "the picture overflowed while it was decoded, and was decoded ag
 
 
 def job(
-    request: Request, *, load: Callable[[str], Lane], memory: Callable[[], float], report: Report, stop: StopAsked
+    request: Request,
+    *,
+    load: Callable[[str], Lane],
+    attach: Callable[[Lane, Request], Attached],
+    memory: Callable[[], float],
+    report: Report,
+    stop: StopAsked,
 ) -> Asks:
     """The whole of one job; its value is Finished. Raises Interrupted, NotFinite and what ``load`` raises.
 
@@ -119,8 +134,9 @@ def job(
     before = memory()
     report(Progress(state=State.LOADING, phase="loading"))
     lane: Lane = yield Run(lambda: load(request.model), Point.LOAD)
+    extras: Attached = yield Run(lambda: attach(lane, request))
     images: list[Pixels] = []
-    warnings: dict[str, None] = {}
+    warnings = dict.fromkeys(extras.warnings)
     broken_off: int | None = None
     for stage in plan(request):
         if stop() is Stop.WITH_PICTURE:
@@ -143,6 +159,9 @@ def job(
         memory_before_mb=before,
         memory_after_mb=memory(),
         warnings=tuple(warnings),
+        loras_applied=extras.applied,
+        loras_skipped=extras.skipped,
+        infotext=extras.infotext,
     )
 
 
@@ -209,11 +228,11 @@ def rescaled(x: Tensor, sigma: float, guided: Tensor, plain: Tensor, share: floa
 def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
     """The words of a pass, encoded for all of its evaluations."""
     steps = stage.steps * samplers.sampler(stage.sampler).evaluations
-    clip_skip, emphasis = stage.request.clip_skip, stage.request.emphasis
 
     def encoded(part: Part, *, negative: bool = False) -> Generator[Run, Any, Schedule]:
         lasts, texts = zip(*part.schedule(steps), strict=True)
-        work = partial(lane.encode, texts, negative=negative, clip_skip=clip_skip, emphasis=emphasis)
+        request = stage.request
+        work = partial(lane.encode, texts, negative=negative, clip_skip=request.clip_skip, emphasis=request.emphasis)
         return Schedule(lasts, (yield Run(work, Point.ENCODE)))
 
     parts = parse(stage.prompt).parts

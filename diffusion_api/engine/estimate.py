@@ -80,8 +80,14 @@ RUNGS = (
     Rung("VAE tiling", "seams may be seen", Measures(tiling=True)),
     Rung("attention slicing", "steps take a little longer", Measures(slicing=True)),
     Rung("one conditioning at a time", "steps take up to twice as long", Measures(singly=True)),
-    Rung("model offload", "each picture waits until its networks are moved, seconds", Measures(placement=Placement.PARTS)),
-    Rung("group offload", "each step waits until the model is moved, several times as long", Measures(placement=Placement.PIECES)),
+    Rung(
+        "model offload", "each picture waits until its networks are moved, seconds", Measures(placement=Placement.PARTS)
+    ),
+    Rung(
+        "group offload",
+        "each step waits until the model is moved, several times as long",
+        Measures(placement=Placement.PIECES),
+    ),
 )
 """What is tried, in this order."""
 

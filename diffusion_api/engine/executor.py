@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diffusion_api.engine.denoise import Asks, Evaluate, Run
     from diffusion_api.engine.devices import Device
     from diffusion_api.engine.estimate import Measures
+    from diffusion_api.engine.extras import Extras
     from diffusion_api.engine.ladder import Ladder
     from diffusion_api.engine.weights import Weights
 
@@ -125,6 +126,7 @@ class Executor:
             from diffusers.utils import logging as diffusers_logging
             from transformers.utils import logging as transformers_logging
 
+            from diffusion_api.engine.extras import Extras
             from diffusion_api.engine.weights import Weights
 
             diffusers_logging.set_verbosity_error()
@@ -132,6 +134,7 @@ class Executor:
             transformers_logging.disable_progress_bar()
             self._device = device = self._chosen()
             self._weights = weights = Weights(self._library, device, self._tokenizer)
+            extras = Extras(self._library)
         except DeviceUnusable as error:
             self._unusable = error
             return
@@ -145,7 +148,7 @@ class Executor:
         with torch.inference_mode():
             self._warm_up(weights)
             while task := self._next(weights):
-                task.context.run(self._answer, task, weights, device)
+                task.context.run(self._answer, task, weights, extras, device)
 
     def _chosen(self) -> Device:
         from diffusion_api.engine import devices
@@ -169,14 +172,19 @@ class Executor:
                 log.info("no job for %g s: models leave the memory", self._budget.idle)
                 weights.unload()
 
-    def _answer(self, task: Task, weights: Weights, device: Device) -> None:
+    def _answer(self, task: Task, weights: Weights, extras: Extras, device: Device) -> None:
         from diffusion_api.engine import denoise
         from diffusion_api.engine.ladder import Ladder
 
         outcome: Finished | Exception
         ladder = Ladder(task.request, weights, device)
         asks = denoise.job(
-            task.request, load=ladder.load, memory=lambda: device.memory_mb, report=task.events.put, stop=task.stop
+            task.request,
+            load=ladder.load,
+            attach=extras.attach,
+            memory=lambda: device.memory_mb,
+            report=task.events.put,
+            stop=task.stop,
         )
         try:
             finished = self._drive(asks, task, ladder)

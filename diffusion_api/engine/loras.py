@@ -7,9 +7,9 @@ subtracting the change again would not give the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ class Patches:
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         self._parts = dict(parts)
         self._own: dict[Weight, Tensor] = {}
-        self.key: Hashable = None
-        """What the present patches were made from; None for none."""
+        self.label: Any = None
+        """What who attached the present patches says of them."""
 
     @property
     def layers(self) -> Layers:
@@ -49,7 +49,7 @@ class Patches:
         """The parts whose weights are not their own."""
         return frozenset(part for part, _ in self._own)
 
-    def attach(self, key: Hashable, steps: Mapping[Weight, Sequence[Step]]) -> None:
+    def attach(self, steps: Mapping[Weight, Sequence[Step]], label: Any) -> None:
         """Have these patches and no others. When it fails, no weight is changed."""
         self.detach()
         try:
@@ -58,11 +58,11 @@ class Patches:
         except BaseException:
             self.detach()
             raise
-        self.key = key
+        self.label = label
 
     def detach(self) -> None:
         """Put the model's own weights back."""
-        self.key = None
+        self.label = None
         with torch.no_grad():
             for weight, own in self._own.items():
                 self._parameter(weight).copy_(own)
@@ -141,11 +141,10 @@ def _product(roles: Mapping[str, Tensor], name: str, core: str = "") -> Tensor:
 def _with_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:
     """The weight, its direction kept, with these lengths: of each output (PEFT), or of each input (LyCORIS)."""
     across = [1] * (weight.dim() - 1)
-    by_output = magnitude.dim() == 1 or magnitude.shape[0] == len(weight)
-    if by_output:
-        lengths = weight.flatten(1).norm(dim=1).reshape(-1, *across)
+    if magnitude.numel() == len(magnitude) == len(weight):
+        lengths = torch.linalg.vector_norm(weight.flatten(1), dim=1).reshape(-1, *across)
         return weight * (magnitude.reshape(-1, *across) / lengths)
-    lengths = weight.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, *across[1:])
+    lengths = torch.linalg.vector_norm(weight.transpose(0, 1).flatten(1), dim=1).reshape(1, -1, *across[1:])
     return weight * (magnitude.reshape(1, -1, *across[1:]) / lengths)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from diffusion_api.schema.request import Frozen, Request
+from diffusion_api.schema.request import AnyRequest, Frozen
 
 VERSION = 1
 
@@ -51,6 +51,29 @@ class Image(Frozen):
     infotext: str
 
 
+class LoraApplied(Frozen):
+    """A LoRA that worked on a picture, and how strongly on the denoiser and on the text encoders."""
+
+    name: str
+    scale: float
+    text_scale: float
+
+
+NOT_INSTALLED = "it is not installed"
+
+
+def lora_skipped(name: str, reason: str) -> str:
+    """How a caller is told that a LoRA did nothing."""
+    return f"LoRA {name!r} was skipped: {reason}"
+
+
+class LoraSkipped(Frozen):
+    """A LoRA that was asked for in vain."""
+
+    name: str
+    reason: str
+
+
 class Result(Frozen):
     """What a finished job made. Times in seconds, memory in MiB (resident on a CPU, allocated on a GPU)."""
 
@@ -58,6 +81,8 @@ class Result(Frozen):
     seconds: float
     memory_before_mb: float
     memory_after_mb: float
+    loras_applied: tuple[LoraApplied, ...] = ()
+    loras_skipped: tuple[LoraSkipped, ...] = ()
 
 
 class Failure(Frozen):
@@ -77,7 +102,7 @@ class Job(Frozen):
 
     version: int = VERSION
     id: str = Field(default_factory=lambda: str(uuid.uuid4()))
-    request: Request
+    request: AnyRequest
     dialect: str = "native"
     payload: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -115,7 +140,7 @@ class Job(Frozen):
 
     def succeeded(self, result: Result, warnings: tuple[str, ...] = ()) -> Job:
         """The job, done."""
-        return self._ended(State.DONE, result=result, warnings=self.warnings + warnings)
+        return self._ended(State.DONE, result=result, warnings=tuple(dict.fromkeys(self.warnings + warnings)))
 
     def failed(self, kind: str, message: str) -> Job:
         """The job, ended without a picture."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_SEED = 2**32 - 1
 
+OWN_VAE = "None"
+"""The name of the VAE that a model has itself."""
+
 Source = Literal["nv", "cpu"]
 Emphasis = Literal["original", "no norm", "ignore", "none"]
+Fill = Literal["fill", "original", "latent noise", "latent nothing"]
+ResizeMode = Literal["just resize", "crop and resize", "resize and fill", "latent"]
 
 
 class Frozen(BaseModel):
@@ -25,8 +30,21 @@ class Output(Frozen):
     quality: int = Field(default=85, ge=1, le=100)
 
 
-class Txt2Img(Frozen):
-    """A picture from words.
+class LoraUse(Frozen):
+    """A LoRA by name, how strongly it works, and how strongly on the text encoders where that is another number."""
+
+    name: str
+    scale: float = Field(default=1.0, allow_inf_nan=False)
+    text_scale: float | None = Field(default=None, allow_inf_nan=False)
+
+    @property
+    def on_text(self) -> float:
+        """Its strength on the text encoders."""
+        return self.scale if self.text_scale is None else self.text_scale
+
+
+class Sampling(Frozen):
+    """What every request says that has pictures drawn by a model.
 
     ``model``, ``sampler`` and ``schedule`` are names of the catalogs, already looked up. ``width`` and ``height`` are pixels,
     multiples of 8. ``guidance_scale`` 1 means no guidance. ``seed`` is 0 to 2**32 - 1; ``count`` pictures are made.
@@ -35,9 +53,11 @@ class Txt2Img(Frozen):
     there is no ``variation_seed``. ``seed_resize_width`` and ``seed_resize_height`` are pixels, both 0 for no other size.
     ``ensd`` is added to the seed of noise that is drawn after the first. ``eta`` None is the sampler's own; ``s_tmax`` 0 is
     no end. ``clip_skip`` counts layers of the text encoder from the last one, 1.
+
+    ``loras`` are asked for beside those that the prompt names. ``vae`` is a name, ``"None"`` for the model's own; None for
+    the one that is named like the model, where there is one.
     """
 
-    kind: Literal["txt2img"] = "txt2img"
     model: str
     prompt: str
     negative_prompt: str
@@ -69,6 +89,9 @@ class Txt2Img(Frozen):
     clip_skip: int = Field(default=1, ge=1, le=12)
     emphasis: Emphasis = "original"
 
+    loras: tuple[LoraUse, ...] = ()
+    vae: str | None = None
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if (self.variation_seed is None) != (self.variation_strength == 0):
@@ -95,4 +118,70 @@ class Txt2Img(Frozen):
         return tuple((first + i) % (MAX_SEED + 1) for i in range(self.count))
 
 
-Request = Txt2Img
+class Hires(Frozen):
+    """A second pass at a larger size, ``width`` x ``height`` pixels.
+
+    ``upscaler`` is one of the catalog's. ``strength`` is how much of the first picture is drawn anew, 0 to 1, in ``steps``
+    steps. ``model``, ``prompt`` and the rest are those of the first pass or its own.
+    """
+
+    upscaler: str
+    width: int = Field(ge=8, multiple_of=8)
+    height: int = Field(ge=8, multiple_of=8)
+    steps: int = Field(ge=1)
+    strength: float = Field(ge=0, le=1)
+    sampler: str
+    schedule: str
+    model: str
+    prompt: str
+    negative_prompt: str
+
+
+class Refiner(Frozen):
+    """Another model that draws from the share ``switch_at`` of the steps on, 0 to 1."""
+
+    model: str
+    switch_at: float = Field(ge=0, le=1)
+
+
+class Mask(Frozen):
+    """Where a picture is painted anew: ``image`` names a stored picture, white or opaque there.
+
+    ``blur`` is the sigma of its edge in pixels. ``fill`` is what is under it to begin with. With ``only_masked`` the box
+    around it and ``padding`` pixels more are drawn at the size of the request and pasted back.
+    """
+
+    image: str
+    blur: float = Field(default=4, ge=0, le=256)
+    invert: bool = False
+    fill: Fill = "fill"
+    only_masked: bool = False
+    padding: int = Field(default=32, ge=0, le=2048)
+
+
+class Txt2Img(Sampling):
+    """A picture from words."""
+
+    kind: Literal["txt2img"] = "txt2img"
+    refiner: Refiner | None = None
+    hires: Hires | None = None
+
+
+class Img2Img(Sampling):
+    """A picture from words and a picture, ``image``, the name of a stored one; with a mask, a part of it.
+
+    ``strength`` is how much of it is drawn anew, 0 to 1. ``noise_multiplier`` scales the noise that is added.
+    """
+
+    kind: Literal["img2img"] = "img2img"
+    refiner: Refiner | None = None
+    image: str
+    strength: float = Field(ge=0, le=1)
+    resize_mode: ResizeMode = "just resize"
+    noise_multiplier: float = Field(default=1, ge=0, le=2)
+    mask: Mask | None = None
+
+
+Request = Txt2Img | Img2Img
+AnyRequest = Annotated[Request, Field(discriminator="kind")]
+"""For fields of records: the kind says which one it is."""

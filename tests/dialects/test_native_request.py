@@ -15,7 +15,7 @@ from diffusion_api.catalog.library import Library
 from diffusion_api.dialects.native import Txt2ImgBody, to_request
 from diffusion_api.engine.stub import StubEngine
 from diffusion_api.errors import InvalidRequest, TooLarge, UnknownSampler
-from diffusion_api.infotext import for_txt2img
+from diffusion_api.infotext import for_request
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.schema.request import MAX_SEED, Txt2Img
@@ -39,7 +39,7 @@ def meant(service: Service, **fields: Any) -> tuple[Txt2Img, list[str]]:
 
 
 def written(request: Txt2Img, number: int = 0) -> str:
-    return for_txt2img(
+    return for_request(
         request,
         number=number,
         sampler_label=samplers.sampler(request.sampler).label,

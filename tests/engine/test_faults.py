@@ -25,7 +25,7 @@ from diffusion_api.engine import denoise
 from diffusion_api.engine.base import Event, Finished, Stop
 from diffusion_api.engine.devices import Device
 from diffusion_api.engine.executor import Executor
-from diffusion_api.engine.families import sd1
+from diffusion_api.engine.families import base
 from diffusion_api.engine.families.base import read_tokenizer
 from diffusion_api.engine.families.sd1 import SD1
 from diffusion_api.errors import DeviceLost, DiffusionApiError, Interrupted, ModelUnreadable, NotFinite, OutOfMemory
@@ -152,7 +152,7 @@ def test_a_model_that_does_not_fit_leaves_the_one_before_usable_and_nothing_of_i
         loaded.append(weakref.ref(value))
         raise torch.OutOfMemoryError(CUDA_IS_FULL)
 
-    with faulty(reader, fail, of=sd1), pytest.raises(OutOfMemory) as caught:
+    with faulty(reader, fail, of=base), pytest.raises(OutOfMemory) as caught:
         events(executor, request(**QUICK, model="large"))
     assert str(caught.value) == "out of memory while model 'large' was loaded; ask for a smaller one"
     gc.collect()
@@ -174,7 +174,7 @@ def test_a_model_is_gone_before_the_next_one_is_read(
 
     draw(**QUICK)
     for model in ("other", "shapes", "other"):
-        with faulty("read_text", remember, of=sd1):
+        with faulty("read_text", remember, of=base):
             draw(**QUICK, model=model)
     assert loaded[-1]() is not None
 

@@ -150,7 +150,9 @@ def test_a_damaged_header_is_told_so(tmp_path: Path, header: object) -> None:
 @pytest.mark.parametrize(("shape", "channels"), [([], None), ([4], None), ([8, 8, 3, 3], 8)])
 def test_a_model_that_reads_something_else_is_told_so(tmp_path: Path, shape: list[int], channels: int | None) -> None:
     header = {FIRST: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
-    with pytest.raises(Unrecognised, match=f"its UNet reads {channels} channels; only 4, or 9 for inpainting, are known"):
+    with pytest.raises(
+        Unrecognised, match=f"its UNet reads {channels} channels; only 4, or 9 for inpainting, are known"
+    ):
         file_family(written(tmp_path / "x.safetensors", header))
 
 
@@ -203,7 +205,10 @@ def test_a_file_says_how_its_model_predicts(
             ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"],
             ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"],
         ),
-        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors"], ["model.safetensors"]),
+        (
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors"],
+            ["model.safetensors"],
+        ),
     ],
 )
 def test_one_set_of_weights_is_read_of_a_folder(tmp_path: Path, files: list[str], read: list[str]) -> None:

@@ -536,9 +536,9 @@ def test_the_pickles_above_would_run_code(tmp_path: Path) -> None:
 def test_a_single_file_without_an_autoencoder_is_told_so(executor: Executor, models_dir: Path) -> None:
     path = models_dir / "single.safetensors"
     write_checkpoint(SHAPES, DATA / "clip" / "vocab.json", path)
+    asked = request(**QUICK, model=listed(executor, "single"))
     tensors = {key: value for key, value in load_file(path).items() if not key.startswith("first_stage_model.")}
     save_file(tensors, path)
-    asked = request(**QUICK, model=listed(executor, "single"))
     fails_with(executor, asked, r"it holds no autoencoder \(first_stage_model\.\*\)", models_dir)
     path.unlink()
 

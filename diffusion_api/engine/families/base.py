@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from diffusion_api.catalog.detect import file_schedule, safetensors_header, weight_files
+from diffusion_api.catalog.detect import file_family, file_schedule, safetensors_header, weight_files
 from diffusion_api.engine import fitting, text
 from diffusion_api.engine.devices import Device
 from diffusion_api.engine.fitting import Tensors
@@ -49,7 +49,7 @@ def read_tensors(path: Path) -> Tensors:
 
 def read_checkpoint(path: Path, device: Device) -> Tensors:
     """The tensors of a single file that make a model, those in 8 bits as the device computes. Raises Unrecognised."""
-    safetensors_header(path)
+    file_family(path)
     with safe_open(path, framework="pt", backend="pread") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(LOADED)}  # noqa: SIM118
     eight_bits = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_api import logs, prompt
+from diffusion_api.catalog import styles
 from diffusion_api.errors import (
     Conflict,
     DiffusionApiError,
@@ -33,6 +34,7 @@ from diffusion_api.waiters import Waiters
 if TYPE_CHECKING:
     from diffusion_api.catalog.layouts import Kind
     from diffusion_api.catalog.library import Asset, Library, Model
+    from diffusion_api.catalog.styles import Style
     from diffusion_api.engine.base import Engine
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
@@ -237,6 +239,10 @@ class Service:
         """The model that a request means. Raises UnknownModel."""
         return self._library.resolve(name)
 
+    def styles(self) -> Mapping[str, Style]:
+        """Installed styles by name."""
+        return styles.read(self._library.styles_files())
+
     def drain(self) -> None:
         """Take no new job from now on; everything else is answered as before."""
         self._draining = True
@@ -347,6 +353,13 @@ class Service:
             )
         return self._webhooks.promised(job)
 
+    def check_length(self, prompt: str, negative_prompt: str) -> None:
+        """Raises TooLarge for prompts beyond the operator's limit."""
+        longest = self.settings.max_prompt
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if len(text) > longest:
+                raise TooLarge(f"{name} has {len(text)} characters; at most {longest} are allowed")
+
     def _check(self, request: Request) -> None:
         """The operator's limits, before anything is written."""
         limits = self.settings
@@ -373,9 +386,7 @@ class Service:
                 f"{work:.1f} megapixel-steps; at most {limits.max_work:g} are allowed",
                 field="steps",
             )
-        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
-            if len(text) > limits.max_prompt:
-                raise TooLarge(f"{name} has {len(text)} characters; at most {limits.max_prompt} are allowed")
+        self.check_length(request.prompt, request.negative_prompt)
         parsed = prompt.parse(request.prompt)
         parts, networks = parsed.parts, len(request.loras) + len(parsed.networks)
         if networks > MAX_NETWORKS:

@@ -6,6 +6,7 @@ import base64
 import difflib
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from diffusion_api import __version__, infotext
 from diffusion_api.catalog import samplers
 from diffusion_api.dialects._base import MAX_SIDE, ErrorRoute, build, caller_of, hears, resolve_seed, round_size
 from diffusion_api.errors import InvalidRequest, UnknownModel
-from diffusion_api.prompt import parse
+from diffusion_api.prompt import parse, uncommented
 from diffusion_api.queues.base import Key, Snapshot
 from diffusion_api.schema.job import NOT_INSTALLED, Job, LoraApplied, LoraSkipped, Result, State, lora_skipped
 from diffusion_api.schema.request import MAX_SEED, OWN_VAE, Emphasis, LoraUse, Output, Source, Txt2Img
@@ -181,6 +182,9 @@ class Txt2ImgBody(BaseModel):
     )
     emphasis: Annotated[Emphasis, BeforeValidator(_word)] | None = Field(
         default=None, description="what weights in a prompt do; original when left out"
+    )
+    styles: list[str] | None = Field(
+        default=None, max_length=MAX_UNKNOWN, description="names of styles to put around both prompts, in order"
     )
     infotext: str | None = Field(
         default=None, description="the parameters of a picture, as A1111 writes them: for all that is left out here"
@@ -442,6 +446,8 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     if body.infotext:
         body, notes = _filled(body, service)
         warnings += notes
+    prompt, negative_prompt, notes = _styled(body, service)
+    warnings += notes
     model = service.model(body.model)
     sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
     width, width_note = round_size(_given(body.width, model.native_size), "width")
@@ -450,7 +456,7 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     if body.hires and body.hires.enabled:
         raise InvalidRequest("hires is not supported by this release; leave it out", field="hires")
     loras = tuple(_lora(lora) for lora in body.loras or [])
-    warnings += _absent([*(("lora", lora.name) for lora in loras), *_networks(body.prompt)], service)
+    warnings += _absent([*(("lora", lora.name) for lora in loras), *_networks(prompt)], service)
     if body.refiner_checkpoint:
         warnings.append(f"refiner_checkpoint is ignored: model {model.name!r} is no SDXL model")
     file_type = (body.fileType or "jpg").lower()
@@ -459,8 +465,8 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     request = build(
         Txt2Img,
         model=model.name,
-        prompt=body.prompt,
-        negative_prompt=body.negative_prompt or "",
+        prompt=prompt,
+        negative_prompt=negative_prompt,
         steps=_given(body.steps, 30),
         guidance_scale=_given(body.cfg_scale, 7.0),
         width=width,
@@ -494,6 +500,26 @@ def _filled(body: Txt2ImgBody, service: Service) -> tuple[Txt2ImgBody, list[str]
         del fields["vae"]
         notes.append(f"infotext: vae {told['vae']!r} is not installed; the model's own is used")
     return build(Txt2ImgBody, **fields), notes
+
+
+def _styled(body: Txt2ImgBody, service: Service) -> tuple[str, str, list[str]]:
+    """Both prompts with the body's styles around them, and which of these are not known. Raises TooLarge."""
+    prompt, negative_prompt, notes = body.prompt, body.negative_prompt or "", []
+    if body.styles:
+        known = service.styles()
+        prompt, negative_prompt = uncommented(prompt), uncommented(negative_prompt)
+        for name in body.styles:
+            if name in known:
+                prompt, negative_prompt = known[name].around(prompt, negative_prompt)
+                service.check_length(prompt, negative_prompt)  # each of them may double it
+            else:
+                notes.append(f"style {name[:LONGEST_NAME]!r} is not known and was skipped" + _near(name, known))
+    return prompt, negative_prompt, notes
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name[:LONGEST_NAME], known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _noise(body: Txt2ImgBody) -> dict[str, Any]:
@@ -552,8 +578,7 @@ def _unknown_fields(names: list[str]) -> list[str]:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, Txt2ImgBody.model_fields, n=1)
-    return f"unknown field {name!r} was ignored" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"unknown field {name!r} was ignored" + _near(name, Txt2ImgBody.model_fields)
 
 
 def ended(job: Job) -> dict[str, Any]:

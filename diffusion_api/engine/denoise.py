@@ -28,7 +28,7 @@ from diffusion_api.engine.samplers.sigmas import NoiseLevels, spacing
 from diffusion_api.errors import Interrupted, NotFinite
 from diffusion_api.prompt import Part, parse, parse_negative
 from diffusion_api.schema.job import Progress, State
-from diffusion_api.schema.request import Request
+from diffusion_api.schema.request import Emphasis, Request
 
 Report = Callable[[Progress], None]
 
@@ -44,8 +44,13 @@ class Lane(Protocol):
     def model_hash(self) -> str | None:
         """The first 10 hex digits of the checkpoint's SHA-256, None for a folder."""
 
-    def encode(self, texts: tuple[str, ...]) -> tuple[Tensor, ...]:
-        """Conditionings of equal length, (1, tokens, width) each, of the texts that one prompt has over its steps."""
+    def encode(
+        self, texts: tuple[str, ...], *, clip_skip: int = 1, emphasis: Emphasis = "original"
+    ) -> tuple[Tensor, ...]:
+        """Conditionings of equal length, (1, tokens, width) each, of the texts that one prompt has over its steps.
+
+        ``clip_skip`` counts the text encoder's layers from the last one, 1; one that has fewer gives its first.
+        """
 
     def predict(self, latents: Tensor, timestep: float, conditionings: Tensor) -> Tensor:
         """Epsilon for (rows, 4, h, w) latents of unit variance at one timestep; (rows, tokens, width) conditionings."""
@@ -216,7 +221,8 @@ def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
 
     def encoded(part: Part) -> Generator[Run, Any, Schedule]:
         lasts, texts = zip(*part.schedule(steps), strict=True)
-        return Schedule(lasts, (yield Run(lambda: lane.encode(texts), Point.ENCODE)))
+        work = partial(lane.encode, texts, clip_skip=stage.request.clip_skip, emphasis=stage.request.emphasis)
+        return Schedule(lasts, (yield Run(work, Point.ENCODE)))
 
     parts = parse(stage.prompt).parts
     weights = tuple(part.weight for part in parts)

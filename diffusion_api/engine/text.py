@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffusion_api.prompt import emphasis
+from diffusion_api.prompt import Piece, emphasis
+from diffusion_api.schema.request import Emphasis
 
 CHUNK = 75
 
@@ -42,17 +43,17 @@ class Chunk(NamedTuple):
 class Words:
     """A model's tokenizer and text encoder, and what they made of the last chunks.
 
-    ``encoder`` maps (1, 77) ids to (1, 77, width): every chunk is encoded alone, so that its embedding never depends on what
-    it was batched with. ``table`` is where the encoder looks up the vectors of its tokens.
+    ``encoder`` maps (1, 77) ids and a clip skip to (1, 77, width): every chunk is encoded alone, so that its embedding never
+    depends on what it was batched with. ``table`` is where the encoder looks up the vectors of its tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, encoder: Callable[[Tensor], Tensor], table: nn.Embedding) -> None:
+    def __init__(self, tokenizer: Tokenizer, encoder: Callable[[Tensor, int], Tensor], table: nn.Embedding) -> None:
         self._tokenizer, self._encoder, self._table = tokenizer, encoder, table
         self._comma = self._ids(",")
         self._learned: dict[tuple[int, ...], range] = {}
         self._vectors: list[Tensor] = []
         self._lesson: Hashable = ()
-        self._kept: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, tuple[int, ...]], Tensor] = OrderedDict()
 
     @property
     def width(self) -> int:
@@ -77,25 +78,26 @@ class Words:
         """Let go of what was encoded: the encoder has other weights now."""
         self._kept.clear()
 
-    def encode(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+    def encode(self, texts: Sequence[str], *, clip_skip: int = 1, mode: Emphasis = "original") -> tuple[Tensor, ...]:
         """A conditioning for each text, (1, 77 * chunks, width), all as long as the longest; the short ones get empty chunks.
 
-        Weights are those of :func:`diffusion_api.prompt.emphasis`. What they do to the mean of a chunk is undone, over the
-        chunks at the same place of all texts together.
+        Weights are those of :func:`diffusion_api.prompt.emphasis`, unless the ``mode`` is "none": then brackets are words.
+        Vectors are multiplied by them, unless it is "ignore". What that does to the mean of a chunk is undone, over the
+        chunks at the same place of all texts together, unless it is "no norm".
         """
-        chunks = {text: self.chunks(text) for text in texts}
+        chunks = {text: self.chunks(text, mode) for text in texts}
         longest = max(map(len, chunks.values()))
         (empty,) = self.chunks("")
         columns = zip(*([*row, *[empty] * (longest - len(row))] for row in chunks.values()), strict=True)
         counts = Counter(texts)
-        weighed = [self._weighed(column, [counts[text] for text in chunks]) for column in columns]
+        weighed = [self._weighed(column, [counts[text] for text in chunks], clip_skip, mode) for column in columns]
         conditionings = dict(zip(chunks, (torch.cat(row, 1) for row in zip(*weighed, strict=True)), strict=True))
         return tuple(conditionings[text] for text in texts)
 
-    def chunks(self, text: str) -> list[Chunk]:
+    def chunks(self, text: str, mode: Emphasis = "original") -> list[Chunk]:
         """The chunks of a text, at least one. What follows a comma near the end of a full chunk moves to the next one."""
         rows: list[list[tuple[int, float]]] = []
-        for section in emphasis(text):
+        for section in ((Piece(text, 1.0),),) if mode == "none" else emphasis(text):
             rows.append([])
             for words, weight in section:
                 for tokens in self._tokens(words):
@@ -137,24 +139,27 @@ class Words:
         ids = (start, *(token for token, _ in row), end, *[padding] * left)
         return Chunk(ids, (1.0, *(weight for _, weight in row), 1.0, *[1.0] * left))
 
-    def _weighed(self, chunks: Sequence[Chunk], counts: list[int]) -> list[Tensor]:
+    def _weighed(self, chunks: Sequence[Chunk], counts: list[int], clip_skip: int, mode: Emphasis) -> list[Tensor]:
         """The embeddings of chunks that stand at one place, each in so many texts."""
-        plain = [self._encoded(chunk.ids) for chunk in chunks]
-        if all(weight == 1 for chunk in chunks for weight in chunk.weights):
+        plain = [self._encoded(chunk.ids, clip_skip) for chunk in chunks]
+        if mode == "ignore" or all(weight == 1 for chunk in chunks for weight in chunk.weights):
             return plain
         weighed = [
             hidden * hidden.new_tensor(chunk.weights)[:, None] for hidden, chunk in zip(plain, chunks, strict=True)
         ]
+        if mode == "no norm":
+            return weighed
         restored = _mean(plain, counts) / _mean(weighed, counts)
         return [hidden * restored.to(hidden.dtype) for hidden in weighed]
 
-    def _encoded(self, ids: tuple[int, ...]) -> Tensor:
-        hidden = self._kept.pop(ids, None)
+    def _encoded(self, ids: tuple[int, ...], clip_skip: int) -> Tensor:
+        key = clip_skip, ids
+        hidden = self._kept.pop(key, None)
         if hidden is None:
             vectors = {place: self._vectors[-1 - token] for place, token in enumerate(ids) if token < 0}
             with _looked_up(self._table, vectors):
-                hidden = self._encoder(torch.tensor([[max(token, 0) for token in ids]]))
-        self._kept[ids] = hidden
+                hidden = self._encoder(torch.tensor([[max(token, 0) for token in ids]]), clip_skip)
+        self._kept[key] = hidden
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         return hidden

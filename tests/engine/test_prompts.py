@@ -35,6 +35,28 @@ def test_a_prompt_without_syntax_is_what_the_plain_encoder_says() -> None:
             assert torch.equal(lane.encode((prompt,))[0], lane.text_encoder(ids).last_hidden_state)
 
 
+def test_clip_skip_2_is_what_the_text_encoder_says_without_its_last_layer() -> None:
+    lane = SD1.from_folder(DATA / "models" / "shapes", devices.choose("cpu"), None)
+    with torch.inference_mode():
+        (skipped,), (last,), (beyond,) = (lane.encode((RED,), clip_skip=skip) for skip in (2, 1, 12))
+        lane.text_encoder.encoder.layers = lane.text_encoder.encoder.layers[:-1]
+        ids = lane.tokenizer(RED, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        assert torch.equal(skipped, lane.text_encoder(ids).last_hidden_state)
+    assert not torch.equal(skipped, last)
+    assert torch.equal(beyond, skipped)  # this model has two layers
+
+
+def test_clip_skip_and_emphasis_reach_the_picture(draw: Draw) -> None:
+    small = {"steps": 3, "width": 64, "height": 64}
+    prompt = f"({RED}:1.5) [{BLUE}]"
+    pictures = [
+        draw(prompt, **small | options)
+        for options in ({}, {"clip_skip": 2}, *({"emphasis": mode} for mode in ("no norm", "ignore", "none")))
+    ]
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+    assert np.array_equal(pictures[3], draw(f"{RED} {BLUE}", **small))
+
+
 @pytest.mark.parametrize(("red", "blue", "wins"), [(1.4, 0.6, "red"), (0.6, 1.4, "blue")])
 def test_the_heavier_words_win(draw: Draw, red: float, blue: float, wins: str) -> None:
     assert colour(draw, f"({RED}:{red}) BREAK ({BLUE}:{blue})") == wins
@@ -97,7 +119,7 @@ class Notes:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def encode(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+    def encode(self, texts: Sequence[str], **options: object) -> tuple[Tensor, ...]:
         self.texts += texts
         return tuple(torch.full((1, 1 + t.count("BREAK"), 1), float(self.texts.index(t))) for t in texts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from diffusion_api.engine import text
@@ -33,11 +33,11 @@ def seen() -> list[Tensor]:
 def words(tokenizer: CLIPTokenizer, seen: list[Tensor]) -> Words:
     """With an encoder that returns the ids themselves, and twice that as a second number."""
 
-    def encoder(ids: Tensor) -> Tensor:
+    def encoder(ids: Tensor, clip_skip: int) -> Tensor:
         seen.append(ids)
-        return torch.stack([ids, ids * 2], -1).float()
+        return torch.stack([ids, ids * 2], -1).float() * clip_skip
 
-    return Words(tokenizer, encoder, nn.Embedding(1, 2))
+    return Words(tokenizer, encoder, torch.nn.Embedding(END + 1, 2))
 
 
 def tokens(words: Words, prompt: str) -> list[list[int]]:
@@ -106,6 +106,30 @@ def test_weights_multiply_and_the_mean_of_the_chunk_is_restored(words: Words) ->
     relative = weighed / plain
     assert relative[0, 2] / relative[0, 1] == pytest.approx(1.5)
     assert torch.allclose(relative[0, 3:], relative[0, 1].expand(74, 2))
+
+
+def test_without_norm_weights_only_multiply(words: Words) -> None:
+    (plain,), (weighed,) = words.encode(("a cat",)), words.encode(("a (cat:1.5)",), mode="no norm")
+    expected = plain.clone()
+    expected[0, 2] *= 1.5
+    assert torch.equal(weighed, expected)
+
+
+def test_ignored_weights_do_nothing_and_breaks_still_break(words: Words) -> None:
+    (ignored,) = words.encode(("a (cat:1.5) BREAK [dog]",), mode="ignore")
+    assert torch.equal(ignored, words.encode(("a cat BREAK dog",))[0])
+
+
+def test_without_emphasis_brackets_and_breaks_are_words(words: Words) -> None:
+    (literal,) = words.encode(("a (cat:1.5) BREAK",), mode="none")
+    assert torch.equal(literal, words.encode((r"a \(cat:1.5\) BREA\K",))[0])
+
+
+def test_a_chunk_is_encoded_once_for_each_clip_skip(words: Words, seen: list[Tensor]) -> None:
+    one, two = (words.encode(("a cat",), clip_skip=skip)[0] for skip in (1, 2))
+    assert torch.equal(two, one * 2)
+    assert torch.equal(words.encode(("a cat",), clip_skip=2)[0], two)
+    assert len(seen) == 2
 
 
 def test_the_mean_is_restored_over_all_texts_of_a_schedule(words: Words) -> None:

@@ -22,6 +22,7 @@ from diffusion_api.engine.devices import Device
 from diffusion_api.engine.families.base import Tensors, complete, network, read_network, read_tensors, read_tokenizer
 from diffusion_api.engine.loras import Patches
 from diffusion_api.engine.samplers.sigmas import NoiseLevels
+from diffusion_api.schema.request import Emphasis
 
 NOISE_SCHEDULE: dict[str, object] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 HEADS = 8
@@ -90,9 +91,11 @@ class SD1:
         """One picture's latents: 4 channels, an eighth of each side."""
         return 1, 4, height // 8, width // 8
 
-    def encode(self, texts: tuple[str, ...]) -> tuple[Tensor, ...]:
-        """Last hidden states, final layer norm included; equal lengths."""
-        return self._words.encode(texts)
+    def encode(
+        self, texts: tuple[str, ...], *, clip_skip: int = 1, emphasis: Emphasis = "original"
+    ) -> tuple[Tensor, ...]:
+        """Hidden states of the last layer, or an earlier one, final layer norm included; equal lengths."""
+        return self._words.encode(texts, clip_skip=clip_skip, mode=emphasis)
 
     @cached_property
     def patches(self) -> Patches:
@@ -110,8 +113,10 @@ class SD1:
             self.text_encoder
         )  # not self: a model that refers to itself would stay in memory when it is dropped
 
-        def encoder(ids: Tensor) -> Tensor:
-            hidden: Tensor = text_encoder(ids.to(text_encoder.device)).last_hidden_state
+        def encoder(ids: Tensor, clip_skip: int) -> Tensor:
+            found = text_encoder(ids.to(text_encoder.device), output_hidden_states=True)
+            layers = found.hidden_states[1:]  # before them: the vectors of the tokens
+            hidden: Tensor = text_encoder.final_layer_norm(layers[-min(clip_skip, len(layers))])
             return hidden
 
         return text.Words(self.tokenizer, encoder, text_encoder.get_input_embeddings())

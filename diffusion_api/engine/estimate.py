@@ -6,7 +6,7 @@ runs out all the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import reduce
@@ -153,16 +153,25 @@ def rows_of(stage: Pass) -> int:
 
 def chosen(load: Load, room: Room, *, workspace: float = WORKSPACE) -> Measures | None:
     """The measures, in order and no more than it takes, with which a job fits; None when none help enough."""
-    measures = Measures()
-    while True:
-        need = load.need(measures, room.number)
-        if _fits(need, room, workspace):
-            return measures
-        better = (measures.joined(rung.measure) for rung in rungs(room))
-        cheaper = (m for m in better if load.need(m, room.number).device < need.device)
-        if (found := next(cheaper, None)) is None:
+
+    def fits(taken: Sequence[Rung]) -> bool:
+        return _fits(load.need(_joined(taken), room.number), room, workspace)
+
+    taken: list[Rung] = []
+    while not fits(taken):
+        need = load.need(_joined(taken), room.number).device
+        found = (rung for rung in rungs(room) if load.need(_joined([*taken, rung]), room.number).device < need)
+        if (better := next(found, None)) is None:
             return None
-        measures = found
+        taken.append(better)
+    for rung in list(taken):  # what a later one made superfluous
+        fewer = [other for other in taken if other is not rung]
+        taken = fewer if fits(fewer) else taken
+    return _joined(taken)
+
+
+def _joined(taken: Iterable[Rung]) -> Measures:
+    return reduce(Measures.joined, (rung.measure for rung in taken), Measures())
 
 
 def rungs(room: Room) -> tuple[Rung, ...]:
@@ -181,7 +190,7 @@ def least(load: Load, room: Room) -> Need:
 
 def strictest(room: Room) -> Measures:
     """Everything that can be done there."""
-    return reduce(Measures.joined, (rung.measure for rung in rungs(room)))
+    return _joined(rungs(room))
 
 
 def prices(measures: Measures) -> Iterable[str]:

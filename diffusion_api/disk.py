@@ -20,6 +20,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+PAGE = 4096
+"""Bytes for which a full disk has no room, though it may take an empty file."""
+
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEVER_READABLE = (errno.ELOOP, errno.ENXIO, errno.EACCES)
@@ -60,10 +63,11 @@ def write_whole(
         flush() if flush else fsync_dir(target.parent)
 
 
-def probe(tmp: Path) -> None:
-    """Try what every write does, and leave nothing behind. Raises OSError where it would."""
+def probe(tmp: Path, size: int = 0) -> None:
+    """Try what every write does, with a file of that size, and leave nothing behind. Raises OSError where it would."""
     path, fd = _open_temporary(tmp)
     try:
+        _write_all(fd, bytes(size))
         os.fsync(fd)
     finally:
         os.close(fd)

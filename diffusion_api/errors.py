@@ -19,6 +19,7 @@
     │   ├── DeviceUnusable          a GPU is there but cannot be used
     │   ├── ModelUnreadable         a file under the model folders is broken or of no known kind
     │   ├── QueueUnusable           the queue's folder cannot be written
+    │   ├── OutputsUnusable         the folder of pictures cannot be written
     │   └── DeviceLost              the device works no more until the process starts again
     └── Unavailable             nobody's fault; try again later
         ├── DiskFull
@@ -114,6 +115,10 @@ class ModelUnreadable(OperatorError):
 
 class QueueUnusable(OperatorError):
     """The queue's folder cannot be read or written."""
+
+
+class OutputsUnusable(OperatorError):
+    """The folder of pictures cannot be written."""
 
 
 class DeviceLost(OperatorError):

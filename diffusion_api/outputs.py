@@ -12,12 +12,13 @@ from pathlib import Path
 
 from diffusion_api import __version__
 from diffusion_api.catalog import samplers
-from diffusion_api.disk import fsync_dir, probe, remove_abandoned, write_whole
+from diffusion_api.disk import PAGE, free, fsync_dir, probe, remove_abandoned, write_whole
 from diffusion_api.engine.base import Finished
-from diffusion_api.errors import DiskFull
+from diffusion_api.errors import DiskFull, OutputsUnusable
 from diffusion_api.retention import Limits, due, entries
 from diffusion_api.schema.job import Image, Job
 
+MIB = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SUFFIX = {"png": "png", "jpeg": "jpg"}
 OURS = re.compile(rf"(?P<job>[0-9a-f]{{8}}(-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}})(-\d+)?\.({'|'.join(SUFFIX.values())})")
@@ -27,33 +28,44 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def _as_disk_full() -> Iterator[None]:
+def _as_our_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
             raise DiskFull("the disk is full: the picture could not be saved") from error
-        raise
+        raise OutputsUnusable(f"the folder of outputs cannot be used: {error.strerror}") from error
 
 
 class Outputs:
-    """The folder of finished pictures. Files are named by job, so that a job run again writes over its own."""
+    """The folder of finished pictures. Files are named by job, so that a job run again writes over its own.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Who removes the folder gets a new one. ``reserve`` are the bytes of its disk that jobs which have not begun leave to
+    those that run. Raises DiskFull, OutputsUnusable.
+    """
+
+    @_as_our_errors()
+    def __init__(self, folder: Path, *, reserve: int = 0) -> None:
+        self.folder, self._reserve = folder, reserve
         self._tmp = folder / ".tmp"
         self._tmp.mkdir(parents=True, exist_ok=True)
         fsync_dir(folder.parent)
         remove_abandoned(self._tmp)
 
     def save(self, job: Job, finished: Finished) -> tuple[Image, ...]:
-        """Encode and store the pictures of a job, durably. Raises DiskFull."""
+        """Encode and store the pictures of a job, durably. Raises DiskFull, OutputsUnusable."""
         return tuple(self._save_one(job, finished, number) for number in range(len(finished.images)))
 
+    @_as_our_errors()
     def check(self) -> None:
-        """Try whether a picture could be written now. Raises DiskFull, and OSError for what else stands against it."""
-        with _as_disk_full():
-            probe(self._tmp)
+        """Try whether a picture could be written now. Raises DiskFull, OutputsUnusable."""
+        self._make_again()
+        left = free(self.folder)
+        if left < self._reserve:
+            raise DiskFull(
+                f"{left // MIB} MiB are left on the disk of the pictures; {self._reserve // MIB} are kept for the running job"
+            )
+        probe(self._tmp, PAGE)
 
     def read(self, image: Image) -> bytes | None:
         """The stored file, or None when it was deleted."""
@@ -76,6 +88,13 @@ class Outputs:
         if beyond:
             log.info("deleted %d pictures that are no longer kept (%d bytes)", len(beyond), sum(e.size for e in beyond))
 
+    def _make_again(self) -> None:
+        """Make a folder that was removed. One without ``.tmp`` may be where a disk was mounted, and is left alone."""
+        if not self.folder.exists():
+            self.folder.mkdir()
+            self._tmp.mkdir()
+            fsync_dir(self.folder.parent)
+
     def _save_one(self, job: Job, finished: Finished, number: int) -> Image:
         from diffusion_api import images, infotext  # NumPy and Pillow: a third of the time until the service answers
 
@@ -93,7 +112,8 @@ class Outputs:
         data = images.encode(pixels, format=request.output.format, quality=request.output.quality, infotext=text)
         stem = job.id if len(finished.images) == 1 else f"{job.id}-{number}"
         name = f"{stem}.{SUFFIX[request.output.format]}"
-        with _as_disk_full():
+        with _as_our_errors():
+            self._make_again()
             write_whole(self.folder / name, data, tmp=self._tmp)
         return Image(
             path=f"{self.folder.name}/{name}",

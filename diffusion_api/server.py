@@ -80,6 +80,11 @@ def build_queue(settings: Settings) -> Queue:
     )
 
 
+def build_outputs(settings: Settings) -> Outputs:
+    """Where pictures are kept."""
+    return Outputs(settings.outputs_dir, reserve=settings.disk_reserve_mb * MIB)
+
+
 def build_webhooks(settings: Settings, queue: Queue) -> Webhooks | None:
     """What tells of the ends of jobs, None when the operator allows no hosts. Raises Misconfigured."""
     if not settings.webhook_hosts.strip():
@@ -130,7 +135,7 @@ def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Ser
     A process without a ``handover`` is not ours to start again: it ends where another would begin again.
     """
     settings.create_folders()
-    library, queue, outputs = build_library(settings), build_queue(settings), Outputs(settings.outputs_dir)
+    library, queue, outputs = build_library(settings), build_queue(settings), build_outputs(settings)
     pace = build_pace(settings)
     webhooks = build_webhooks(settings, queue)
     sweeper = build_sweeper(settings, queue, outputs)
@@ -172,7 +177,7 @@ def build_worker(queue: Queue, engine: Engine, outputs: Outputs, pace: Pace, han
 
 def build_supervisor(settings: Settings, queue: Queue) -> Supervisor:
     """What keeps a worker process running on the same folder; it reads the same settings, but for flags of ours."""
-    flags = ["--home", str(settings.home), "--engine", settings.engine]
+    flags = ["--home", str(settings.home), "--engine", settings.engine, "--device", settings.device]
     for root in settings.models_from:
         flags += ["--models-from", str(root)]
 
@@ -211,7 +216,7 @@ def work(settings: Settings, handover: Handover) -> None:
     settings.create_folders()
     queue = build_queue(settings)
     engine = build_engine(settings, build_library(settings))
-    outputs, pace = Outputs(settings.outputs_dir), build_pace(settings)
+    outputs, pace = build_outputs(settings), build_pace(settings)
     hand = build_worker(queue, engine, outputs, pace, handover)
     told = threading.Event()
     for number in STOPPING:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,6 @@ from diffusion_api import logs, prompt
 from diffusion_api.catalog import styles
 from diffusion_api.errors import (
     Conflict,
-    DiffusionApiError,
     InvalidRequest,
     NotFound,
     QueueUnusable,
@@ -28,6 +24,7 @@ from diffusion_api.errors import (
 from diffusion_api.pace import Forecast
 from diffusion_api.schema.job import Image, Job, State
 from diffusion_api.schema.request import Request
+from diffusion_api.storage import Storage
 from diffusion_api.usage import Usage, Use
 from diffusion_api.waiters import Waiters
 
@@ -46,7 +43,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-PROBE_EVERY = 5.0
 MAX_PARTS = 32
 """Parts of a prompt between ANDs; each is an evaluation at every step."""
 
@@ -89,34 +85,6 @@ class Readiness:
     paused: bool = False
 
 
-class _Disk:
-    """What stands against writing. Each look writes, so there is one every ``PROBE_EVERY`` seconds at most."""
-
-    def __init__(self, *checks: Callable[[], None]) -> None:
-        self._checks = checks
-        self._mutex = threading.Lock()
-        self._looked = -math.inf
-        self._reasons: tuple[str, ...] = ()
-
-    def reasons(self) -> tuple[str, ...]:
-        """As found a moment ago."""
-        with self._mutex:
-            if time.monotonic() - self._looked > PROBE_EVERY:
-                self._reasons = tuple(reason for check in self._checks if (reason := _reason_against(check)))
-                self._looked = time.monotonic()
-            return self._reasons
-
-
-def _reason_against(check: Callable[[], None]) -> str | None:
-    try:
-        check()
-    except DiffusionApiError as error:
-        return str(error)
-    except OSError as error:
-        return f"the folder of outputs cannot be used: {error.strerror}"
-    return None
-
-
 class Service:
     """Submits, looks up and cancels jobs; knows what is installed."""
 
@@ -136,7 +104,7 @@ class Service:
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
         self._forecast = Forecast(queue, pace) if pace else None
         self._waiters = Waiters(queue)
-        self._disk = _Disk(queue.check, outputs.check)
+        self._storage = Storage(queue.check, outputs.check)
         self._usage = Usage({folder.relative_to(settings.home).as_posix(): folder for folder in settings.folders})
         self._draining = False
 
@@ -227,6 +195,10 @@ class Service:
         """Installed models."""
         return self._library.models()
 
+    def labels(self) -> list[tuple[str, str]]:
+        """Names of models with labels that may stand for them, by label."""
+        return self._library.labels()
+
     def assets(self, kind: Kind) -> list[Asset]:
         """Installed LoRAs, VAEs, upscalers or embeddings."""
         return self._library.assets(kind)
@@ -265,7 +237,7 @@ class Service:
             reasons.append(f"the running job is stuck: nothing was heard of it for {silent:.0f} seconds")
         return Readiness(
             paused=paused is not None,
-            reasons=(*reasons, *self._disk.reasons()),
+            reasons=(*reasons, *self._storage.reasons()),
             loading=self._engine is not None and self._engine.report() is None,
         )
 

@@ -18,6 +18,7 @@ from diffusion_api.errors import (
     DiskFull,
     Interrupted,
     OperatorError,
+    OutputsUnusable,
     QueueUnusable,
     TooLarge,
 )
@@ -27,6 +28,7 @@ from diffusion_api.pace import Pace
 from diffusion_api.presence import Presence
 from diffusion_api.queues.base import Control, Queue
 from diffusion_api.schema.job import Job, Result, State
+from diffusion_api.storage import Storage
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +107,8 @@ class Worker:
         restarts: int = 0,
     ) -> None:
         self._queue, self._engine, self._outputs, self._pace = queue, engine, outputs, pace
+        self._storage = Storage(queue.check_disk, outputs.check)
+        self._barred = False
         self._metrics = JobMetrics()
         self._presence = Presence(queue, engine, self._metrics, restarts, self._due)
         self._died = died or (lambda: os._exit(EXIT_WORKER_DIED))
@@ -150,7 +154,7 @@ class Worker:
             self._engine.wait()
             self._presence.tell()
             if self._deadline is None:
-                self._queue.serve(self.handle, slots=SLOTS)
+                self._queue.serve(self.handle, ready=self._ready, slots=SLOTS)
         except DeviceLost as error:
             self._start_again(str(error))
         except OperatorError as error:
@@ -159,6 +163,16 @@ class Worker:
         except BaseException:
             log.critical("the worker stopped; this process ends so that its jobs are recovered", exc_info=True)
             self._end()
+
+    def _ready(self) -> bool:
+        """Whether the end and the pictures of one more job could be written: else it waits rather than fails."""
+        reasons = self._storage.reasons()
+        if reasons and not self._barred:
+            log.critical("no job begins now: %s", "; ".join(reasons))
+        elif self._barred and not reasons:
+            log.info("jobs begin again: they can be written")
+        self._barred = bool(reasons)
+        return not reasons
 
     def _end(self) -> None:
         """End the process, unless it comes to its end anyway."""
@@ -205,13 +219,14 @@ class Worker:
         ended = self._execute(hand)
         if ended is None:
             log.info("job %s goes back to the queue: the service is stopping", hand.job.id)
-            hand.control.release()
+            try:
+                hand.control.release()
+            except (DiskFull, QueueUnusable) as error:
+                raise _left_behind(hand.job) from error
             return
         while not self._committed(hand.control, ended):
             if self._deadline is not None:
-                raise QueueUnusable(
-                    f"the end of job {hand.job.id} could not be written: it runs again after a new start"
-                )
+                raise _left_behind(hand.job)
             time.sleep(RETRY)
 
     def _execute(self, hand: _Hand) -> Job | None:
@@ -236,6 +251,8 @@ class Worker:
             self._end_by(time.monotonic())
             raise
         except DiffusionApiError as error:
+            if isinstance(error, DiskFull | OutputsUnusable):
+                self._storage.doubt()
             if error.__cause__:
                 log.warning("job %s failed", hand.job.id, exc_info=error)
             return hand.job.failed(type(error).__name__, str(error))
@@ -256,7 +273,7 @@ class Worker:
             hand.heard = time.monotonic()
             self._presence.moved()
             if began is None:
-                hand.enters(hand.control.started())
+                hand.enters(self._started(hand, stop))
                 self._presence.tell()
                 began = hand.heard
             if isinstance(event, Finished):
@@ -271,6 +288,17 @@ class Worker:
                 first = hand.heard, event.fraction
             hand.control.progress(event)
         raise RuntimeError("the engine ended without a picture")
+
+    def _started(self, hand: _Hand, stop: StopAsked) -> Job:
+        """The job, charged. A full or failing disk is waited for, as nothing was done yet. Raises Interrupted."""
+        while True:
+            try:
+                return hand.control.started()
+            except (DiskFull, QueueUnusable) as error:
+                log.error("job %s: its start cannot be written, trying again: %s", hand.job.id, error)
+            if stop():
+                raise Interrupted("stopped before it began")
+            time.sleep(RETRY)
 
     def _committed(self, control: Control, job: Job) -> bool:
         """True once the record is written. A full or failing disk is waited for: the claim stays, so nothing is lost."""
@@ -300,3 +328,7 @@ class Worker:
             loras_applied=finished.loras_applied,
             loras_skipped=finished.loras_skipped,
         )
+
+
+def _left_behind(job: Job) -> QueueUnusable:
+    return QueueUnusable(f"what became of job {job.id} could not be written: it runs again after a new start")

@@ -40,7 +40,7 @@ LAYERS = (
     ("logs",),
     ("settings",),
     ("schema",),
-    ("disk", "retention", "usage"),
+    ("disk", "retention", "storage", "usage"),
     ("errors",),
     ("",),  # the package itself: its version
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from asking import plain
 
 from diffusion_api import __version__, images, infotext
 from diffusion_api.engine.base import Finished
-from diffusion_api.errors import DiskFull
+from diffusion_api.errors import DiskFull, OutputsUnusable
 from diffusion_api.outputs import Outputs
 from diffusion_api.retention import Limits
 from diffusion_api.schema.job import Image, Job
@@ -141,3 +142,27 @@ def test_only_pictures_of_the_service_are_deleted(tmp_path: Path) -> None:
     assert left == sorted([*others, f"{name}.png", f"{name}.jpg"])
     assert (outputs.folder / f"{name}.jpg" / f"{name}.jpg").exists()
     assert (tmp_path / "mine").exists()
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    outputs, job = Outputs(tmp_path / "outputs"), new_job()
+    shutil.rmtree(tmp_path / "outputs")
+    (image,) = outputs.save(job, pictures(job))
+    assert outputs.read(image)
+    shutil.rmtree(tmp_path / "outputs")
+    outputs.check()
+
+
+def test_a_folder_from_which_a_disk_went_is_not_filled(tmp_path: Path) -> None:
+    outputs, job = Outputs(tmp_path / "outputs"), new_job()
+    (tmp_path / "outputs" / ".tmp").rmdir()
+    with pytest.raises(OutputsUnusable):
+        outputs.save(job, pictures(job))
+    with pytest.raises(OutputsUnusable):
+        outputs.check()
+
+
+def test_a_folder_that_cannot_be_written_is_told_so_without_its_path(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputsUnusable, match=r"^the folder of outputs cannot be used: Not a directory$"):
+        Outputs(tmp_path / "file" / "outputs")

@@ -12,7 +12,7 @@ import pytest
 from asking import plain
 from fake_models import LORA_KEYS, checkpoint, diffusers_folder
 
-from diffusion_api import service as service_module
+from diffusion_api import storage
 from diffusion_api.catalog.library import Library
 from diffusion_api.engine.executor import Executor
 from diffusion_api.engine.stub import StubEngine
@@ -209,7 +209,7 @@ def test_a_folder_that_cannot_be_written_shows_until_it_can(
     assert found in service.health().warnings
     path.mkdir()
     assert service.readiness().reasons == (found,)  # looked at a moment ago
-    monkeypatch.setattr(service_module, "PROBE_EVERY", 0)
+    monkeypatch.setattr(storage, "LOOK_EVERY", 0)
     assert service.readiness().reasons == ()
 
 

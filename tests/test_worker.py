@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from asking import plain
 from serving import eventually
 
+from diffusion_api import storage
 from diffusion_api import worker as worker_module
 from diffusion_api.engine.base import Engine, Event, Finished, StopAsked
 from diffusion_api.engine.stub import StubEngine
@@ -425,7 +427,7 @@ def test_a_stop_on_a_full_disk_leaves_the_job_to_the_next_start(
     eventually(lambda: "its end cannot be written" in caplog.text, "the worker to complain")
     worker.stop(grace=0)
     queue.close()
-    assert f"the end of job {job.id} could not be written" in caplog.text
+    assert f"what became of job {job.id} could not be written" in caplog.text
     assert not died.is_set()
     filler.unlink()
     again = FileQueue(small_disk / "queue")
@@ -434,6 +436,82 @@ def test_a_stop_on_a_full_disk_leaves_the_job_to_the_next_start(
     assert ended(again, job).state is State.DONE
     worker.stop(grace=0)
     again.close()
+
+
+@pytest.mark.parametrize("small", ["queue", "outputs"])
+def test_jobs_wait_while_little_of_a_disk_is_left(
+    tmp_path: Path, small_disk: Path, small: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(storage, "LOOK_EVERY", 0.2)
+    caplog.set_level("INFO")
+    (tmp_path / small).symlink_to(small_disk, target_is_directory=True)
+    queue = FileQueue(tmp_path / "queue", reserve=48 * 1024 if small == "queue" else 0)
+    outputs = Outputs(tmp_path / "outputs", reserve=48 * 1024 if small == "outputs" else 0)
+    jobs = [new_job(), new_job(), new_job()]
+    for job in jobs:
+        queue.enqueue(job)
+    filler = fill(small_disk)
+    worker = Worker(queue, StubEngine(), outputs)
+    worker.start()
+    eventually(lambda: "no job begins now" in caplog.text, "the worker to complain")
+    time.sleep(1)
+    assert [(found(queue, job).state, found(queue, job).job.attempts) for job in jobs] == [(State.QUEUED, 0)] * 3
+    told = [record.getMessage() for record in caplog.records if "no job begins now" in record.getMessage()]
+    assert len(told) == 1
+    assert f"0 MiB are left on the disk of the {'queue' if small == 'queue' else 'pictures'}" in told[0]
+    filler.unlink()
+    assert [ended(queue, job).state for job in jobs] == [State.DONE] * 3
+    assert "jobs begin again" in caplog.text
+    worker.stop(grace=0)
+    queue.close()
+
+
+def test_jobs_wait_while_no_picture_can_be_written(
+    queue: Queue, new_worker: NewWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "LOOK_EVERY", 0.2)
+    worker = new_worker()
+    (tmp_path / "outputs" / ".tmp").rmdir()
+    job = new_job()
+    queue.enqueue(job)
+    time.sleep(1)
+    assert found(queue, job).state is State.QUEUED
+    (tmp_path / "outputs" / ".tmp").mkdir()
+    assert ended(queue, job).state is State.DONE
+    assert worker._storage.reasons() == ()
+
+
+@pytest.mark.parametrize("ending", ["there is room again", "the service stops", "it is cancelled"])
+def test_a_start_that_cannot_be_written_fails_no_job(
+    tmp_path: Path, small_disk: Path, ending: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    died = threading.Event()
+    queue = FileQueue(small_disk / "queue")
+    first, second = new_job("stub:seconds=0.1"), new_job("stub:seconds=0.3")
+    for job in (first, second):
+        queue.enqueue(job)
+    worker = Worker(queue, StubEngine(), Outputs(tmp_path / "outputs"), died=died.set)
+    worker.start()
+    eventually(lambda: found(queue, second).state is State.LOADING, "the second job to be in hand")
+    filler = fill(small_disk)
+    eventually(lambda: f"job {second.id}: its start cannot be written" in caplog.text, "the worker to complain")
+    if ending == "the service stops":
+        worker.stop(grace=0)
+        queue.close()
+        assert not died.is_set()
+        filler.unlink()
+        queue = FileQueue(small_disk / "queue")
+        worker = Worker(queue, StubEngine(), Outputs(tmp_path / "outputs"))
+        worker.start()
+    filler.unlink(missing_ok=True)
+    if ending == "it is cancelled":
+        queue.cancel(second.id)
+    assert ended(queue, first).state is State.DONE
+    last = ended(queue, second)
+    cancelled = ending == "it is cancelled"
+    assert (last.state, last.attempts) == ((State.CANCELLED, 1) if cancelled else (State.DONE, 1))
+    worker.stop(grace=0)
+    queue.close()
 
 
 def test_a_result_too_large_for_a_record_fails_its_job_only(queue: Queue, new_worker: NewWorker) -> None:

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, C
 
 from diffusion_api import __version__, infotext
 from diffusion_api.catalog import samplers
+from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects._base import MAX_SIDE, ErrorRoute, build, caller_of, hears, resolve_seed, round_size
 from diffusion_api.errors import InvalidRequest, UnknownModel
 from diffusion_api.prompt import parse, uncommented
@@ -25,6 +26,7 @@ from diffusion_api.schema.job import NOT_INSTALLED, Job, LoraApplied, LoraSkippe
 from diffusion_api.schema.request import MAX_SEED, OWN_VAE, Emphasis, LoraUse, Output, Source, Txt2Img
 
 if TYPE_CHECKING:
+    from diffusion_api.catalog.library import Asset, Model
     from diffusion_api.schema.report import WorkerReport
     from diffusion_api.service import Service
 
@@ -269,6 +271,8 @@ class ModelBody(BaseModel):
     label: str
     type: Literal["standard", "sdxl"]
     path: str
+    family: str
+    pickled: bool = Field(description="in a format that can hold code; read as data only")
 
 
 class ModelsBody(BaseModel):
@@ -276,6 +280,56 @@ class ModelsBody(BaseModel):
 
     status: Literal["success"] = "success"
     models: list[ModelBody]
+
+
+class LabelBody(BaseModel):
+    """A model's name, and a label that may stand for it."""
+
+    name: str
+    label: str
+
+
+class LabelsBody(BaseModel):
+    """The labels that are known, by label; the models need not be installed."""
+
+    status: Literal["success"] = "success"
+    models: list[LabelBody]
+    message: str = "a label may stand for the name of its model; case, - and _ do not matter"
+
+
+class LoraRow(BaseModel):
+    """An installed LoRA."""
+
+    name: str
+    scale: float = 1.0
+    path: str
+    family: str | None = Field(description="the family of models that it is for; null where its file does not tell")
+    pickled: bool
+
+
+class LorasBody(BaseModel):
+    """The installed LoRAs, by name."""
+
+    status: Literal["success"] = "success"
+    loras: list[LoraRow]
+
+
+class UpscalerRow(BaseModel):
+    """An upscaler: one that is built in, or an installed file."""
+
+    name: str
+    path: str = Field(description="internal for one that is built in")
+    type: Literal["internal", "external"]
+    description: str
+    size_mb: float
+    pickled: bool = False
+
+
+class UpscalersBody(BaseModel):
+    """The upscalers: those that are built in, then the installed ones by name."""
+
+    status: Literal["success"] = "success"
+    upscalers: list[UpscalerRow]
 
 
 class HelloBody(BaseModel):
@@ -377,8 +431,19 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @router.get("/models", tags=["catalog"], summary="Installed models")
     def models() -> ModelsBody:
-        rows = [ModelBody(name=m.name, label=m.label, type=m.type, path=m.shown_path) for m in service.models()]
-        return ModelsBody(models=rows)
+        return ModelsBody(models=[_model(model) for model in service.models()])
+
+    @router.get("/models/aliases", tags=["catalog"], summary="Labels of models")
+    def labels() -> LabelsBody:
+        return LabelsBody(models=[LabelBody(name=name, label=label) for name, label in service.labels()])
+
+    @router.get("/loras", tags=["catalog"], summary="Installed LoRAs")
+    def loras() -> LorasBody:
+        return LorasBody(loras=[_lora_row(row) for row in service.assets("lora")])
+
+    @router.get("/upscalers", tags=["catalog"], summary="Upscalers")
+    def upscalers() -> UpscalersBody:
+        return UpscalersBody(upscalers=[*_internal_upscalers(), *map(_upscaler, service.assets("upscaler"))])
 
     @router.post(
         "/txt2img", tags=["jobs"], summary="A picture from words",
@@ -449,9 +514,10 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     prompt, negative_prompt, notes = _styled(body, service)
     warnings += notes
     model = service.model(body.model)
+    body = _defaulted(body, model)
     sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
-    width, width_note = round_size(_given(body.width, model.native_size), "width")
-    height, height_note = round_size(_given(body.height, model.native_size), "height")
+    width, width_note = round_size(_given(body.width, model.default_size[0]), "width")
+    height, height_note = round_size(_given(body.height, model.default_size[1]), "height")
     warnings += [note for note in (width_note, height_note) if note]
     if body.hires and body.hires.enabled:
         raise InvalidRequest("hires is not supported by this release; leave it out", field="hires")
@@ -564,6 +630,54 @@ def _vae(name: str | None, service: Service) -> str | None:
         choices = ", ".join(["Automatic", OWN_VAE, *(row.name for row in service.assets("vae"))])
         raise InvalidRequest(f"vae {name!r} is not installed; one of {choices}", field="vae")
     return row.name
+
+
+def _defaulted(body: Txt2ImgBody, model: Model) -> Txt2ImgBody:
+    """The body with the model's own defaults in place of what it leaves out."""
+    profile = model.profile
+    defaults: dict[str, Any] = {"steps": profile.steps, "clip_skip": profile.clip_skip, "vae": profile.vae}
+    if profile.sampler and body.sampler_name is None:
+        sampler, schedule = samplers.resolve(profile.sampler, body.scheduler_type)
+        defaults |= {"sampler_name": sampler.label, "scheduler_type": schedule.name}
+    left_out = {
+        name: value
+        for name, value in defaults.items()
+        if value is not None and name in Txt2ImgBody.model_fields and getattr(body, name) is None
+    }
+    return body.model_copy(update=left_out)
+
+
+def _model(model: Model) -> ModelBody:
+    return ModelBody(
+        name=model.name,
+        label=model.label,
+        type=model.type,
+        path=model.shown_path,
+        family=model.family,
+        pickled=model.pickled,
+    )
+
+
+def _lora_row(row: Asset) -> LoraRow:
+    return LoraRow(name=row.name, path=row.shown_path, family=row.family, pickled=row.pickled)
+
+
+def _internal_upscalers() -> list[UpscalerRow]:
+    return [
+        UpscalerRow(name=name, path="internal", type="internal", description=text, size_mb=0)
+        for name, text in INTERNAL.items()
+    ]
+
+
+def _upscaler(row: Asset) -> UpscalerRow:
+    return UpscalerRow(
+        name=row.name,
+        path=row.shown_path,
+        type="external",
+        description="a model of its own",
+        size_mb=round(row.bytes / 2**20, 1),
+        pickled=row.pickled,
+    )
 
 
 def _given(value: Any, default: Any) -> Any:

@@ -160,6 +160,10 @@ class Queue(ABC):
         """Try whether a job could be stored now. Raises what :meth:`enqueue` would, and leaves nothing behind."""
 
     @abstractmethod
+    def check_disk(self) -> None:
+        """Try whether what happens to a job could be written now. Raises DiskFull, QueueUnusable."""
+
+    @abstractmethod
     def get(self, job_id: str) -> Snapshot | None:
         """The job with that id, or None. Raises Gone for one whose result is no longer kept."""
 
@@ -238,11 +242,19 @@ class Queue(ABC):
         """Give the jobs of workers that died back to the queue, or end them; :meth:`serve` does so as well."""
 
     @abstractmethod
-    def serve(self, handle: Handler, *, wants: Callable[[Job], bool] = lambda job: True, slots: int = 1) -> None:
+    def serve(
+        self,
+        handle: Handler,
+        *,
+        wants: Callable[[Job], bool] = lambda job: True,
+        ready: Callable[[], bool] = lambda: True,
+        slots: int = 1,
+    ) -> None:
         """Claim and handle jobs, ``slots`` at a time, until :meth:`stop`. Blocks.
 
         Before the first claim, jobs of workers that died are recovered: queued again, or ended when their attempts are
-        used up. ``wants`` lets the worker leave a job for later or for another.
+        used up. ``wants`` lets the worker leave a job for later or for another; ``ready`` is asked before one is
+        claimed, and lets the worker leave all for later.
 
         A job is claimed when the one before has started or ended, so jobs start in the order of their claims. A suspect
         is claimed when nothing else is in hand, and nothing else is while it runs.

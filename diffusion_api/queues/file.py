@@ -132,7 +132,13 @@ class FileQueue(Queue):
     def check(self) -> None:
         """Try whether a job could be stored now. Raises what :meth:`enqueue` would, and leaves nothing behind."""
         self._check_room()
-        disk.probe(self._places.tmp)
+        disk.probe(self._places.tmp, disk.PAGE)
+
+    @as_queue_errors("queue")
+    def check_disk(self) -> None:
+        """Try whether what happens to a job could be written now, with room left for the running one."""
+        self._places.check_room(self._reserve)
+        disk.probe(self._places.tmp, disk.PAGE)
 
     def _check_room(self) -> None:
         self._places.check_room(self._reserve)
@@ -230,10 +236,17 @@ class FileQueue(Queue):
         self._recovery.run()
         self._announce(arrival=True)
 
-    def serve(self, handle: Handler, *, wants: Callable[[Job], bool] = lambda job: True, slots: int = 1) -> None:
+    def serve(
+        self,
+        handle: Handler,
+        *,
+        wants: Callable[[Job], bool] = lambda job: True,
+        ready: Callable[[], bool] = lambda: True,
+        slots: int = 1,
+    ) -> None:
         """Claim and handle jobs, ``slots`` at a time, until :meth:`stop`. Blocks.
 
-        What ``handle`` or ``wants`` raises ends the serving and is raised here; jobs left in hand are then recovered
+        What ``handle``, ``wants`` or ``ready`` raises ends the serving and is raised here; jobs left in hand are then recovered
         like those of a worker that died. Raises RuntimeError while this instance serves already.
         """
         if self._worker is not None:
@@ -244,7 +257,7 @@ class FileQueue(Queue):
         failures: list[BaseException] = []
         threads = [
             threading.Thread(
-                target=self._serve_slot, args=(worker, handle, wants, failures), daemon=True, name=f"slot-{n}"
+                target=self._serve_slot, args=(worker, handle, wants, ready, failures), daemon=True, name=f"slot-{n}"
             )
             for n in range(slots)
         ]
@@ -391,18 +404,25 @@ class FileQueue(Queue):
     # claiming
 
     def _serve_slot(
-        self, worker: Worker, handle: Handler, wants: Callable[[Job], bool], failures: list[BaseException]
+        self,
+        worker: Worker,
+        handle: Handler,
+        wants: Callable[[Job], bool],
+        ready: Callable[[], bool],
+        failures: list[BaseException],
     ) -> None:
         try:
-            self._handle_jobs(worker, handle, wants)
+            self._handle_jobs(worker, handle, wants, ready)
         except BaseException as error:  # a thread has nobody to raise to: serve() does it
             failures.append(error)
             self.stop()
 
-    def _handle_jobs(self, worker: Worker, handle: Handler, wants: Callable[[Job], bool]) -> None:
+    def _handle_jobs(
+        self, worker: Worker, handle: Handler, wants: Callable[[Job], bool], ready: Callable[[], bool]
+    ) -> None:
         while not self._stopped:
             seen = self._arrivals
-            claim = self._claim(worker, wants)
+            claim = self._claim(worker, wants, ready)
             if claim is None:
                 self._wait_for_arrival(seen, CLAIM_POLL)
                 continue
@@ -410,7 +430,9 @@ class FileQueue(Queue):
             if not claim.over:
                 raise RuntimeError(f"{claim.job.id}: the handler returned without release or commit")
 
-    def _claim(self, worker: Worker, wants: Callable[[Job], bool]) -> _Claim | None:
+    def _claim(
+        self, worker: Worker, wants: Callable[[Job], bool], ready: Callable[[], bool] = lambda: True
+    ) -> _Claim | None:
         """The first waiting job that is wanted, now in hand; None while another's turn to start has not passed."""
         with self._turn:
             in_hand = [claim for claim in list(self._claims.values()) if not claim.over]
@@ -424,7 +446,7 @@ class FileQueue(Queue):
                 job = self._peek(name)
                 if job is None or not wants(job):
                     continue
-                if job.suspect and in_hand:
+                if (job.suspect and in_hand) or not ready():
                     return None
                 with as_queue_errors("queue"):
                     job = self._take(name, worker)

@@ -96,6 +96,9 @@ class MemoryQueue(Queue):
         if self._max_waiting and waiting >= self._max_waiting:
             raise QueueFull(f"{waiting} jobs wait already; at most {self._max_waiting} may")
 
+    def check_disk(self) -> None:
+        """Nothing: there is none."""
+
     def get(self, job_id: str) -> Snapshot | None:
         """The job with that id, or None. Raises Gone."""
         with self._event:
@@ -192,10 +195,17 @@ class MemoryQueue(Queue):
     def recover(self) -> None:
         """Nothing: the jobs of a server that ended went back when it did."""
 
-    def serve(self, handle: Handler, *, wants: Callable[[Job], bool] = lambda job: True, slots: int = 1) -> None:
+    def serve(
+        self,
+        handle: Handler,
+        *,
+        wants: Callable[[Job], bool] = lambda job: True,
+        ready: Callable[[], bool] = lambda: True,
+        slots: int = 1,
+    ) -> None:
         """Claim and handle jobs, ``slots`` at a time, until :meth:`stop`. Blocks.
 
-        What ``handle`` or ``wants`` raises ends the serving and is raised here; jobs left in hand then wait again.
+        What ``handle``, ``wants`` or ``ready`` raises ends the serving and is raised here; jobs left in hand then wait again.
         Raises RuntimeError while this queue is served already.
         """
         if self._serving:
@@ -203,7 +213,9 @@ class MemoryQueue(Queue):
         self._serving = True
         failures: list[BaseException] = []
         threads = [
-            threading.Thread(target=self._serve_slot, args=(handle, wants, failures), daemon=True, name=f"slot-{n}")
+            threading.Thread(
+                target=self._serve_slot, args=(handle, wants, ready, failures), daemon=True, name=f"slot-{n}"
+            )
             for n in range(slots)
         ]
         for thread in threads:
@@ -233,17 +245,23 @@ class MemoryQueue(Queue):
         self.stop()
         self._give_up()
 
-    def _serve_slot(self, handle: Handler, wants: Callable[[Job], bool], failures: list[BaseException]) -> None:
+    def _serve_slot(
+        self,
+        handle: Handler,
+        wants: Callable[[Job], bool],
+        ready: Callable[[], bool],
+        failures: list[BaseException],
+    ) -> None:
         try:
-            self._handle_jobs(handle, wants)
+            self._handle_jobs(handle, wants, ready)
         except BaseException as error:  # a thread has nobody to raise to: serve() does it
             failures.append(error)
             self.stop()
 
-    def _handle_jobs(self, handle: Handler, wants: Callable[[Job], bool]) -> None:
+    def _handle_jobs(self, handle: Handler, wants: Callable[[Job], bool], ready: Callable[[], bool]) -> None:
         while not self._stopped:
             seen = self._changes
-            claim = self._claim(wants)
+            claim = self._claim(wants, ready)
             if claim is None:
                 self._wait(seen, CLAIM_POLL)
                 continue
@@ -251,7 +269,7 @@ class MemoryQueue(Queue):
             if not claim.over:
                 raise RuntimeError(f"{claim.entry.job.id}: the handler returned without release or commit")
 
-    def _claim(self, wants: Callable[[Job], bool]) -> _Claim | None:
+    def _claim(self, wants: Callable[[Job], bool], ready: Callable[[], bool] = lambda: True) -> _Claim | None:
         """The first waiting job that is wanted, now in hand; None while another's turn to start has not passed."""
         with self._turn:
             in_hand = [entry.claim for entry in list(self._entries.values()) if entry.claim]
@@ -262,7 +280,7 @@ class MemoryQueue(Queue):
                     return None
                 if not wants(job):
                     continue
-                if job.suspect and in_hand:
+                if (job.suspect and in_hand) or not ready():
                     return None
                 with self._event:
                     entry = self._entries[job.id]

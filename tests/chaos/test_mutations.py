@@ -21,7 +21,7 @@ PACKAGE = ROOT / "diffusion_api"
 MODULES = [PACKAGE / "disk.py", PACKAGE / "outputs.py", PACKAGE / "queues" / "file.py"]
 MODULES += sorted((PACKAGE / "queues" / "_file").glob("*.py"))
 FLUSHES = {"fsync", "fsync_dir"}
-TESTS = [f"tests/queues/test_{name}.py" for name in ("crashes", "file", "keeping")]
+TESTS = [f"tests/queues/test_{name}.py" for name in ("crashes", "file", "keeping", "reports")]
 
 REPLACED = {
     "O_EXCL": ("disk.py", "os.O_CREAT | os.O_EXCL |", "os.O_CREAT |"),
@@ -33,7 +33,6 @@ REPLACED = {
     "the look for a lock whose name is gone": ("disk.py", "os.fstat(fd).st_nlink == 0", "False"),
     "the look whether a worker lives": ("disk.py", "fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)", "pass"),
     "the fence of a claim": ("queues/file.py", "if self.over or not self.here:", "if self.over:"),
-    "the fence of a claim that is over": ("queues/file.py", "if self.over or not self.here:", "if not self.here:"),
     "the charging of an attempt": ("queues/file.py", "            self._places.write(self.path, dumps(charged))\n", ""),
     "the temporary file": (
         "disk.py",

@@ -260,6 +260,28 @@ def test_a_paused_queue_takes_jobs_and_starts_none(
         queue.resume()
 
 
+def test_nothing_is_claimed_while_the_worker_is_not_ready(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    asked, ready = threading.Event(), threading.Event()
+
+    def is_ready() -> bool:
+        asked.set()
+        return ready.is_set()
+
+    with serving(queue, lambda job, control: control.commit(job.succeeded(result)), ready=is_ready, slots=2):
+        time.sleep(0.3)
+        assert not asked.is_set()  # there is nothing to be ready for
+        jobs = [new_job(), new_job()]
+        for job in jobs:
+            queue.enqueue(job)
+        assert asked.wait(20)
+        time.sleep(0.3)
+        assert [queue.get(job.id) for job in jobs] == [Snapshot(job, position=n) for n, job in enumerate(jobs)]
+        ready.set()
+        eventually(is_ended(queue, *jobs))
+
+
 def test_nothing_is_claimed_after_the_pause_was_said(
     queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
 ) -> None:

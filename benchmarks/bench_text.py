@@ -20,7 +20,9 @@ PROMPT = (
     "masterpiece, (best quality:1.2), a lighthouse on a cliff above a (stormy:1.3) sea, [crashing waves], dramatic clouds, "
     "((rim light)), volumetric fog, gulls, wet rocks, oil painting, (thick brush strokes:0.8), by a master of the genre"
 )
-NEGATIVE = "blurry, (low quality:1.4), jpeg artifacts, watermark, signature, text, cropped, (worst quality:1.4), frame, border"
+NEGATIVE = (
+    "blurry, (low quality:1.4), jpeg artifacts, watermark, signature, text, cropped, (worst quality:1.4), frame, border"
+)
 
 
 def main() -> None:

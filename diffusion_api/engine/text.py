@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -20,6 +21,25 @@ BACKTRACK = 20
 
 KEPT = 128
 """Read texts and encoded chunks that are kept, the latter 0.2 MB each with Stable Diffusion 1.x in float32."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What words mean to a model: ``hidden``, (1, tokens, width), and ``pooled``, (1, width), where it reads both.
+
+    ``negative``: as the negative prompt, which some models read otherwise.
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None = None
+    negative: bool = False
+
+
+class Encoded(NamedTuple):
+    """What a text encoder makes of a chunk: (1, 77, width), and (1, width) of the whole where it has that."""
+
+    hidden: Tensor
+    pooled: Tensor | None = None
 
 
 class Tokenizer(Protocol):
@@ -64,18 +84,18 @@ class _Last(Generic[Key, Value]):
 class Words:
     """A model's tokenizer and text encoder, and what they made of the last chunks.
 
-    ``encoder`` maps (1, 77) ids and a clip skip to (1, 77, width): every chunk is encoded alone, so that its embedding never
-    depends on what it was batched with. ``table`` is where the encoder looks up the vectors of its tokens.
+    ``encoder`` gets (1, 77) ids and a clip skip: every chunk is encoded alone, so that its embedding never depends on what it
+    was batched with. ``table`` is where the encoder looks up the vectors of its tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, encoder: Callable[[Tensor, int], Tensor], table: nn.Embedding) -> None:
+    def __init__(self, tokenizer: Tokenizer, encoder: Callable[[Tensor, int], Encoded], table: nn.Embedding) -> None:
         self._tokenizer, self._encoder, self._table = tokenizer, encoder, table
         self._comma = self._ids(",")
         self._learned: dict[tuple[int, ...], range] = {}
         self._vectors: list[Tensor] = []
         self._lesson: Hashable = ()
         self._read: _Last[tuple[bool, str], list[Chunk]] = _Last()
-        self._kept: _Last[tuple[int, tuple[int, ...]], Tensor] = _Last()
+        self._kept: _Last[tuple[int, tuple[int, ...]], Encoded] = _Last()
 
     @property
     def width(self) -> int:
@@ -116,6 +136,10 @@ class Words:
         weighed = [self._weighed(column, [counts[text] for text in chunks], clip_skip, mode) for column in columns]
         conditionings = dict(zip(chunks, (torch.cat(row, 1) for row in zip(*weighed, strict=True)), strict=True))
         return tuple(conditionings[text] for text in texts)
+
+    def pooled(self, text: str, mode: Emphasis = "original") -> Tensor | None:
+        """What the encoder makes of the first chunk of a text as a whole, (1, width); weights do nothing to it."""
+        return self._encoded(self.chunks(text, mode)[0].ids, 1).pooled
 
     def chunks(self, text: str, mode: Emphasis = "original") -> list[Chunk]:
         """The chunks of a text, at least one. What follows a comma near the end of a full chunk moves to the next one."""
@@ -168,7 +192,7 @@ class Words:
 
     def _weighed(self, chunks: Sequence[Chunk], counts: list[int], clip_skip: int, mode: Emphasis) -> list[Tensor]:
         """The embeddings of chunks that stand at one place, each in so many texts."""
-        plain = [self._encoded(chunk.ids, clip_skip) for chunk in chunks]
+        plain = [self._encoded(chunk.ids, clip_skip).hidden for chunk in chunks]
         if mode == "ignore" or all(weight == 1 for chunk in chunks for weight in chunk.weights):
             return plain
         weighed = [
@@ -179,10 +203,10 @@ class Words:
         restored = _mean(plain, counts) / _mean(weighed, counts)
         return [hidden * restored.to(hidden.dtype) for hidden in weighed]
 
-    def _encoded(self, ids: tuple[int, ...], clip_skip: int) -> Tensor:
+    def _encoded(self, ids: tuple[int, ...], clip_skip: int) -> Encoded:
         vectors = {place: self._vectors[-1 - token] for place, token in enumerate(ids) if token < 0}
 
-        def encode() -> Tensor:
+        def encode() -> Encoded:
             with _looked_up(self._table, vectors):
                 return self._encoder(torch.tensor([[max(token, 0) for token in ids]]), clip_skip)
 
@@ -207,15 +231,17 @@ def _looked_up(table: nn.Embedding, vectors: Mapping[int, Tensor]) -> Iterator[N
             hook.remove()
 
 
-def as_long(conditionings: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def as_long(conditionings: Sequence[Conditioning]) -> tuple[Conditioning, ...]:
     """All as long as the longest; the short ones repeat their last vector."""
-    longest = max(conditioning.shape[1] for conditioning in conditionings)
+    longest = max(conditioning.hidden.shape[1] for conditioning in conditionings)
     return tuple(
-        torch.cat([conditioning, conditioning[:, -1:].expand(-1, longest - conditioning.shape[1], -1)], 1)
-        if conditioning.shape[1] < longest
-        else conditioning
-        for conditioning in conditionings
+        replace(conditioning, hidden=_stretched(conditioning.hidden, longest)) for conditioning in conditionings
     )
+
+
+def _stretched(hidden: Tensor, length: int) -> Tensor:
+    missing = length - hidden.shape[1]
+    return torch.cat([hidden, hidden[:, -1:].expand(-1, missing, -1)], 1) if missing else hidden
 
 
 def _mean(tensors: Sequence[Tensor], counts: list[int]) -> Tensor:

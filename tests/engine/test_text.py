@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from diffusion_api.engine import text
-from diffusion_api.engine.text import Words
+from diffusion_api.engine.text import Conditioning, Encoded, Words
 from diffusion_api.settings import DATA
 
 START, END = 49406, 49407
@@ -33,9 +33,9 @@ def seen() -> list[Tensor]:
 def words(tokenizer: CLIPTokenizer, seen: list[Tensor]) -> Words:
     """With an encoder that returns the ids themselves, and twice that as a second number."""
 
-    def encoder(ids: Tensor, clip_skip: int) -> Tensor:
+    def encoder(ids: Tensor, clip_skip: int) -> Encoded:
         seen.append(ids)
-        return torch.stack([ids, ids * 2], -1).float() * clip_skip
+        return Encoded(torch.stack([ids, ids * 2], -1).float() * clip_skip, ids)
 
     return Words(tokenizer, encoder, torch.nn.Embedding(END + 1, 2))
 
@@ -165,7 +165,16 @@ def test_only_the_last_chunks_are_kept(words: Words, seen: list[Tensor]) -> None
 
 
 def test_shorter_prompts_repeat_their_last_vector() -> None:
-    short, long = torch.arange(4.0).reshape(1, 2, 2), torch.zeros(1, 3, 2)
+    short, long = Conditioning(torch.arange(4.0).reshape(1, 2, 2), negative=True), Conditioning(torch.zeros(1, 3, 2))
     longer, same = text.as_long([short, long])
-    assert longer[0].tolist() == [[0, 1], [2, 3], [2, 3]]
-    assert same is long
+    assert longer.hidden[0].tolist() == [[0, 1], [2, 3], [2, 3]]
+    assert longer.negative
+    assert same.hidden is long.hidden
+
+
+def test_what_a_text_is_as_a_whole_is_that_of_its_first_chunk(words: Words, seen: list[Tensor]) -> None:
+    words.encode(("a (cat:1.5) BREAK a dog",))
+    pooled = words.pooled("a (cat:1.5) BREAK a dog")
+    assert pooled is not None
+    assert pooled.tolist() == [list(words.chunks("a cat")[0].ids)]
+    assert len(seen) == 2

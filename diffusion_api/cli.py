@@ -23,6 +23,7 @@ Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
 Port = Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")]
 Home = Annotated[Path | None, typer.Option(help="Folder with stable_diffusion/, queue/ and outputs/.")]
 Engine = Annotated[str | None, typer.Option(help="diffusers, or stub: no model, for tests.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 (the second card) or mps.")]
 Isolated = Annotated[bool | None, typer.Option(help="Run the jobs in a process of their own, which may crash.")]
 ModelsFrom = Annotated[
     list[Path] | None,
@@ -46,6 +47,7 @@ def serve(
     port: Port = None,
     home: Home = None,
     engine: Engine = None,
+    device: Device = None,
     isolated: Isolated = None,
     models_from: ModelsFrom = None,
     worker: Annotated[bool, typer.Option(help="Also run jobs.")] = True,
@@ -55,19 +57,28 @@ def serve(
     from diffusion_api.restart import Handover
     from diffusion_api.server import run
 
-    settings = _settings(host=host, port=port, home=home, engine=engine, isolated=isolated, models_from=models_from)
+    settings = _settings(
+        host=host, port=port, home=home, engine=engine, device=device, isolated=isolated, models_from=models_from
+    )
     run(settings, worker=worker, handover=Handover.model_validate_json(handover))
 
 
 @app.command()
 def worker(
-    home: Home = None, engine: Engine = None, models_from: ModelsFrom = None, handover: HandedOver = "{}"
+    home: Home = None,
+    engine: Engine = None,
+    device: Device = None,
+    models_from: ModelsFrom = None,
+    handover: HandedOver = "{}",
 ) -> None:
     """Run jobs of a queue folder, without an API."""
     from diffusion_api.restart import Handover
     from diffusion_api.server import work
 
-    work(_settings(home=home, engine=engine, models_from=models_from), Handover.model_validate_json(handover))
+    work(
+        _settings(home=home, engine=engine, device=device, models_from=models_from),
+        Handover.model_validate_json(handover),
+    )
 
 
 @app.command()
@@ -107,12 +118,14 @@ def config(
     port: Port = None,
     home: Home = None,
     engine: Engine = None,
+    device: Device = None,
     isolated: Isolated = None,
     models_from: ModelsFrom = None,
 ) -> None:
     """Print every setting, its value and where it came from."""
     flags = {
-        "host": host, "port": port, "home": home, "engine": engine, "isolated": isolated, "models_from": models_from
+        "host": host, "port": port, "home": home, "engine": engine, "device": device, "isolated": isolated,
+        "models_from": models_from,
     }  # fmt: skip
     found = _settings(**flags)
     where = configuration.sources(found, flags)

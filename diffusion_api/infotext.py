@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffusion_api.schema.request import LoraUse, Txt2Img
+from diffusion_api.schema.request import LoraUse, Sampling
 
 Value = str | int | float | bool
 """What a field holds: text, or the number or truth value that the text stood for."""
@@ -211,8 +211,8 @@ def ordered(fields: Mapping[str, str | int | float | None]) -> dict[str, str | i
     return {key: fields[key] for key in (*_LEADING, *others, *_TRAILING) if key in fields}
 
 
-def for_txt2img(
-    request: Txt2Img,
+def for_request(
+    request: Sampling,
     *,
     number: int = 0,
     sampler_label: str,
@@ -259,13 +259,13 @@ def _strengths(use: LoraUse) -> str:
     return unet if text == unet else f"{text}:{unet}"
 
 
-def _unless_default(request: Txt2Img, field: str) -> Any:
+def _unless_default(request: Sampling, field: str) -> Any:
     value = getattr(request, field)
-    return None if value == Txt2Img.model_fields[field].default else value
+    return None if value == Sampling.model_fields[field].default else value
 
 
 def asked(parameters: Parameters) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What a picture like that is asked for with, by the names of :class:`Txt2Img`; and the keys that are not understood.
+    """What a picture like that is asked for with, by the names of :class:`Sampling`; and the keys that are not understood.
 
     Sampler, schedule and model are as written. What A1111 means by leaving a key out is filled in, so that the noise is
     A1111's where no RNG is named. Whether the values are good ones is not looked at.

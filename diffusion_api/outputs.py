@@ -99,7 +99,7 @@ class Outputs:
         from diffusion_api import images, infotext  # NumPy and Pillow: a third of the time until the service answers
 
         request, pixels, seed = job.request, finished.images[number], finished.seeds[number]
-        text = infotext.for_txt2img(
+        text = infotext.for_request(
             request,
             number=number,
             sampler_label=samplers.sampler(request.sampler).label,

@@ -121,6 +121,11 @@ class Piece(NamedTuple):
     weight: float
 
 
+def uncommented(text: str) -> str:
+    """A prompt without its comments."""
+    return _COMMENT.sub("", text)
+
+
 def parse(text: str) -> Prompt:
     """The tree of a prompt."""
     networks: list[Network] = []
@@ -129,13 +134,13 @@ def parse(text: str) -> Prompt:
         networks.append(_network(tag[1], tag[2]))
         return ""
 
-    text = _each_network(taken, _COMMENT.sub("", text))
+    text = _each_network(taken, uncommented(text))
     return Prompt(tuple(map(_part, _AND.split(text))), tuple(networks))
 
 
 def parse_negative(text: str) -> Part:
     """The tree of a negative prompt, where AND and networks are plain words."""
-    return Part(_tree(_COMMENT.sub("", text)))
+    return Part(_tree(uncommented(text)))
 
 
 def emphasis(text: str) -> tuple[tuple[Piece, ...], ...]:

@@ -179,7 +179,7 @@ def build_worker(queue: Queue, engine: Engine, outputs: Outputs, pace: Pace, han
 
 def build_supervisor(settings: Settings, queue: Queue) -> Supervisor:
     """What keeps a worker process running on the same folder; it reads the same settings, but for flags of ours."""
-    flags = ["--home", str(settings.home), "--engine", settings.engine]
+    flags = ["--home", str(settings.home), "--engine", settings.engine, "--device", settings.device]
     for root in settings.models_from:
         flags += ["--models-from", str(root)]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_api import logs, prompt
+from diffusion_api.catalog import styles
 from diffusion_api.errors import (
     Conflict,
     InvalidRequest,
@@ -30,6 +31,7 @@ from diffusion_api.waiters import Waiters
 if TYPE_CHECKING:
     from diffusion_api.catalog.layouts import Kind
     from diffusion_api.catalog.library import Asset, Library, Model
+    from diffusion_api.catalog.styles import Style
     from diffusion_api.engine.base import Engine
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
@@ -193,6 +195,10 @@ class Service:
         """Installed models."""
         return self._library.models()
 
+    def labels(self) -> list[tuple[str, str]]:
+        """Names of models with labels that may stand for them, by label."""
+        return self._library.labels()
+
     def assets(self, kind: Kind) -> list[Asset]:
         """Installed LoRAs, VAEs, upscalers or embeddings."""
         return self._library.assets(kind)
@@ -204,6 +210,10 @@ class Service:
     def model(self, name: str | None) -> Model:
         """The model that a request means. Raises UnknownModel."""
         return self._library.resolve(name)
+
+    def styles(self) -> Mapping[str, Style]:
+        """Installed styles by name."""
+        return styles.read(self._library.styles_files())
 
     def drain(self) -> None:
         """Take no new job from now on; everything else is answered as before."""
@@ -315,6 +325,13 @@ class Service:
             )
         return self._webhooks.promised(job)
 
+    def check_length(self, prompt: str, negative_prompt: str) -> None:
+        """Raises TooLarge for prompts beyond the operator's limit."""
+        longest = self.settings.max_prompt
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if len(text) > longest:
+                raise TooLarge(f"{name} has {len(text)} characters; at most {longest} are allowed")
+
     def _check(self, request: Request) -> None:
         """The operator's limits, before anything is written."""
         limits = self.settings
@@ -341,9 +358,7 @@ class Service:
                 f"{work:.1f} megapixel-steps; at most {limits.max_work:g} are allowed",
                 field="steps",
             )
-        for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
-            if len(text) > limits.max_prompt:
-                raise TooLarge(f"{name} has {len(text)} characters; at most {limits.max_prompt} are allowed")
+        self.check_length(request.prompt, request.negative_prompt)
         parsed = prompt.parse(request.prompt)
         parts, networks = parsed.parts, len(request.loras) + len(parsed.networks)
         if networks > MAX_NETWORKS:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from diffusion_api.errors import Misconfigured
@@ -23,6 +23,12 @@ def _paths(value: Any) -> Any:
         return value
     parts = re.split(f"[,{os.pathsep}]", value)
     return tuple(Path(part.strip()).expanduser() for part in parts if part.strip())
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name):
+        raise ValueError("one of auto, cpu, cuda, cuda:0, cuda:1, ..., mps is allowed")
+    return name
 
 
 Paths: TypeAlias = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)]
@@ -59,7 +65,9 @@ class Settings(BaseSettings):
     max_connections: int = Field(default=800, ge=1, description="connections at a time")
 
     engine: Literal["diffusers", "stub"] = Field(default="diffusers", description="what makes the pictures")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(default="auto", description="where the engine runs")
+    device: Annotated[str, AfterValidator(_device)] = Field(
+        default="auto", description="where the engine runs: auto, cpu, cuda, cuda:1 (the second card), mps"
+    )
     model: str | None = Field(default=None, description="model of requests that name none")
     models_from: Paths = Field(
         default=(),

@@ -53,7 +53,7 @@ def main() -> None:
     run = Run(options.work, options.device)
     vocabulary, merges = clip_tables(options.clip_vocabulary)
     tables = subset_tables(vocabulary, merges, caption_words())
-    tokens = Tokens(model, tables, run.work)
+    tokens = Tokens.new(model, tables, run.work)
     print(f"tokenizer: {len(tables[0])} of {len(vocabulary)} tokens")
     pools = draw_all()
     vae = train_vae(run, pools, options.vae_steps)

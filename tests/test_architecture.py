@@ -32,7 +32,7 @@ LAYERS = (
     ("queues",),
     ("outputs", "blobs"),
     ("engine",),
-    ("images",),
+    ("images", "canvas"),
     ("infotext",),
     ("prompt",),
     ("catalog",),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from diffusion_api.infotext import for_txt2img, from_novelai, ordered, parse, render, restored
+from diffusion_api.infotext import for_request, from_novelai, ordered, parse, render, restored
 from diffusion_api.schema.request import Output, Txt2Img
 
 GOLDEN = """a castle, (stone:1.2) <lora:epic:0.7>
@@ -93,7 +93,7 @@ def test_a_full_infotext_is_written_as_a1111_writes_it() -> None:
 
 
 def test_the_infotext_of_a_request_says_how_the_picture_was_made() -> None:
-    text = for_txt2img(
+    text = for_request(
         REQUEST,
         sampler_label="Euler a",
         schedule_label="Karras",
@@ -108,7 +108,7 @@ def test_the_infotext_of_a_request_says_how_the_picture_was_made() -> None:
 
 
 def test_all_that_decides_the_picture_is_written_with_a1111s_keys_and_in_its_order() -> None:
-    text = for_txt2img(
+    text = for_request(
         FULL, number=1, sampler_label="Euler a", schedule_label="Karras", model_name="m", model_hash=None, version="v"
     )
     assert text.splitlines()[-1] == (
@@ -120,7 +120,7 @@ def test_all_that_decides_the_picture_is_written_with_a1111s_keys_and_in_its_ord
 
 
 def test_a_model_without_a_hash_leaves_the_hash_out() -> None:
-    text = for_txt2img(REQUEST, sampler_label="a", schedule_label="b", model_name="tiny", model_hash=None, version="v")
+    text = for_request(REQUEST, sampler_label="a", schedule_label="b", model_name="tiny", model_hash=None, version="v")
     assert "Model hash" not in text
 
 
@@ -528,7 +528,7 @@ def test_the_manual_shows_what_the_service_writes() -> None:
             "height": 768,
         }
     )
-    text = for_txt2img(
+    text = for_request(
         request,
         sampler_label="Euler a",
         schedule_label="Karras",
@@ -543,7 +543,7 @@ def test_the_manual_names_every_field_that_is_written() -> None:
     manual = (Path(__file__).parents[1] / "METADATA_README.md").read_text(encoding="utf-8")
     table = manual[manual.index("## What is written") :]
     named = ", ".join(re.findall(r"^\| ([A-Z][\w ,]+?)(?: \(.*\))? \|", table, re.MULTILINE)).split(", ")
-    text = for_txt2img(
+    text = for_request(
         FULL, sampler_label="Euler a", schedule_label="Karras", model_name="m", model_hash="abcdef0123", version="v"
     )
     assert named == list(parse(text).fields)

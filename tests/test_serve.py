@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fake_models import diffusers_folder
-from serving import MODES, Program, environment, eventually, serving, started
+from serving import MODES, Program, environment, eventually, run, serving, started
 
 from diffusion_api.client import Client
 from diffusion_api.schema.job import Job, State, loads
@@ -342,6 +342,28 @@ def test_a_stop_while_torch_loads_does_not_wait_for_it(
 
 
 # Several processes
+
+
+def test_a_second_worker_with_a_device_of_its_own_serves_the_same_queue(home: Path) -> None:
+    def second() -> contextlib.AbstractContextManager[Program]:
+        return started("worker", "--device", "cpu", home=home)
+
+    with serving(home, "--no-worker") as api, second(), second():
+        eventually(lambda: len(api.get("/health").json()["workers"]) == 2, "both workers")
+        jobs = [api.submit(prompt="stub:seconds=0.2", steps=3, seed=seed) for seed in range(6)]
+        eventually(lambda: all(w["jobs"] for w in api.get("/health").json()["workers"]), "both to be at work")
+        assert [api.wait(job)["seed"] for job in jobs] == [*range(6)]
+    records = [loads(path.read_bytes()) for path in (home / "queue" / "done").glob("*.json")]
+    assert sorted(job.id for job in records) == sorted(jobs)
+    assert {job.attempts for job in records} == {1}
+
+
+def test_a_device_that_does_not_exist_is_told_with_the_choices(tmp_path: Path) -> None:
+    done = run("worker", "--device", "cuda:x", cwd=tmp_path)
+    assert done.returncode == 1
+    assert (
+        "setting device (DIFFUSION_API_DEVICE) is 'cuda:x': Value error, one of auto, cpu, cuda, cuda:0" in done.stderr
+    )
 
 
 def test_the_api_and_a_worker_share_a_folder(home: Path) -> None:

@@ -1,4 +1,17 @@
-"""Friendly names of models that callers use in place of the names of their folders."""
+"""Friendly names of models, and what the operator says of them in ``stable_diffusion/models.toml``."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+
+from diffusion_api.catalog import samplers
+from diffusion_api.errors import UnknownSampler
+from diffusion_api.schema.request import Frozen
 
 LABELS = {
     "John6666__amanatsu-illustrious-v11-sdxl": "Amanatsu",
@@ -8,10 +21,81 @@ LABELS = {
     "models--mirroring--pastel-mix": "Pastel Mix",
     "models--misri--plantMilkModelSuite_hempII": "PlantMilk (HempII)",
     "models--misri--plantMilkModelSuite_walnut": "PlantMilk (Walnut)",
-    "shapes": "Shapes (demo)",
 }
+"""The labels of the original API, installed or not."""
+
+SHIPPED = {"shapes": "Shapes (demo)"}
 
 
 def label(name: str) -> str:
     """The friendly name of a model; its own name when it has none."""
-    return LABELS.get(name, name)
+    return (LABELS | SHIPPED).get(name, name)
+
+
+def loose(name: str) -> str:
+    """A name as it is compared where case, ``-`` and ``_`` do not matter."""
+    return name.lower().replace("-", " ").replace("_", " ").strip()
+
+
+def _both_sides(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+Side = Annotated[int, Field(ge=64, multiple_of=8)]
+
+
+class Profile(Frozen):
+    """What the operator says of one model: names, the defaults of requests, and how it predicts where its file does not
+    tell. ``size`` is width and height in pixels. None is for what was not said.
+    """
+
+    label: str | None = None
+    aliases: tuple[str, ...] = ()
+    size: Annotated[tuple[Side, Side] | None, BeforeValidator(_both_sides)] = None
+    steps: int | None = Field(default=None, ge=1)
+    sampler: str | None = None
+    clip_skip: int | None = Field(default=None, ge=1, le=12)
+    vae: str | None = None
+    prediction: Literal["epsilon", "v"] | None = None
+    ztsnr: bool | None = None
+
+    @field_validator("sampler")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None:
+            try:
+                samplers.resolve(name, None)
+            except UnknownSampler as error:
+                raise ValueError(str(error)) from error
+        return name
+
+
+def read_profiles(file: Path, tell: Callable[[str], None]) -> dict[str, Profile]:
+    """The profiles in a file, by loose name of the model. What is wrong in it is told, and the rest is used."""
+    try:
+        tables = tomllib.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        tell(f"{file.name} is not used: {error.strerror}")
+        return {}
+    except ValueError as error:  # of TOML, which tells the line, or of UTF-8
+        tell(f"{file.name} is not used: {error}")
+        return {}
+    found = {}
+    for name, table in tables.items():
+        try:
+            found[loose(name)] = Profile.model_validate(table)
+        except ValidationError as error:
+            tell(f"{file.name}: [{name}] is not used: {_reason(error)}")
+    return found
+
+
+def _reason(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    if not first["loc"]:
+        return "it is no table of keys; write [name] above them"
+    key = first["loc"][0]
+    if first["type"] == "extra_forbidden":
+        return f"{key!r} is no key; one of {', '.join(Profile.model_fields)}"
+    return f"{key} is {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"

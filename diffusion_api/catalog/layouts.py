@@ -105,7 +105,7 @@ def _extra_places(file: Path, shown: str, tell: Tell) -> list[Place]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         tell(shown, " ".join(str(getattr(error, "strerror", None) or error).split())[:200])
         return []
-    found = []
+    found: list[Place] = []
     for section in sections.values() if isinstance(sections, dict) else ():
         if isinstance(section, dict):
             found += _section_places(section, file.parent)

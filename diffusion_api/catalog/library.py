@@ -9,14 +9,14 @@ import struct
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
 from diffusion_api.catalog import detect
 from diffusion_api.catalog.kinds import family_of, kind_of
-from diffusion_api.catalog.labels import label
+from diffusion_api.catalog.labels import LABELS, Profile, label, loose, read_profiles
 from diffusion_api.catalog.layouts import Entry, Kind, Place, places, search
 from diffusion_api.errors import InvalidRequest, UnknownModel
 
@@ -45,7 +45,7 @@ OWN_FOLDERS: dict[str, Kind] = {
 @dataclass(frozen=True, kw_only=True)
 class Asset:
     """A file of weights; a folder only if it is a model. ``family`` is the one that it was made for, where that can be
-    told; ``shown_path`` is for callers; ``stamp`` changes with the files.
+    told; ``shown_path`` is for callers; ``stamp`` changes with the files, whose ``bytes`` are counted together.
     """
 
     kind: Kind
@@ -54,6 +54,7 @@ class Asset:
     shown_path: str
     family: str | None
     stamp: int = 0
+    bytes: int = 0
 
     @property
     def pickled(self) -> bool:
@@ -79,11 +80,17 @@ class Model(Asset):
     family: str
     native_size: int
     shipped: bool = False
+    profile: Profile = field(default_factory=Profile)
 
     @property
     def label(self) -> str:
         """The friendly name."""
-        return label(self.name)
+        return self.profile.label or label(self.name)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Width and height in pixels of requests that name none."""
+        return self.profile.size or (self.native_size, self.native_size)
 
     @property
     def single_file(self) -> bool:
@@ -146,7 +153,18 @@ class Library:
         Case, ``-`` and ``_`` do not matter for names and labels, an exact name goes first.
         """
         models = self.models()
-        return _find(models, name) or next((m for m in models if _loose(m.label) == _loose(name)), None)
+        wanted = loose(name)
+        labelled = (m for m in models if wanted in map(loose, (m.label, *m.profile.aliases)))
+        return _find(models, name) or next(labelled, None)
+
+    def labels(self) -> list[tuple[str, str]]:
+        """Names of models with the labels that callers may write in their place, by label: those of the original API, and
+        those of installed models.
+        """
+        found = {(name, text) for name, text in LABELS.items()}
+        for model in self.models():
+            found |= {(model.name, text) for text in (model.label, *model.profile.aliases) if text != model.name}
+        return sorted(found, key=lambda row: row[1].lower())
 
     def resolve(self, name: str | None) -> Model:
         """The model that a request means; None means the default one. Raises UnknownModel with the choices."""
@@ -201,6 +219,10 @@ class Library:
             row = self._row(entry, shipped=True)
             if row and row.name not in rows.setdefault(row.kind, {}):
                 rows[row.kind][row.name] = row
+        profiles = read_profiles(self._home / "stable_diffusion" / "models.toml", self._log_once)
+        for name, row in rows.get("model", {}).items():
+            if isinstance(row, Model) and (profile := profiles.get(loose(name))):
+                rows["model"][name] = replace(row, profile=profile)
         return rows
 
     def _places(self) -> Iterable[Place]:
@@ -220,7 +242,7 @@ class Library:
     def _row(self, entry: Entry, *, shipped: bool = False) -> Asset | None:
         """What an entry is; None, and told where it should be something, when it can be of no use."""
         try:
-            stamp = _stamp(entry.path)
+            stamp, size = _stamp(entry.path)
             facts = self._facts(entry, stamp)
         except (detect.Unrecognised, OSError) as error:
             self._tell(str(entry.relative), str(error))
@@ -230,7 +252,13 @@ class Library:
         name = _name(entry)
         if facts.kind != "model":
             return Asset(
-                kind=facts.kind, name=name, path=entry.path, shown_path=entry.shown, family=facts.family, stamp=stamp
+                kind=facts.kind,
+                name=name,
+                path=entry.path,
+                shown_path=entry.shown,
+                family=facts.family,
+                stamp=stamp,
+                bytes=size,
             )
         if facts.family not in RUNNABLE:
             self._tell(str(entry.relative), f"family {facts.family} has no lane yet")
@@ -241,6 +269,7 @@ class Library:
             shown_path=entry.shown,
             family=facts.family,
             stamp=stamp,
+            bytes=size,
             native_size=facts.native_size,
             shipped=shipped,
         )
@@ -271,7 +300,7 @@ class Library:
                     first = rows[row.name].shown_path
                     self._log_once(f"{entry.shown} is listed as {name!r}, since {row.name!r} is {first}")
                 return
-            if other.path.samefile(row.path):
+            if other.path.resolve() == row.path.resolve():
                 return
 
     def _tell(self, name: str, reason: str) -> None:
@@ -333,7 +362,7 @@ def _find(rows: Sequence[Row], name: str) -> Row | None:
         path = "/" + row.shown_path
         if path.endswith(below) or path.removesuffix(row.path.suffix).endswith(below):
             return row
-    return next((row for row in rows if _loose(row.name) == _loose(name)), None)
+    return next((row for row in rows if loose(row.name) == loose(name)), None)
 
 
 def _name(entry: Entry) -> str:
@@ -360,15 +389,11 @@ def _shown(folder: Path, home: Path) -> str:
     return folder.relative_to(home).as_posix()
 
 
-def _stamp(path: Path) -> int:
-    """Another number whenever a file of the model is another one."""
+def _stamp(path: Path) -> tuple[int, int]:
+    """Another number whenever a file of the model is another one, and how many bytes they have."""
     files = [path, *sorted(path.glob("*")), *sorted(path.glob("*/*"))] if path.is_dir() else [path]
     found = [file.stat() for file in files if file.exists()]
-    return hash(tuple((file.st_mtime_ns, file.st_size) for file in found))
-
-
-def _loose(name: str) -> str:
-    return name.lower().replace("-", " ").replace("_", " ").strip()
+    return hash(tuple((file.st_mtime_ns, file.st_size) for file in found)), sum(file.st_size for file in found)
 
 
 @lru_cache(maxsize=1024)

@@ -6,6 +6,7 @@ import base64
 import difflib
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,14 +17,16 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, C
 
 from diffusion_api import __version__, infotext
 from diffusion_api.catalog import samplers
+from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects._base import MAX_SIDE, ErrorRoute, build, caller_of, hears, resolve_seed, round_size
 from diffusion_api.errors import InvalidRequest, UnknownModel
-from diffusion_api.prompt import parse
+from diffusion_api.prompt import parse, uncommented
 from diffusion_api.queues.base import Key, Snapshot
 from diffusion_api.schema.job import NOT_INSTALLED, Job, LoraApplied, LoraSkipped, Result, State, lora_skipped
 from diffusion_api.schema.request import MAX_SEED, OWN_VAE, Emphasis, LoraUse, Output, Source, Txt2Img
 
 if TYPE_CHECKING:
+    from diffusion_api.catalog.library import Asset, Model
     from diffusion_api.schema.report import WorkerReport
     from diffusion_api.service import Service
 
@@ -182,6 +185,9 @@ class Txt2ImgBody(BaseModel):
     emphasis: Annotated[Emphasis, BeforeValidator(_word)] | None = Field(
         default=None, description="what weights in a prompt do; original when left out"
     )
+    styles: list[str] | None = Field(
+        default=None, max_length=MAX_UNKNOWN, description="names of styles to put around both prompts, in order"
+    )
     infotext: str | None = Field(
         default=None, description="the parameters of a picture, as A1111 writes them: for all that is left out here"
     )
@@ -265,6 +271,8 @@ class ModelBody(BaseModel):
     label: str
     type: Literal["standard", "sdxl"]
     path: str
+    family: str
+    pickled: bool = Field(description="in a format that can hold code; read as data only")
 
 
 class ModelsBody(BaseModel):
@@ -272,6 +280,56 @@ class ModelsBody(BaseModel):
 
     status: Literal["success"] = "success"
     models: list[ModelBody]
+
+
+class LabelBody(BaseModel):
+    """A model's name, and a label that may stand for it."""
+
+    name: str
+    label: str
+
+
+class LabelsBody(BaseModel):
+    """The labels that are known, by label; the models need not be installed."""
+
+    status: Literal["success"] = "success"
+    models: list[LabelBody]
+    message: str = "a label may stand for the name of its model; case, - and _ do not matter"
+
+
+class LoraRow(BaseModel):
+    """An installed LoRA."""
+
+    name: str
+    scale: float = 1.0
+    path: str
+    family: str | None = Field(description="the family of models that it is for; null where its file does not tell")
+    pickled: bool
+
+
+class LorasBody(BaseModel):
+    """The installed LoRAs, by name."""
+
+    status: Literal["success"] = "success"
+    loras: list[LoraRow]
+
+
+class UpscalerRow(BaseModel):
+    """An upscaler: one that is built in, or an installed file."""
+
+    name: str
+    path: str = Field(description="internal for one that is built in")
+    type: Literal["internal", "external"]
+    description: str
+    size_mb: float
+    pickled: bool = False
+
+
+class UpscalersBody(BaseModel):
+    """The upscalers: those that are built in, then the installed ones by name."""
+
+    status: Literal["success"] = "success"
+    upscalers: list[UpscalerRow]
 
 
 class HelloBody(BaseModel):
@@ -373,8 +431,19 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @router.get("/models", tags=["catalog"], summary="Installed models")
     def models() -> ModelsBody:
-        rows = [ModelBody(name=m.name, label=m.label, type=m.type, path=m.shown_path) for m in service.models()]
-        return ModelsBody(models=rows)
+        return ModelsBody(models=[_model(model) for model in service.models()])
+
+    @router.get("/models/aliases", tags=["catalog"], summary="Labels of models")
+    def labels() -> LabelsBody:
+        return LabelsBody(models=[LabelBody(name=name, label=label) for name, label in service.labels()])
+
+    @router.get("/loras", tags=["catalog"], summary="Installed LoRAs")
+    def loras() -> LorasBody:
+        return LorasBody(loras=[_lora_row(row) for row in service.assets("lora")])
+
+    @router.get("/upscalers", tags=["catalog"], summary="Upscalers")
+    def upscalers() -> UpscalersBody:
+        return UpscalersBody(upscalers=[*_internal_upscalers(), *map(_upscaler, service.assets("upscaler"))])
 
     @router.post(
         "/txt2img", tags=["jobs"], summary="A picture from words",
@@ -442,15 +511,18 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     if body.infotext:
         body, notes = _filled(body, service)
         warnings += notes
+    prompt, negative_prompt, notes = _styled(body, service)
+    warnings += notes
     model = service.model(body.model)
+    body = _defaulted(body, model)
     sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
-    width, width_note = round_size(_given(body.width, model.native_size), "width")
-    height, height_note = round_size(_given(body.height, model.native_size), "height")
+    width, width_note = round_size(_given(body.width, model.default_size[0]), "width")
+    height, height_note = round_size(_given(body.height, model.default_size[1]), "height")
     warnings += [note for note in (width_note, height_note) if note]
     if body.hires and body.hires.enabled:
         raise InvalidRequest("hires is not supported by this release; leave it out", field="hires")
     loras = tuple(_lora(lora) for lora in body.loras or [])
-    warnings += _absent([*(("lora", lora.name) for lora in loras), *_networks(body.prompt)], service)
+    warnings += _absent([*(("lora", lora.name) for lora in loras), *_networks(prompt)], service)
     if body.refiner_checkpoint:
         warnings.append(f"refiner_checkpoint is ignored: model {model.name!r} is no SDXL model")
     file_type = (body.fileType or "jpg").lower()
@@ -459,8 +531,8 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     request = build(
         Txt2Img,
         model=model.name,
-        prompt=body.prompt,
-        negative_prompt=body.negative_prompt or "",
+        prompt=prompt,
+        negative_prompt=negative_prompt,
         steps=_given(body.steps, 30),
         guidance_scale=_given(body.cfg_scale, 7.0),
         width=width,
@@ -494,6 +566,26 @@ def _filled(body: Txt2ImgBody, service: Service) -> tuple[Txt2ImgBody, list[str]
         del fields["vae"]
         notes.append(f"infotext: vae {told['vae']!r} is not installed; the model's own is used")
     return build(Txt2ImgBody, **fields), notes
+
+
+def _styled(body: Txt2ImgBody, service: Service) -> tuple[str, str, list[str]]:
+    """Both prompts with the body's styles around them, and which of these are not known. Raises TooLarge."""
+    prompt, negative_prompt, notes = body.prompt, body.negative_prompt or "", []
+    if body.styles:
+        known = service.styles()
+        prompt, negative_prompt = uncommented(prompt), uncommented(negative_prompt)
+        for name in body.styles:
+            if name in known:
+                prompt, negative_prompt = known[name].around(prompt, negative_prompt)
+                service.check_length(prompt, negative_prompt)  # each of them may double it
+            else:
+                notes.append(f"style {name[:LONGEST_NAME]!r} is not known and was skipped" + _near(name, known))
+    return prompt, negative_prompt, notes
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name[:LONGEST_NAME], known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _noise(body: Txt2ImgBody) -> dict[str, Any]:
@@ -540,6 +632,54 @@ def _vae(name: str | None, service: Service) -> str | None:
     return row.name
 
 
+def _defaulted(body: Txt2ImgBody, model: Model) -> Txt2ImgBody:
+    """The body with the model's own defaults in place of what it leaves out."""
+    profile = model.profile
+    defaults: dict[str, Any] = {"steps": profile.steps, "clip_skip": profile.clip_skip, "vae": profile.vae}
+    if profile.sampler and body.sampler_name is None:
+        sampler, schedule = samplers.resolve(profile.sampler, body.scheduler_type)
+        defaults |= {"sampler_name": sampler.label, "scheduler_type": schedule.name}
+    left_out = {
+        name: value
+        for name, value in defaults.items()
+        if value is not None and name in Txt2ImgBody.model_fields and getattr(body, name) is None
+    }
+    return body.model_copy(update=left_out)
+
+
+def _model(model: Model) -> ModelBody:
+    return ModelBody(
+        name=model.name,
+        label=model.label,
+        type=model.type,
+        path=model.shown_path,
+        family=model.family,
+        pickled=model.pickled,
+    )
+
+
+def _lora_row(row: Asset) -> LoraRow:
+    return LoraRow(name=row.name, path=row.shown_path, family=row.family, pickled=row.pickled)
+
+
+def _internal_upscalers() -> list[UpscalerRow]:
+    return [
+        UpscalerRow(name=name, path="internal", type="internal", description=text, size_mb=0)
+        for name, text in INTERNAL.items()
+    ]
+
+
+def _upscaler(row: Asset) -> UpscalerRow:
+    return UpscalerRow(
+        name=row.name,
+        path=row.shown_path,
+        type="external",
+        description="a model of its own",
+        size_mb=round(row.bytes / 2**20, 1),
+        pickled=row.pickled,
+    )
+
+
 def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
@@ -552,8 +692,7 @@ def _unknown_fields(names: list[str]) -> list[str]:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, Txt2ImgBody.model_fields, n=1)
-    return f"unknown field {name!r} was ignored" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"unknown field {name!r} was ignored" + _near(name, Txt2ImgBody.model_fields)
 
 
 def ended(job: Job) -> dict[str, Any]:

@@ -7,7 +7,7 @@ work's value. What it never does is touch the model itself: who answers may answ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -25,10 +25,11 @@ from diffusion_api.engine.noise import streams
 from diffusion_api.engine.plan import Pass, plan
 from diffusion_api.engine.samplers import SAMPLERS
 from diffusion_api.engine.samplers.sigmas import NoiseLevels, spacing
+from diffusion_api.engine.text import Conditioning
 from diffusion_api.errors import Interrupted, NotFinite
 from diffusion_api.prompt import Part, parse, parse_negative
 from diffusion_api.schema.job import Progress, State
-from diffusion_api.schema.request import Request
+from diffusion_api.schema.request import Emphasis, Request
 
 Report = Callable[[Progress], None]
 
@@ -44,11 +45,24 @@ class Lane(Protocol):
     def model_hash(self) -> str | None:
         """The first 10 hex digits of the checkpoint's SHA-256, None for a folder."""
 
-    def encode(self, texts: tuple[str, ...]) -> tuple[Tensor, ...]:
-        """Conditionings of equal length, (1, tokens, width) each, of the texts that one prompt has over its steps."""
+    def encode(
+        self, texts: tuple[str, ...], *, negative: bool = False, clip_skip: int = 1, emphasis: Emphasis = "original"
+    ) -> tuple[Conditioning, ...]:
+        """Conditionings of equal length, of the texts that one prompt has over its steps.
 
-    def predict(self, latents: Tensor, timestep: float, conditionings: Tensor) -> Tensor:
-        """Epsilon for (rows, 4, h, w) latents of unit variance at one timestep; (rows, tokens, width) conditionings."""
+        ``clip_skip`` counts the text encoder's layers from the last one, 1; one that has fewer gives its first.
+        """
+
+    def blank(self, width: int, height: int) -> Tensor | None:
+        """What a model that reads a masked picture reads when there is none, (1, n, h, w); None for any other model."""
+
+    def predict(
+        self, latents: Tensor, timestep: float, conditionings: Sequence[Conditioning], extra: Tensor | None = None
+    ) -> Tensor:
+        """The raw prediction, as ``levels.prediction`` says, for (rows, c, h, w) latents of unit variance at one timestep.
+
+        A conditioning for each row; ``extra``, (1, n, h, w), is what an inpainting model reads beside the latents.
+        """
 
     def decode(self, latents: Tensor, *, precise: bool = False) -> Tensor:
         """(1, 4, h, w) clean latents → (1, 3, 8h, 8w), -1 to 1; ``precise``: computed in float32."""
@@ -86,7 +100,8 @@ class Evaluate:
     lane: Lane
     latents: Tensor
     timestep: float
-    conditionings: tuple[Tensor, ...]
+    conditionings: tuple[Conditioning, ...]
+    extra: Tensor | None = None
     point: Point = field(default=Point.EVALUATE, init=False)
 
 
@@ -155,9 +170,9 @@ class Schedule:
     """What a text is at each evaluation: conditionings of equal length, each with the last one at which it holds."""
 
     lasts: tuple[int, ...]
-    conditionings: tuple[Tensor, ...]
+    conditionings: tuple[Conditioning, ...]
 
-    def at(self, evaluation: int) -> Tensor:
+    def at(self, evaluation: int) -> Conditioning:
         """Evaluations count from 0 and steps from 1, so that the first text holds once more than its number says: A1111's way.
 
         Its way too: beyond the last one the first text comes back.
@@ -176,7 +191,7 @@ class Guidance:
     scale: float
 
     def predicted(
-        self, evaluation: int, evaluate: Callable[[tuple[Tensor, ...]], Evaluate]
+        self, evaluation: int, evaluate: Callable[[tuple[Conditioning, ...]], Evaluate]
     ) -> Generator[Evaluate, Tensor, tuple[Tensor, Tensor]]:
         """The guided prediction, and the one that scale 1 gives.
 
@@ -187,7 +202,7 @@ class Guidance:
             prediction = yield evaluate(conditionings)
             return prediction, prediction
         negative = self.negative.at(evaluation)
-        if negative.shape == conditionings[0].shape:
+        if negative.hidden.shape == conditionings[0].hidden.shape:
             both = yield evaluate((negative, *conditionings))
             without, predictions = both[:1], both[1:]
         else:
@@ -214,15 +229,17 @@ def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
     """The words of a pass, encoded for all of its evaluations."""
     steps = stage.steps * samplers.sampler(stage.sampler).evaluations
 
-    def encoded(part: Part) -> Generator[Run, Any, Schedule]:
+    def encoded(part: Part, *, negative: bool = False) -> Generator[Run, Any, Schedule]:
         lasts, texts = zip(*part.schedule(steps), strict=True)
-        return Schedule(lasts, (yield Run(lambda: lane.encode(texts), Point.ENCODE)))
+        request = stage.request
+        work = partial(lane.encode, texts, negative=negative, clip_skip=request.clip_skip, emphasis=request.emphasis)
+        return Schedule(lasts, (yield Run(work, Point.ENCODE)))
 
     parts = parse(stage.prompt).parts
     weights = tuple(part.weight for part in parts)
     negative = None
     if len(parts) > 1 or weights[0] * stage.guidance_scale != 1:
-        negative = yield from encoded(parse_negative(stage.negative_prompt))
+        negative = yield from encoded(parse_negative(stage.negative_prompt), negative=True)
     prompts = []
     for part in parts:
         prompts.append((yield from encoded(part)))
@@ -245,6 +262,7 @@ def denoised(
     When told to stop with a picture: the model's present guess of them, and the step at which that was.
     """
     guidance = yield from guided(lane, stage)
+    extra = yield Run(partial(lane.blank, stage.width, stage.height), Point.ENCODE)
     first, later = streams(stage, lane.latent_shape)
 
     def noise() -> Tensor:
@@ -256,14 +274,14 @@ def denoised(
         nonlocal evaluations
         scaled = x * (1 / math.sqrt(sigma**2 + 1))
         predicted, plain = yield from guidance.predicted(
-            evaluations, partial(Evaluate, lane, scaled, lane.levels.timestep(sigma))
+            evaluations, partial(Evaluate, lane, scaled, lane.levels.timestep(sigma), extra=extra)
         )
         evaluations += 1
         progress = _progress(stage, evaluations)
         report(progress)
-        estimate = x - predicted * sigma
+        estimate = lane.levels.estimate(x, sigma, predicted)
         if share := stage.request.guidance_rescale:
-            estimate = rescaled(x, sigma, estimate, x - plain * sigma, share)
+            estimate = rescaled(x, sigma, estimate, lane.levels.estimate(x, sigma, plain), share)
         if stop() is Stop.WITH_PICTURE:
             raise _Enough(estimate, progress.step)
         return estimate

@@ -179,7 +179,7 @@ class Device:
                 "cuda_available": True,
                 "cuda_version": torch.version.cuda or torch.version.hip or "",
                 "gpu_count": torch.cuda.device_count(),
-                "current_device": torch.cuda.current_device(),
+                "current_device": self.place.index,
                 "device_name": name,
                 "memory_allocated_gb": round(torch.cuda.memory_allocated(self.place) / 2**30, 2),
                 "memory_reserved_gb": round(torch.cuda.memory_reserved(self.place) / 2**30, 2),
@@ -193,16 +193,16 @@ class Device:
 
 
 def choose(wanted: str, *, max_vram: int | None = None, max_ram: int | None = None) -> Device:
-    """The device for ``auto``, ``cpu``, ``cuda`` or ``mps``, with at most so many bytes of its memory and of RAM.
+    """The device for ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``, with at most so many bytes of its memory and of RAM.
 
     Raises DeviceUnusable for a GPU that was asked for or is in the box and cannot be used: a silent run on the CPU would be
     a hundred times slower and nobody would know why.
     """
     cuda = torch.cuda.is_available()
-    if wanted == "cuda" or (wanted == "auto" and (cuda or gpu_nodes())):
+    if wanted.startswith("cuda") or (wanted == "auto" and (cuda or gpu_nodes())):
         if not cuda:
             raise DeviceUnusable(diagnosis(torch.version.cuda or torch.version.hip, gpu_nodes()))
-        return _card(torch.device("cuda", torch.cuda.current_device()), max_vram, max_ram)
+        return _card(_place(wanted, torch.cuda.device_count()), max_vram, max_ram)
     mps = torch.backends.mps.is_available()
     if wanted == "mps" or (wanted == "auto" and mps):
         if not mps:
@@ -213,8 +213,19 @@ def choose(wanted: str, *, max_vram: int | None = None, max_ram: int | None = No
     return Device(torch.device("cpu"), torch.float32, ram(max_ram))
 
 
+def _place(wanted: str, count: int) -> torch.device:
+    """The card with that number among ``count``; the first where none was named. Raises DeviceUnusable."""
+    _, _, number = wanted.partition(":")
+    index = int(number or 0)
+    if index >= count:
+        choices = ", ".join(f"cuda:{each}" for each in range(count))
+        raise DeviceUnusable(f"device {wanted} was asked for; torch finds {choices}")
+    return torch.device("cuda", index)
+
+
 def _card(place: torch.device, max_vram: int | None, max_ram: int | None) -> Device:
     """A CUDA card; beyond ``max_vram`` torch itself says that memory has run out, so that other programs keep theirs."""
+    torch.cuda.set_device(place)  # for what libraries put on "the" card
     meter = CardMeter(place)
     if max_vram:
         torch.cuda.set_per_process_memory_fraction(min(1.0, max_vram / meter.total), place)

@@ -253,9 +253,11 @@ def _computed(question: Evaluate | Run, measures: Measures) -> Any:
         lane, time, conditionings = question.lane, question.timestep, question.conditionings
         most = 1 if measures.singly else len(conditionings)
         batches = [conditionings[first : first + most] for first in range(0, len(conditionings), most)]
-        return torch.cat(
-            [lane.predict(question.latents.expand(len(batch), -1, -1, -1), time, torch.cat(batch)) for batch in batches]
-        )
+        rows = [
+            lane.predict(question.latents.expand(len(batch), -1, -1, -1), time, batch, question.extra)
+            for batch in batches
+        ]
+        return torch.cat(rows)
 
 
 def _forget_tensors(error: BaseException) -> None:

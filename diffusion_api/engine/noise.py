@@ -81,7 +81,7 @@ class Cpu:
 
 
 SOURCES: dict[str, Callable[[int], Stream]] = {"nv": Nvidia, "cpu": Cpu}
-"""By the names of :attr:`diffusion_api.schema.request.Txt2Img.rng`."""
+"""By the names of :attr:`diffusion_api.schema.request.Sampling.rng`."""
 
 
 def streams(stage: Pass, latent_shape: Callable[[int, int], tuple[int, ...]]) -> tuple[Tensor, Callable[[], Tensor]]:

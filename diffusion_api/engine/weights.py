@@ -30,6 +30,9 @@ LONGEST_REASON = 300
 
 HOST = torch.device("cpu")
 
+FAMILIES = {"sd1": SD1}
+"""By the names of :mod:`diffusion_api.catalog.detect`."""
+
 
 @dataclass(frozen=True)
 class Held:
@@ -204,9 +207,10 @@ class Weights:
             raise ModelUnreadable(f"model {model.name!r} cannot be read: {_reason(error, model)}") from error
 
     def _open(self, model: Model, device: Device) -> Lane:
+        family = FAMILIES[model.family]
         if not model.single_file:
-            return SD1.from_folder(model.path, device, model.hash)
-        return SD1.from_checkpoint(read_tensors(model.path), self._tokenizer, device, model.hash)
+            return family.from_folder(model.path, device, model.hash)
+        return family.from_checkpoint(read_tensors(model.path), self._tokenizer, device, model.hash)
 
 
 def _reason(error: Exception, model: Model) -> str:

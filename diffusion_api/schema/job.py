@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from diffusion_api.schema.request import Frozen, Request
+from diffusion_api.schema.request import AnyRequest, Frozen
 
 VERSION = 1
 
@@ -102,7 +102,7 @@ class Job(Frozen):
 
     version: int = VERSION
     id: str = Field(default_factory=lambda: str(uuid.uuid4()))
-    request: Request
+    request: AnyRequest
     dialect: str = "native"
     payload: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,6 +13,8 @@ OWN_VAE = "None"
 
 Source = Literal["nv", "cpu"]
 Emphasis = Literal["original", "no norm", "ignore", "none"]
+Fill = Literal["fill", "original", "latent noise", "latent nothing"]
+ResizeMode = Literal["just resize", "crop and resize", "resize and fill", "latent"]
 
 
 class Frozen(BaseModel):
@@ -41,8 +43,8 @@ class LoraUse(Frozen):
         return self.scale if self.text_scale is None else self.text_scale
 
 
-class Txt2Img(Frozen):
-    """A picture from words.
+class Sampling(Frozen):
+    """What every request says that has pictures drawn by a model.
 
     ``model``, ``sampler`` and ``schedule`` are names of the catalogs, already looked up. ``width`` and ``height`` are pixels,
     multiples of 8. ``guidance_scale`` 1 means no guidance. ``seed`` is 0 to 2**32 - 1; ``count`` pictures are made.
@@ -56,7 +58,6 @@ class Txt2Img(Frozen):
     the one that is named like the model, where there is one.
     """
 
-    kind: Literal["txt2img"] = "txt2img"
     model: str
     prompt: str
     negative_prompt: str
@@ -117,4 +118,70 @@ class Txt2Img(Frozen):
         return tuple((first + i) % (MAX_SEED + 1) for i in range(self.count))
 
 
-Request = Txt2Img
+class Hires(Frozen):
+    """A second pass at a larger size, ``width`` x ``height`` pixels.
+
+    ``upscaler`` is one of the catalog's. ``strength`` is how much of the first picture is drawn anew, 0 to 1, in ``steps``
+    steps. ``model``, ``prompt`` and the rest are those of the first pass or its own.
+    """
+
+    upscaler: str
+    width: int = Field(ge=8, multiple_of=8)
+    height: int = Field(ge=8, multiple_of=8)
+    steps: int = Field(ge=1)
+    strength: float = Field(ge=0, le=1)
+    sampler: str
+    schedule: str
+    model: str
+    prompt: str
+    negative_prompt: str
+
+
+class Refiner(Frozen):
+    """Another model that draws from the share ``switch_at`` of the steps on, 0 to 1."""
+
+    model: str
+    switch_at: float = Field(ge=0, le=1)
+
+
+class Mask(Frozen):
+    """Where a picture is painted anew: ``image`` names a stored picture, white or opaque there.
+
+    ``blur`` is the sigma of its edge in pixels. ``fill`` is what is under it to begin with. With ``only_masked`` the box
+    around it and ``padding`` pixels more are drawn at the size of the request and pasted back.
+    """
+
+    image: str
+    blur: float = Field(default=4, ge=0, le=256)
+    invert: bool = False
+    fill: Fill = "fill"
+    only_masked: bool = False
+    padding: int = Field(default=32, ge=0, le=2048)
+
+
+class Txt2Img(Sampling):
+    """A picture from words."""
+
+    kind: Literal["txt2img"] = "txt2img"
+    refiner: Refiner | None = None
+    hires: Hires | None = None
+
+
+class Img2Img(Sampling):
+    """A picture from words and a picture, ``image``, the name of a stored one; with a mask, a part of it.
+
+    ``strength`` is how much of it is drawn anew, 0 to 1. ``noise_multiplier`` scales the noise that is added.
+    """
+
+    kind: Literal["img2img"] = "img2img"
+    refiner: Refiner | None = None
+    image: str
+    strength: float = Field(ge=0, le=1)
+    resize_mode: ResizeMode = "just resize"
+    noise_multiplier: float = Field(default=1, ge=0, le=2)
+    mask: Mask | None = None
+
+
+Request = Txt2Img | Img2Img
+AnyRequest = Annotated[Request, Field(discriminator="kind")]
+"""For fields of records: the kind says which one it is."""

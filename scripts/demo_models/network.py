@@ -21,11 +21,18 @@ Conditioning = dict[str, Tensor | dict[str, Tensor]]
 class Tokens:
     """Captions → token ids, by text encoder."""
 
-    def __init__(self, model: DemoModel, tables: Tables, work: Path) -> None:
-        self._tokenizers = {}
+    def __init__(self, model: DemoModel, folder: Path) -> None:
+        self._tokenizers = {
+            text.key: CLIPTokenizer.from_pretrained(folder / text.tokenizer, local_files_only=True)
+            for text in model.texts
+        }
+
+    @classmethod
+    def new(cls, model: DemoModel, tables: Tables, work: Path) -> Tokens:
+        """With tokenizers that are written into the work folder."""
         for text in model.texts:
             save_tokenizer(work / text.tokenizer, tables, text.padding)
-            self._tokenizers[text.key] = CLIPTokenizer.from_pretrained(work / text.tokenizer)
+        return cls(model, work)
 
     def ids(self, text: Text, chunks: list[list[str]]) -> Tensor:
         """Chunks of the captions of a batch → (batch, chunks, 77)."""
@@ -52,6 +59,16 @@ class Network:
         for text in model.texts:
             parts[text.key] = new_text_encoder(text, vocabulary).to(device)
         return cls(model, tokens, parts)
+
+    @classmethod
+    def read(cls, model: DemoModel, folder: Path) -> Network:
+        """As it was published, in float32."""
+        how = dict(torch_dtype=torch.float32, local_files_only=True)
+        parts: dict[str, nn.Module] = {"unet": UNet2DConditionModel.from_pretrained(folder / "unet", **how)}
+        for text in model.texts:
+            kind = CLIPTextModelWithProjection if text.projected else CLIPTextModel
+            parts[text.key] = kind.from_pretrained(folder / text.folder, dtype=torch.float32, local_files_only=True)
+        return cls(model, Tokens(model, folder), parts)
 
     def average(self) -> Network:
         """A copy for the moving average of the weights."""

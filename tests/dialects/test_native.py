@@ -9,13 +9,14 @@ import json
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from fake_models import LORA_KEYS, checkpoint
+from fake_models import LORA_KEYS, checkpoint, diffusers_folder
 from PIL import Image
-from serving import Program, eventually
+from serving import Program, eventually, serving
 
 from diffusion_api import images, infotext
 from diffusion_api.schema.job import loads
@@ -505,10 +506,10 @@ def test_numbers_that_json_has_not_are_null_in_the_payload(stub_server: Program)
         ({"Steps": 3}, "unknown field 'Steps' was ignored; did you mean 'steps'?"),
         ({"filetype": "png"}, "unknown field 'filetype' was ignored; did you mean 'fileType'?"),
         ({"zzz": 1}, "unknown field 'zzz' was ignored"),
-        ({"loras": ["one"]}, "LoRA 'one' was skipped: this release does not apply LoRAs"),
-        ({"loras": [{"name": "one"}]}, "LoRA 'one' was skipped: this release does not apply LoRAs"),
-        ({"loras": [{"name": "one", "scale": 0.5}]}, "LoRA 'one' was skipped: this release does not apply LoRAs"),
-        ({"prompt": "a <lora:one:0.5>cat <lora:one>"}, "LoRA 'one' was skipped: this release does not apply LoRAs"),
+        ({"loras": ["one"]}, "LoRA 'one' was skipped: it is not installed"),
+        ({"loras": [{"name": "one"}]}, "LoRA 'one' was skipped: it is not installed"),
+        ({"loras": [{"name": "one", "scale": 0.5}]}, "LoRA 'one' was skipped: it is not installed"),
+        ({"prompt": "a <lora:one:0.5>cat <lora:one>"}, "LoRA 'one' was skipped: it is not installed"),
         (
             {"prompt": "<hypernet:one:1>"},
             "<hypernet:one> was taken out of the prompt: no such kind of network is known; <lora:name:weight> is one",
@@ -696,8 +697,6 @@ def test_hello(stub_server: Program) -> None:
 
 
 def test_health_tells_real_numbers(stub_server: Program) -> None:
-    checkpoint(stub_server.home / "stable_diffusion" / "loras" / "one.safetensors", LORA_KEYS)
-    eventually(lambda: stub_server.get("/health").json()["loras"]["count"], "the new file to be seen")
     health = stub_server.get("/health").json()
     assert health.keys() - {"warnings"} == {
         *("status", "timestamp", "version", "system", "gpu", "workers", "models", "loras", "queue", "outputs", "disk"),
@@ -739,8 +738,96 @@ def test_models_are_listed_with_the_fields_of_both_readmes(stub_server: Program)
     assert answer["status"] == "success"
     names = ["small", "stable-diffusion-v1-5"]
     assert answer["models"] == [
-        {"name": n, "label": n, "type": "standard", "path": f"stable_diffusion/models/{n}"} for n in names
+        {
+            "name": name,
+            "label": name,
+            "type": "standard",
+            "path": f"stable_diffusion/models/{name}",
+            "family": "sd1",
+            "pickled": False,
+        }
+        for name in names
     ]
+
+
+def test_labels_are_those_of_the_readme_by_label(stub_server: Program) -> None:
+    answer = stub_server.get("/models/aliases").json()
+    assert answer.keys() == {"status", "models", "message"}
+    assert [row["label"] for row in answer["models"]] == [
+        *(
+            "Amanatsu",
+            "ChikMix V3",
+            "Ilustmix",
+            "MeinaMix V11",
+            "Pastel Mix",
+            "PlantMilk (HempII)",
+            "PlantMilk (Walnut)",
+        ),
+    ]
+    assert answer["models"][1] == {"name": "models--digiplay--ChikMix_V3", "label": "ChikMix V3"}
+
+
+def test_loras_are_listed_with_the_scale_that_they_have_when_none_is_given(stub_server: Program) -> None:
+    assert stub_server.get("/loras").json() == {
+        "status": "success",
+        "loras": [
+            {
+                "name": "style",
+                "scale": 1.0,
+                "path": "stable_diffusion/loras/style.safetensors",
+                "family": "sd1",
+                "pickled": False,
+            }
+        ],
+    }
+
+
+def test_upscalers_are_the_internal_ones_and_then_the_files(stub_server: Program) -> None:
+    answer = stub_server.get("/upscalers").json()
+    assert answer["status"] == "success"
+    first, *others, last = answer["upscalers"]
+    assert (first["name"], first["path"], first["type"]) == ("Latent", "internal", "internal")
+    assert {row["path"] for row in others} == {"internal"}
+    assert len(others) == 8
+    assert last == {
+        "name": "ESRGAN_4x",
+        "path": "stable_diffusion/upscalers/ESRGAN_4x.pth",
+        "type": "external",
+        "description": "a model of its own",
+        "size_mb": 1.0,
+        "pickled": True,
+    }
+
+
+def test_new_files_are_listed_while_the_service_runs_and_no_path_of_the_host_is_told(tmp_path: Path) -> None:
+    root = tmp_path / "secret" / "webui"
+    root.mkdir(parents=True)
+    with serving(tmp_path / "home", "--models-from", root) as server:
+        assert server.get("/loras").json()["loras"] == []
+        checkpoint(root / "models" / "Lora" / "new.safetensors", LORA_KEYS)
+        diffusers_folder(root / "models" / "Stable-diffusion" / "sub" / "dream")
+        eventually(lambda: server.get("/loras").json()["loras"], "the new LoRA")
+        told = server.get("/loras").text + server.get("/models").text
+        assert '"path":"webui/models/Lora/new.safetensors"' in told
+        assert '"path":"webui/models/Stable-diffusion/sub/dream"' in told
+        assert "secret" not in told
+        assert server.status(server.submit(prompt="x", model="sub/dream", steps=1))["status"] == "success"
+
+
+def test_what_the_operator_says_of_a_model_is_the_default(tmp_path: Path) -> None:
+    diffusers_folder(tmp_path / "stable_diffusion" / "models" / "small", sample_size=8)
+    (tmp_path / "stable_diffusion" / "models.toml").write_text(
+        "[small]\nlabel = 'Tiny'\nsize = [72, 64]\nsteps = 3\nsampler = 'Euler a'\nclip_skip = 2\n"
+    )
+    with serving(tmp_path) as server:
+        fields = said(server.result(prompt="x", model="tiny")["image"]).fields
+        assert (fields["Size"], fields["Steps"], fields["Sampler"]) == ("72x64", 3, "Euler a")
+        assert fields["Clip skip"] == 2
+        asked = {"width": 64, "steps": 2, "sampler_name": "Heun", "clip_skip": 1, "scheduler_type": "default"}
+        fields = said(server.result(prompt="x", model="small", **asked)["image"]).fields
+        assert (fields["Size"], fields["Steps"], fields["Sampler"]) == ("64x64", 2, "Heun")
+        assert "Clip skip" not in fields
+        assert {"name": "small", "label": "Tiny"} in server.get("/models/aliases").json()["models"]
 
 
 def test_the_api_documents_itself(stub_server: Program) -> None:

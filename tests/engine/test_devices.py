@@ -38,3 +38,9 @@ def test_the_cpu_can_be_asked_for() -> None:
     device = devices.choose("cpu")
     assert device.report().facts == {"cuda_available": False, "mps_available": False, "device_name": "CPU"}
     assert device.memory_mb > 10
+
+
+def test_one_card_of_several_can_be_asked_for() -> None:
+    assert [devices._place(name, 2).index for name in ("auto", "cuda", "cuda:0", "cuda:1")] == [0, 0, 0, 1]
+    with pytest.raises(DeviceUnusable, match="device cuda:2 was asked for; torch finds cuda:0, cuda:1"):
+        devices._place("cuda:2", 2)

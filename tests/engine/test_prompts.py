@@ -18,6 +18,7 @@ from diffusion_api.engine.denoise import Evaluate
 from diffusion_api.engine.families.sd1 import SD1
 from diffusion_api.engine.plan import plan
 from diffusion_api.engine.samplers.sigmas import NoiseLevels
+from diffusion_api.engine.text import Conditioning
 from diffusion_api.settings import DATA
 
 RED, BLUE = "a large red circle on a white background", "a large blue circle on a white background"
@@ -32,7 +33,29 @@ def test_a_prompt_without_syntax_is_what_the_plain_encoder_says() -> None:
     for prompt in ("", RED, "Large red circle, blue background"):
         with torch.inference_mode():
             ids = lane.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
-            assert torch.equal(lane.encode((prompt,))[0], lane.text_encoder(ids).last_hidden_state)
+            assert torch.equal(lane.encode((prompt,))[0].hidden, lane.text_encoder(ids).last_hidden_state)
+
+
+def test_clip_skip_2_is_what_the_text_encoder_says_without_its_last_layer() -> None:
+    lane = SD1.from_folder(DATA / "models" / "shapes", devices.choose("cpu"), None)
+    with torch.inference_mode():
+        skipped, last, beyond = (lane.encode((RED,), clip_skip=skip)[0].hidden for skip in (2, 1, 12))
+        lane.text_encoder.encoder.layers = lane.text_encoder.encoder.layers[:-1]
+        ids = lane.tokenizer(RED, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        assert torch.equal(skipped, lane.text_encoder(ids).last_hidden_state)
+    assert not torch.equal(skipped, last)
+    assert torch.equal(beyond, skipped)  # this model has two layers
+
+
+def test_clip_skip_and_emphasis_reach_the_picture(draw: Draw) -> None:
+    small = {"steps": 3, "width": 64, "height": 64}
+    prompt = f"({RED}:1.5) [{BLUE}]"
+    pictures = [
+        draw(prompt, **small | options)
+        for options in ({}, {"clip_skip": 2}, *({"emphasis": mode} for mode in ("no norm", "ignore", "none")))
+    ]
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+    assert np.array_equal(pictures[3], draw(f"{RED} {BLUE}", **small))
 
 
 @pytest.mark.parametrize(("red", "blue", "wins"), [(1.4, 0.6, "red"), (0.6, 1.4, "blue")])
@@ -97,9 +120,11 @@ class Notes:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def encode(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+    def encode(self, texts: Sequence[str], **options: object) -> tuple[Conditioning, ...]:
         self.texts += texts
-        return tuple(torch.full((1, 1 + t.count("BREAK"), 1), float(self.texts.index(t))) for t in texts)
+        return tuple(Conditioning(torch.full((1, 1 + t.count("BREAK"), 1), float(self.texts.index(t)))) for t in texts)
+
+    def blank(self, width: int, height: int) -> None: ...
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int, int]:
         return 1, 4, height // 8, width // 8
@@ -115,7 +140,7 @@ class Notes:
             except StopIteration:
                 return found
             if isinstance(question, Evaluate):
-                rows = torch.cat(question.conditionings)
+                rows = torch.cat([row.hidden for row in question.conditionings])
                 found.append([self.texts[int(row[0, 0])] for row in rows])
                 answer = torch.zeros(len(rows), *question.latents.shape[1:])
             else:
@@ -140,8 +165,8 @@ def test_each_evaluation_has_its_text(prompt: str, changes: dict[str, object], t
 
 
 def test_beyond_the_steps_the_first_text_comes_back() -> None:
-    schedule = denoise.Schedule((2, 4), (torch.zeros(1), torch.ones(1)))
-    assert [int(schedule.at(evaluation)) for evaluation in range(7)] == [0, 0, 0, 1, 1, 0, 0]
+    schedule = denoise.Schedule((2, 4), (Conditioning(torch.zeros(1)), Conditioning(torch.ones(1))))
+    assert [int(schedule.at(evaluation).hidden) for evaluation in range(7)] == [0, 0, 0, 1, 1, 0, 0]
 
 
 def test_the_negative_prompt_has_a_schedule_of_its_own() -> None:
@@ -167,7 +192,7 @@ def test_the_negative_prompt_is_left_out_where_it_would_change_nothing(
 
 
 def test_guidance_is_the_sum_over_the_prompts() -> None:
-    nothing = denoise.Schedule((1,), (torch.zeros(1, 1, 1),))
+    nothing = denoise.Schedule((1,), (Conditioning(torch.zeros(1, 1, 1)),))
     guidance = denoise.Guidance((nothing,) * 2, (1.0, -0.5), nothing, 2)
     asks = guidance.predicted(0, lambda conditionings: conditionings)  # type: ignore[arg-type, return-value]
     assert len(next(asks)) == 3  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from diffusion_api.engine import text
-from diffusion_api.engine.text import Words
+from diffusion_api.engine.text import Conditioning, Encoded, Words
 from diffusion_api.settings import DATA
 
 START, END = 49406, 49407
@@ -33,11 +33,11 @@ def seen() -> list[Tensor]:
 def words(tokenizer: CLIPTokenizer, seen: list[Tensor]) -> Words:
     """With an encoder that returns the ids themselves, and twice that as a second number."""
 
-    def encoder(ids: Tensor) -> Tensor:
+    def encoder(ids: Tensor, clip_skip: int) -> Encoded:
         seen.append(ids)
-        return torch.stack([ids, ids * 2], -1).float()
+        return Encoded(torch.stack([ids, ids * 2], -1).float() * clip_skip, ids)
 
-    return Words(tokenizer, encoder)
+    return Words(tokenizer, encoder, torch.nn.Embedding(END + 1, 2))
 
 
 def tokens(words: Words, prompt: str) -> list[list[int]]:
@@ -108,6 +108,30 @@ def test_weights_multiply_and_the_mean_of_the_chunk_is_restored(words: Words) ->
     assert torch.allclose(relative[0, 3:], relative[0, 1].expand(74, 2))
 
 
+def test_without_norm_weights_only_multiply(words: Words) -> None:
+    (plain,), (weighed,) = words.encode(("a cat",)), words.encode(("a (cat:1.5)",), mode="no norm")
+    expected = plain.clone()
+    expected[0, 2] *= 1.5
+    assert torch.equal(weighed, expected)
+
+
+def test_ignored_weights_do_nothing_and_breaks_still_break(words: Words) -> None:
+    (ignored,) = words.encode(("a (cat:1.5) BREAK [dog]",), mode="ignore")
+    assert torch.equal(ignored, words.encode(("a cat BREAK dog",))[0])
+
+
+def test_without_emphasis_brackets_and_breaks_are_words(words: Words) -> None:
+    (literal,) = words.encode(("a (cat:1.5) BREAK",), mode="none")
+    assert torch.equal(literal, words.encode((r"a \(cat:1.5\) BREA\K",))[0])
+
+
+def test_a_chunk_is_encoded_once_for_each_clip_skip(words: Words, seen: list[Tensor]) -> None:
+    one, two = (words.encode(("a cat",), clip_skip=skip)[0] for skip in (1, 2))
+    assert torch.equal(two, one * 2)
+    assert torch.equal(words.encode(("a cat",), clip_skip=2)[0], two)
+    assert len(seen) == 2
+
+
 def test_the_mean_is_restored_over_all_texts_of_a_schedule(words: Words) -> None:
     texts = ("a (cat:1.5)", "a dog", "a dog")
     together, plain = words.encode(texts), words.encode(("a cat", "a dog", "a dog"))
@@ -123,6 +147,14 @@ def test_a_chunk_is_encoded_once(words: Words, seen: list[Tensor]) -> None:
     assert len(seen) == 3
 
 
+def test_a_text_is_cut_once_for_each_way_to_read_it(words: Words) -> None:
+    read, literal = words.chunks("(a cat:1.5)"), words.chunks("(a cat:1.5)", "none")
+    assert words.chunks("(a cat:1.5)") is read
+    assert words.chunks("(a cat:1.5)", "no norm") is read
+    assert words.chunks("(a cat:1.5)", "none") is literal
+    assert read != literal
+
+
 def test_only_the_last_chunks_are_kept(words: Words, seen: list[Tensor]) -> None:
     for number in range(text.KEPT + 1):
         words.encode((f"cat {number}",))
@@ -133,7 +165,16 @@ def test_only_the_last_chunks_are_kept(words: Words, seen: list[Tensor]) -> None
 
 
 def test_shorter_prompts_repeat_their_last_vector() -> None:
-    short, long = torch.arange(4.0).reshape(1, 2, 2), torch.zeros(1, 3, 2)
+    short, long = Conditioning(torch.arange(4.0).reshape(1, 2, 2), negative=True), Conditioning(torch.zeros(1, 3, 2))
     longer, same = text.as_long([short, long])
-    assert longer[0].tolist() == [[0, 1], [2, 3], [2, 3]]
-    assert same is long
+    assert longer.hidden[0].tolist() == [[0, 1], [2, 3], [2, 3]]
+    assert longer.negative
+    assert same.hidden is long.hidden
+
+
+def test_what_a_text_is_as_a_whole_is_that_of_its_first_chunk(words: Words, seen: list[Tensor]) -> None:
+    words.encode(("a (cat:1.5) BREAK a dog",))
+    pooled = words.pooled("a (cat:1.5) BREAK a dog")
+    assert pooled is not None
+    assert pooled.tolist() == [list(words.chunks("a cat")[0].ids)]
+    assert len(seen) == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ from diffusion_api.engine.devices import Device
 from diffusion_api.engine.families.base import Tensors, complete, network, read_network, read_tensors, read_tokenizer
 from diffusion_api.engine.loras import Patches
 from diffusion_api.engine.samplers.sigmas import NoiseLevels
+from diffusion_api.schema.request import Emphasis
 
 NOISE_SCHEDULE: dict[str, object] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 HEADS = 8
@@ -90,9 +91,15 @@ class SD1:
         """One picture's latents: 4 channels, an eighth of each side."""
         return 1, 4, height // 8, width // 8
 
-    def encode(self, texts: tuple[str, ...]) -> tuple[Tensor, ...]:
-        """Last hidden states, final layer norm included; equal lengths."""
-        return self._words.encode(texts)
+    def encode(
+        self, texts: tuple[str, ...], *, negative: bool = False, clip_skip: int = 1, emphasis: Emphasis = "original"
+    ) -> tuple[text.Conditioning, ...]:
+        """Hidden states of the last layer, or an earlier one, final layer norm included; equal lengths."""
+        hidden = self._words.encode(texts, clip_skip=clip_skip, mode=emphasis)
+        return tuple(text.Conditioning(rows, negative=negative) for rows in hidden)
+
+    def blank(self, width: int, height: int) -> None:
+        """It reads no picture."""
 
     @cached_property
     def patches(self) -> Patches:
@@ -110,18 +117,22 @@ class SD1:
             self.text_encoder
         )  # not self: a model that refers to itself would stay in memory when it is dropped
 
-        def encoder(ids: Tensor) -> Tensor:
-            hidden: Tensor = text_encoder(ids.to(text_encoder.device)).last_hidden_state
-            return hidden
+        def encoder(ids: Tensor, clip_skip: int) -> text.Encoded:
+            found = text_encoder(ids.to(text_encoder.device), output_hidden_states=True)
+            layers = found.hidden_states[1:]  # before them: the vectors of the tokens
+            return text.Encoded(text_encoder.final_layer_norm(layers[-min(clip_skip, len(layers))]))
 
         return text.Words(self.tokenizer, encoder, text_encoder.get_input_embeddings())
 
-    def predict(self, latents: Tensor, timestep: float, conditionings: Tensor) -> Tensor:
-        """Epsilon, float32. ``latents`` is (rows, 4, h, w), conditionings (rows, tokens, width)."""
+    def predict(
+        self, latents: Tensor, timestep: float, conditionings: Sequence[text.Conditioning], extra: Tensor | None = None
+    ) -> Tensor:
+        """The UNet's output, float32, for (rows, 4, h, w) latents, with a conditioning for each row."""
         time = torch.tensor(timestep, dtype=torch.float32, device=self.device)
-        predicted: Tensor = self.unet(
-            latents.to(self.unet.dtype), time, conditionings.to(self.unet.dtype), return_dict=False
-        )[0]
+        hidden = torch.cat([conditioning.hidden for conditioning in conditionings])
+        predicted: Tensor = self.unet(latents.to(self.unet.dtype), time, hidden.to(self.unet.dtype), return_dict=False)[
+            0
+        ]
         return predicted.float()
 
     def decode(self, latents: Tensor, *, precise: bool = False) -> Tensor:

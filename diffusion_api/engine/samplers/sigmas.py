@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Prediction = Literal["epsilon", "v"]
+"""What a model predicts: the noise, or v (Salimans and Ho 2022, arXiv:2202.00512)."""
 
 
 class NoiseLevels:
     """The discrete noise levels of a trained model.
 
-    ``sigmas`` rise, (timesteps,) float64: sqrt((1 - alpha_bar) / alpha_bar).
+    ``sigmas`` rise, (timesteps,) float64: sqrt((1 - alpha_bar) / alpha_bar). ``prediction`` is what the model says of a level.
     """
 
-    def __init__(self, betas: Tensor) -> None:
+    def __init__(self, betas: Tensor, *, prediction: Prediction = "epsilon") -> None:
         alphas = torch.cumprod(1 - betas.double(), 0)
         self.sigmas = ((1 - alphas) / alphas).sqrt()
+        self.prediction = prediction
         self._logs = self.sigmas.log()
 
     @classmethod
@@ -44,6 +49,12 @@ class NoiseLevels:
         below, above = self._logs[high - 1].item(), self._logs[high].item()
         part = min(max((log - below) / (above - below), 0.0), 1.0)
         return high - 1 + part
+
+    def estimate(self, x: Tensor, sigma: float, prediction: Tensor) -> Tensor:
+        """The clean picture in ``x`` = clean + sigma * noise, from the model's raw prediction for x / sqrt(sigma^2 + 1)."""
+        if self.prediction == "v":
+            return x / (sigma**2 + 1) - prediction * (sigma / math.sqrt(sigma**2 + 1))
+        return x - prediction * sigma
 
     @property
     def lowest(self) -> float:

@@ -1,4 +1,4 @@
-"""A picture's infotext asks for the same picture again, ours and A1111's."""
+"""What a body means as a request: infotext, styles and the names that A1111 gives to things."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from diffusion_api.catalog import samplers
 from diffusion_api.catalog.library import Library
 from diffusion_api.dialects.native import Txt2ImgBody, to_request
 from diffusion_api.engine.stub import StubEngine
-from diffusion_api.errors import InvalidRequest, UnknownSampler
-from diffusion_api.infotext import for_txt2img
+from diffusion_api.errors import InvalidRequest, TooLarge, UnknownSampler
+from diffusion_api.infotext import for_request
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.schema.request import MAX_SEED, Txt2Img
@@ -39,7 +39,7 @@ def meant(service: Service, **fields: Any) -> tuple[Txt2Img, list[str]]:
 
 
 def written(request: Txt2Img, number: int = 0) -> str:
-    return for_txt2img(
+    return for_request(
         request,
         number=number,
         sampler_label=samplers.sampler(request.sampler).label,
@@ -201,3 +201,33 @@ def test_a_variation_without_a_seed_draws_one(service: Service) -> None:
 def test_a_variation_seed_beyond_the_range_is_refused_by_its_name(service: Service) -> None:
     with pytest.raises(InvalidRequest, match="variation_seed is 4294967296"):
         meant(service, variation_strength=0.1, variation_seed=2**32)
+
+
+@pytest.fixture
+def styled(service: Service) -> Service:
+    (service.settings.home / "styles.csv").write_text(
+        'name,prompt,negative_prompt\noil,oil painting,photo\nin oil,"an oil painting of {prompt}",\ntwice,{prompt}{prompt},\n'
+    )
+    return service
+
+
+def test_styles_are_put_around_the_prompts_in_their_order(styled: Service) -> None:
+    request, warnings = meant(styled, prompt="a cat # (black)", negative_prompt="fog", styles=["oil", "in oil"])
+    assert (request.prompt, request.negative_prompt) == ("an oil painting of a cat, oil painting", "fog, photo")
+    assert warnings == []
+
+
+def test_a_style_that_is_not_known_is_skipped_with_the_nearest_name(styled: Service) -> None:
+    request, warnings = meant(styled, prompt="a cat", styles=["oill", "oil", "x" * 200])
+    assert request.prompt == "a cat, oil painting"
+    assert warnings[0] == "style 'oill' is not known and was skipped; did you mean 'oil'?"
+    assert len(warnings[1]) < 200
+
+
+def test_styles_cannot_make_a_prompt_beyond_the_limit(styled: Service) -> None:
+    with pytest.raises(TooLarge, match="at most 20000"):
+        meant(styled, prompt="a cat", styles=["twice"] * 100)
+
+
+def test_without_styles_a_prompt_stays_as_it_was_sent(service: Service) -> None:
+    assert meant(service, prompt=" a cat # (black)")[0].prompt == " a cat # (black)"

@@ -1,0 +1,16 @@
+"""The upscalers that need no file, in the order in which users see them."""
+
+from __future__ import annotations
+
+INTERNAL = {
+    "Latent": "enlarges the latents, bilinear",
+    "Latent (antialiased)": "enlarges the latents, bilinear with antialiasing",
+    "Latent (bicubic)": "enlarges the latents, bicubic",
+    "Latent (bicubic antialiased)": "enlarges the latents, bicubic with antialiasing",
+    "Latent (nearest)": "enlarges the latents, nearest",
+    "Latent (nearest-exact)": "enlarges the latents, nearest with exact centres",
+    "Lanczos": "enlarges the picture, Lanczos",
+    "Nearest": "enlarges the picture, nearest",
+    "None": "leaves the picture as it is",
+}
+"""Names and what they do."""

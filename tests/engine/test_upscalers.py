@@ -1,0 +1,169 @@
+"""Upscaling models: the shipped one, others that spandrel knows, tiles, and broken files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffusion_api.engine.denoise import Asks, Run
+from diffusion_api.engine.devices import Device
+from diffusion_api.engine.upscalers import MARGIN, TILE, Upscaler, tiles, upscaled
+from diffusion_api.errors import ModelUnreadable
+from diffusion_api.server import DATA
+
+CPU = Device(torch.device("cpu"), torch.float32)
+SHIPPED = DATA / "upscalers" / "shapes-2x.safetensors"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Upscaler:
+    return Upscaler.read(SHIPPED, CPU)
+
+
+def scene(side: int) -> Image.Image:
+    """Shapes with slanted and curved edges in colours of the demo models, anti-aliased."""
+    large = Image.new("RGB", (side * 4, side * 4), (50, 80, 220))
+    pen = ImageDraw.Draw(large)
+    pen.ellipse((side * 0.4, side * 0.4, side * 2, side * 2), fill=(220, 40, 40))
+    pen.polygon([(side * 2.2, side * 3.6), (side * 3, side * 0.5), (side * 3.8, side * 3.7)], fill=(240, 220, 50))
+    pen.rectangle((side * 0.5, side * 2.6, side * 1.7, side * 3.5), outline=(245, 245, 245), width=side // 8)
+    return large.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def driven(asks: Asks, widest: list[int] | None = None) -> Image.Image:
+    answer: Any = None
+    with torch.inference_mode():
+        while True:
+            try:
+                question = asks.send(answer)
+            except StopIteration as end:
+                picture: Image.Image = end.value
+                return picture
+            assert isinstance(question, Run)
+            answer = question.work()
+            if widest is not None:
+                widest.append(max(answer.shape[-2:]))
+
+
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    error = np.mean((np.asarray(one, float) - np.asarray(other, float)) ** 2)
+    return float(20 * math.log10(255) - 10 * math.log10(error))
+
+
+def ignored(share: float) -> None:
+    pass
+
+
+def test_the_shipped_model_beats_lanczos_on_shapes(shipped: Upscaler) -> None:
+    truth = scene(192)
+    for shrink in (Image.Resampling.BOX, Image.Resampling.BICUBIC):
+        small = truth.resize((96, 96), shrink)
+        ours = driven(upscaled(small, 192, 192, shipped, ignored))
+        assert psnr(ours, truth) > psnr(small.resize((192, 192), Image.Resampling.LANCZOS), truth) + 3
+
+
+@pytest.mark.parametrize(("width", "height"), [(192, 192), (250, 100), (700, 700), (96, 96), (40, 48)])
+def test_the_size_is_the_one_that_was_asked_for(shipped: Upscaler, width: int, height: int) -> None:
+    shares: list[float] = []
+    assert driven(upscaled(scene(96), width, height, shipped, shares.append)).size == (width, height)
+    assert shares == sorted(shares)
+    assert not shares or shares[-1] == 1
+
+
+def test_tiles_cover_a_picture_once_and_show_no_seam(shipped: Upscaler) -> None:
+    picture = scene(2 * TILE + 40)
+    widest: list[int] = []
+    tiled = driven(upscaled(picture, picture.width * 2, picture.height * 2, shipped, ignored), widest)
+    with torch.inference_mode():
+        pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 255
+        whole = shipped.enlarged(pixels)[0].permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy()
+    assert np.abs(np.asarray(tiled).astype(int) - whole).max() <= 1
+    assert len(widest) == 9
+    assert max(widest) == 2 * (TILE + 2 * MARGIN)
+
+
+def test_every_pixel_belongs_to_one_tile() -> None:
+    count = np.zeros((50, 101), int)
+    for tile in tiles(101, 50, side=16, margin=5):
+        count[tile.place] += 1
+        inside = count[tile.seen][tile.kept]
+        assert inside.shape == count[tile.place].shape
+    assert (count == 1).all()
+
+
+def tiny_esrgan(old: bool) -> dict[str, Tensor]:
+    """A 4x RRDBNet of one block and eight features, in the keys of ESRGAN's first release or of Real-ESRGAN."""
+    torch.manual_seed(0)
+    state: dict[str, Tensor] = {}
+
+    def convolution(name: str, inputs: int, outputs: int) -> None:
+        state[f"{name}.weight"] = torch.randn(outputs, inputs, 3, 3) * 0.05
+        state[f"{name}.bias"] = torch.zeros(outputs)
+
+    features, growth = 8, 32
+    convolution("model.0" if old else "conv_first", 3, features)
+    block = "model.1.sub.0" if old else "body.0"
+    for dense in (1, 2, 3):
+        for i in range(1, 6):
+            name = f"{block}.RDB{dense}.conv{i}.0" if old else f"{block}.rdb{dense}.conv{i}"
+            convolution(name, features + (i - 1) * growth, growth if i < 5 else features)
+    convolution("model.1.sub.1" if old else "conv_body", features, features)
+    rest = ("model.3", "model.6", "model.8") if old else ("conv_up1", "conv_up2", "conv_hr")
+    for name in rest:
+        convolution(name, features, features)
+    convolution("model.10" if old else "conv_last", features, 3)
+    return state
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("old", [True, False], ids=["old", "new"])
+def test_both_layouts_of_esrgan_load(tmp_path: Path, old: bool, suffix: str) -> None:
+    path = tmp_path / f"4x_tiny{suffix}"
+    state = tiny_esrgan(old)
+    if suffix == ".pth":
+        torch.save(state if old else {"params_ema": state}, path)
+    else:
+        save_file(state, path)
+    upscaler = Upscaler.read(path, CPU)
+    assert upscaler.scale == 4
+    assert driven(upscaled(scene(24), 96, 96, upscaler, ignored)).size == (96, 96)
+
+
+def test_broken_files_are_told_by_name_and_reason(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return print, ("code ran",)
+
+    (tmp_path / "page.pth").write_text("<!doctype html>")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    torch.save(Evil(), tmp_path / "evil.pth")
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "unknown.pth")
+    save_file({"conv.weight": torch.zeros(3)}, tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-4])
+    for name, reason in (
+        ("page.pth", "damaged"), ("empty.safetensors", "damaged"), ("evil.pth", "damaged"),
+        ("unknown.pth", "no kind that is known"), ("cut.safetensors", "unfinished download"),
+    ):  # fmt: skip
+        with pytest.raises(ModelUnreadable, match=name.split(".")[0]) as error:
+            Upscaler.read(tmp_path / name, CPU)
+        assert reason in str(error.value)
+        assert str(tmp_path) not in str(error.value)
+
+
+def test_no_code_of_a_pickle_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return print, ("code ran",)
+
+    torch.save(Evil(), tmp_path / "evil.pth")
+    with pytest.raises(ModelUnreadable):
+        Upscaler.read(tmp_path / "evil.pth", CPU)
+    assert "code ran" not in capfd.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -147,6 +148,7 @@ class Serving:
 
     app: App
     drain: Callable[[], None]
+    engine: Engine | None
 
 
 def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Serving:
@@ -186,7 +188,7 @@ def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Ser
             webhooks.stop()
         queue.close()
 
-    return Serving(create_app(service, settings, startup=start, shutdown=stop), drain)
+    return Serving(create_app(service, settings, startup=start, shutdown=stop), drain, engine)
 
 
 def build_worker(queue: Queue, engine: Engine, outputs: Outputs, pace: Pace, handover: Handover | None) -> Worker:
@@ -226,6 +228,8 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
         timeout_graceful_shutdown=5,
     )
     Server(config, drain=serving.drain, greeting=_greeting(url)).run(sockets=[listener])
+    if serving.engine:
+        leave(serving.engine)
 
 
 def work(settings: Settings, handover: Handover) -> None:
@@ -248,6 +252,15 @@ def work(settings: Settings, handover: Handover) -> None:
         signal.signal(number, signal.SIG_DFL)
     hand.stop(settings.grace)
     queue.close()
+    leave(engine)
+
+
+def leave(engine: Engine) -> None:
+    """End the process at once if a thread is still in the device, where Python's own end would abort it."""
+    if not engine.close(0):
+        log.warning("the device is still at work; the process ends without it")
+        logging.shutdown()
+        os._exit(0)
 
 
 class Server(uvicorn.Server):

@@ -37,6 +37,7 @@ from diffusion_api.worker import HUNG, Worker
 if TYPE_CHECKING:
     from types import FrameType
 
+    from diffusion_api.pull import Puller
     from diffusion_api.webhooks import Webhooks
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,9 @@ GIB = 2**30
 HOPELESS = 2 * HUNG
 """Seconds for which a job may hang beyond its deadline before its process is killed from outside: longer than it takes
 that process to notice, if it is still able to."""
+
+PULL_PAUSE = 60.0
+"""Seconds without a byte after which a download is begun again where it stopped."""
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -107,6 +111,22 @@ def build_webhooks(settings: Settings, queue: Queue) -> Webhooks | None:
         )
     fetcher = Fetcher(origins(settings.webhook_hosts))
     return Webhooks(settings.queue_dir / "hooks", queue, fetcher, secret=secret, describe=native.ended)
+
+
+def build_puller(settings: Settings) -> Puller:
+    """What fetches models when it is asked to. Raises Misconfigured."""
+    from diffusion_api.downloads import Downloads
+    from diffusion_api.fetch import Fetcher, origins
+    from diffusion_api.pull import Puller
+
+    fetcher = Fetcher(
+        origins(f"{settings.hf_endpoint},{settings.pull_hosts}"),
+        public=True,
+        proxy=settings.pull_proxy or None,
+        total=PULL_PAUSE,
+    )
+    token = settings.hf_token.get_secret_value()
+    return Puller(Downloads(fetcher), settings.home, endpoint=settings.hf_endpoint, token=token)
 
 
 def build_sweeper(settings: Settings, queue: Queue, outputs: Outputs) -> Sweeper:

@@ -21,7 +21,7 @@ from diffusion_api.app import App, create_app
 from diffusion_api.catalog.library import Library
 from diffusion_api.dialects import native
 from diffusion_api.engine.base import Engine
-from diffusion_api.engine.executor import Executor
+from diffusion_api.engine.executor import Budget, Executor
 from diffusion_api.errors import Misconfigured, QueueUnusable
 from diffusion_api.outputs import Outputs
 from diffusion_api.pace import Pace
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MIB = 2**20
+GIB = 2**30
 HOPELESS = 2 * HUNG
 """Seconds for which a job may hang beyond its deadline before its process is killed from outside: longer than it takes
 that process to notice, if it is still able to."""
@@ -66,7 +67,13 @@ def build_engine(settings: Settings, library: Library) -> Engine:
         from diffusion_api.engine.stub import StubEngine
 
         return StubEngine()
-    return Executor(library, device=settings.device, tokenizer=DATA / "clip")
+    budget = Budget(
+        max_vram=int(settings.max_vram * GIB) or None,
+        max_ram=int(settings.max_ram * GIB) or None,
+        idle=settings.idle_unload * 60 or None,
+        warm_up=tuple(name.strip() for name in settings.warm_up.split(",") if name.strip()),
+    )
+    return Executor(library, device=settings.device, tokenizer=DATA / "clip", budget=budget)
 
 
 def build_pace(settings: Settings) -> Pace:

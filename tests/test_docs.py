@@ -64,7 +64,14 @@ def test_the_figures_of_the_readme_are_those_of_the_bench() -> None:
     assert table
     service = _figures("service")
     startup = _figures("startup")
-    for figure in (service["ratio_median"], startup["import_above_fastapi_ms"], startup["hello_seconds_median"]):
+    text = _figures("text")
+    for figure in (
+        service["ratio_median"],
+        startup["import_above_fastapi_ms"],
+        startup["hello_seconds_median"],
+        text["first_ms"],
+        text["again_ms"],
+    ):
         assert str(figure) in table[1]
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ BACKTRACK = 20
 """Tokens at the end of a full chunk among which a comma is looked for."""
 
 KEPT = 128
-"""Encoded chunks that are kept, 0.2 MB each with Stable Diffusion 1.x in float32."""
+"""Read texts and encoded chunks that are kept, the latter 0.2 MB each with Stable Diffusion 1.x in float32."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,27 @@ class Chunk(NamedTuple):
     weights: tuple[float, ...]
 
 
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+class _Last(Generic[Key, Value]):
+    """What was made last, so that it need not be made again."""
+
+    def __init__(self) -> None:
+        self._made: OrderedDict[Key, Value] = OrderedDict()
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        value = self._made.pop(key) if key in self._made else make()
+        self._made[key] = value
+        if len(self._made) > KEPT:
+            self._made.popitem(last=False)
+        return value
+
+    def clear(self) -> None:
+        self._made.clear()
+
+
 class Words:
     """A model's tokenizer and text encoder, and what they made of the last chunks.
 
@@ -73,7 +94,8 @@ class Words:
         self._learned: dict[tuple[int, ...], range] = {}
         self._vectors: list[Tensor] = []
         self._lesson: Hashable = ()
-        self._kept: OrderedDict[tuple[int, tuple[int, ...]], Encoded] = OrderedDict()
+        self._read: _Last[tuple[bool, str], list[Chunk]] = _Last()
+        self._kept: _Last[tuple[int, tuple[int, ...]], Encoded] = _Last()
 
     @property
     def width(self) -> int:
@@ -92,6 +114,7 @@ class Words:
             known = len(self._vectors)
             self._learned[tuple(self._ids(word))] = range(-1 - known, -1 - known - len(vectors), -1)
             self._vectors += vectors
+        self._read.clear()
         self.forget()
 
     def forget(self) -> None:
@@ -120,8 +143,12 @@ class Words:
 
     def chunks(self, text: str, mode: Emphasis = "original") -> list[Chunk]:
         """The chunks of a text, at least one. What follows a comma near the end of a full chunk moves to the next one."""
+        literal = mode == "none"
+        return self._read.get((literal, text), lambda: self._cut(((Piece(text, 1.0),),) if literal else emphasis(text)))
+
+    def _cut(self, sections: Iterable[Iterable[Piece]]) -> list[Chunk]:
         rows: list[list[tuple[int, float]]] = []
-        for section in ((Piece(text, 1.0),),) if mode == "none" else emphasis(text):
+        for section in sections:
             rows.append([])
             for words, weight in section:
                 for tokens in self._tokens(words):
@@ -177,16 +204,13 @@ class Words:
         return [hidden * restored.to(hidden.dtype) for hidden in weighed]
 
     def _encoded(self, ids: tuple[int, ...], clip_skip: int) -> Encoded:
-        key = clip_skip, ids
-        encoded = self._kept.pop(key, None)
-        if encoded is None:
-            vectors = {place: self._vectors[-1 - token] for place, token in enumerate(ids) if token < 0}
+        vectors = {place: self._vectors[-1 - token] for place, token in enumerate(ids) if token < 0}
+
+        def encode() -> Encoded:
             with _looked_up(self._table, vectors):
-                encoded = self._encoder(torch.tensor([[max(token, 0) for token in ids]]), clip_skip)
-        self._kept[key] = encoded
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return encoded
+                return self._encoder(torch.tensor([[max(token, 0) for token in ids]]), clip_skip)
+
+        return self._kept.get((clip_skip, ids), encode)
 
 
 @contextmanager

@@ -167,5 +167,5 @@ class SaysV(SD2):
 @pytest.mark.parametrize(("kind", "prediction"), [(SD2, "epsilon"), (SaysV, "v_prediction")])
 def test_what_an_sd2_file_predicts_is_found_by_asking_it(kind: type[SD2], prediction: str) -> None:
     shapes = loaded(tiny.SHAPES)
-    parts = {name: getattr(shapes, name) for name in ("unet", "vae", "levels", "tokenizer", "text_encoder")}
+    parts = {name: getattr(shapes, name) for name in ("unet", "vae", "levels", "device", "tokenizer", "text_encoder")}
     assert kind(**parts)._probed() == {"prediction_type": prediction}

@@ -147,6 +147,14 @@ def test_a_chunk_is_encoded_once(words: Words, seen: list[Tensor]) -> None:
     assert len(seen) == 3
 
 
+def test_a_text_is_cut_once_for_each_way_to_read_it(words: Words) -> None:
+    read, literal = words.chunks("(a cat:1.5)"), words.chunks("(a cat:1.5)", "none")
+    assert words.chunks("(a cat:1.5)") is read
+    assert words.chunks("(a cat:1.5)", "no norm") is read
+    assert words.chunks("(a cat:1.5)", "none") is literal
+    assert read != literal
+
+
 def test_only_the_last_chunks_are_kept(words: Words, seen: list[Tensor]) -> None:
     for number in range(text.KEPT + 1):
         words.encode((f"cat {number}",))

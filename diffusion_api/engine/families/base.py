@@ -100,7 +100,7 @@ def text_network(kind: Any, config: fitting.Config, tensors: Tensors, device: De
         output_loading_info=True,
     )
     complete(kind, found["missing_keys"])
-    return model.to(device.place).eval()
+    return model.to(device.home).eval()
 
 
 def network(kind: Any, config: Any, tensors: Tensors, device: Device) -> Any:
@@ -109,7 +109,7 @@ def network(kind: Any, config: Any, tensors: Tensors, device: Device) -> Any:
         model = kind.from_config(config)
     model._fix_state_dict_keys_on_load(tensors)  # names that attention had until diffusers 0.15
     complete(kind, model.load_state_dict(tensors, strict=False, assign=True).missing_keys)
-    return model.to(device.place, device.dtype).eval()
+    return model.to(device.home, device.dtype).eval()
 
 
 def complete(kind: type, missing: Collection[str]) -> None:
@@ -149,6 +149,7 @@ class UNetLane(ABC):
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     levels: NoiseLevels
+    device: torch.device
     tokenizer: CLIPTokenizer | None = None
     tokenizer_2: CLIPTokenizer | None = None
     text_encoder: CLIPTextModel | None = None
@@ -163,6 +164,7 @@ class UNetLane(ABC):
     SCALING: ClassVar[float] = 0.18215
     """Of the latents in a single file."""
     ZEROED: ClassVar[bool] = False
+    XL: ClassVar[bool] = False
 
     @classmethod
     def from_folder(
@@ -170,6 +172,7 @@ class UNetLane(ABC):
     ) -> Self:
         """From a diffusers folder; ``schedule`` beats what its scheduler config says. Raises anything when it is broken."""
         index = read_json(folder / "model_index.json")
+        told = read_json(folder / "scheduler" / "scheduler_config.json")
         parts: dict[str, Any] = {}
         for name, part in cls.PARTS.items():
             parts[_tokenizer(name)] = read_tokenizer(folder / _tokenizer(name))
@@ -178,8 +181,9 @@ class UNetLane(ABC):
             **parts,
             unet=read_network(UNet2DConditionModel, folder / "unet", device),
             vae=read_network(AutoencoderKL, folder / "vae", device),
-            levels=NoiseLevels.from_config(read_json(folder / "scheduler" / "scheduler_config.json") | dict(schedule)),
+            levels=NoiseLevels.from_config(told | dict(schedule), xl=cls.XL),
             zeroed=bool(index.get("force_zeros_for_empty_prompt", cls.ZEROED)),
+            device=device.place,
             model_hash=model_hash,
         )
 
@@ -208,13 +212,14 @@ class UNetLane(ABC):
             **parts,
             unet=network(UNet2DConditionModel, unet, convert_ldm_unet_checkpoint(tensors, unet), device),
             vae=network(AutoencoderKL, vae, convert_ldm_vae_checkpoint(tensors, vae), device),
-            levels=NoiseLevels.from_config(NOISE_SCHEDULE | found),
+            levels=NoiseLevels.from_config(NOISE_SCHEDULE | found, xl=cls.XL),
             zeroed=cls.ZEROED,
+            device=device.place,
             model_hash=model_hash,
         )
         if "prediction_type" in found:
             return lane
-        return replace(lane, levels=NoiseLevels.from_config(NOISE_SCHEDULE | found | lane._probed()))
+        return replace(lane, levels=NoiseLevels.from_config(NOISE_SCHEDULE | found | lane._probed(), xl=cls.XL))
 
     @classmethod
     def _fit_unet(cls, tensors: Tensors) -> fitting.Config:
@@ -232,12 +237,6 @@ class UNetLane(ABC):
     @abstractmethod
     def read_words(model: Any, ids: Tensor, clip_skip: int) -> text.Encoded:
         """What a text encoder of this family makes of (1, 77) ids."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        place: torch.device = self.unet.device
-        return place
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int, int]:
         """One picture's latents: 4 channels, an eighth of each side."""

@@ -30,6 +30,7 @@ class SDXL(UNetLane):
     PADDING: ClassVar[Mapping[str, str]] = {"text_encoder_2": "!"}
     SCALING: ClassVar[float] = 0.13025
     ZEROED: ClassVar[bool] = True
+    XL: ClassVar[bool] = True
     NUMBERS: ClassVar[int] = 6
     """How many numbers the UNet reads of each picture."""
 

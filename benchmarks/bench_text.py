@@ -1,0 +1,74 @@
+"""What a prompt costs before the first step: read and encoded by a text encoder of CLIP's size, and when it comes again."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from results import write
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffusion_api.engine import devices
+from diffusion_api.engine.families.base import read_tokenizer
+from diffusion_api.engine.families.sd1 import SD1
+from diffusion_api.settings import DATA
+
+RUNS = 100
+PROMPT = (
+    "masterpiece, (best quality:1.2), a lighthouse on a cliff above a (stormy:1.3) sea, [crashing waves], dramatic clouds, "
+    "((rim light)), volumetric fog, gulls, wet rocks, oil painting, (thick brush strokes:0.8), by a master of the genre"
+)
+NEGATIVE = (
+    "blurry, (low quality:1.4), jpeg artifacts, watermark, signature, text, cropped, (worst quality:1.4), frame, border"
+)
+
+
+def main() -> None:
+    lane = _lane()
+    with torch.inference_mode():
+        first = _median(lambda: _encode(_lane(lane)), 5)
+        again = _median(lambda: _encode(lane), RUNS)
+    write(
+        "text",
+        {
+            "first_ms": round(1000 * first, 1),
+            "again_ms": round(1000 * again, 3),
+            "characters": len(PROMPT) + len(NEGATIVE),
+            "threads": torch.get_num_threads(),
+        },
+    )
+
+
+def _lane(of: SD1 | None = None) -> SD1:
+    """A lane whose text encoder has the size of Stable Diffusion 1.x's and random weights; another one with the same."""
+    small = of or SD1.from_folder(DATA / "models" / "shapes", devices.choose("cpu"), None)
+    config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12)
+    return SD1(
+        tokenizer=of.tokenizer if of else read_tokenizer(DATA / "clip"),
+        text_encoder=of.text_encoder if of else CLIPTextModel(config).eval(),
+        unet=small.unet,
+        vae=small.vae,
+        levels=small.levels,
+    )
+
+
+def _encode(lane: SD1) -> None:
+    lane.encode((PROMPT,))
+    lane.encode((NEGATIVE,))
+
+
+def _median(work: Callable[[], None], runs: int) -> float:
+    """Seconds; the first run warms up and does not count."""
+    work()
+    seconds = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import counting
 import pytest
 from serving import ROOT
 
@@ -21,7 +22,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     assert [t for t in targets if not (page.parent / t).exists()] == []
 
 
-@pytest.mark.parametrize("page", ["security.md"])
+@pytest.mark.parametrize("page", ["reliability.md", "security.md"])
 def test_the_tests_that_a_page_names_exist(page: str) -> None:
     text = (ROOT / "docs" / page).read_text("utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
@@ -73,6 +74,18 @@ def test_the_figures_of_the_readme_are_those_of_the_bench() -> None:
         text["again_ms"],
     ):
         assert str(figure) in table[1]
+
+
+def test_the_counts_of_the_page_on_reliability_are_those_of_the_runs() -> None:
+    assert counting.shown((ROOT / "docs" / "reliability.md").read_text("utf-8")) == counting.table(
+        counting.counts_kept()
+    )
+
+
+def test_the_page_on_reliability_has_every_fault() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    numbers = re.findall(r"^\| (\d+) \|.*`tests/\S+::\w+`.*\|$", text, re.MULTILINE)
+    assert numbers == [str(number) for number in range(1, 48)]
 
 
 def _figures(name: str) -> dict[str, object]:

@@ -105,6 +105,20 @@ def models(home: Home = None, models_from: ModelsFrom = None) -> None:
 
 
 @app.command()
+def pull(
+    source: Annotated[str, typer.Argument(help="org/name[@revision], org/name/file.safetensors, or an https URL.")],
+    sha256: Annotated[str | None, typer.Option(help="SHA-256 that the file must have.")] = None,
+    home: Home = None,
+) -> None:
+    """Fetch a model, LoRA, VAE, embedding or upscaler into the home folder."""
+    from rich.console import Console
+
+    from diffusion_api.pulling import run_pull
+
+    raise typer.Exit(run_pull(_settings(home=home), source, sha256, Console()))
+
+
+@app.command()
 def doctor(home: Home = None, models_from: ModelsFrom = None) -> None:
     """Say what was found (device, memory, folders, models, versions) and what to do about it."""
     from diffusion_api.doctor import examine

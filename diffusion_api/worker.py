@@ -331,6 +331,7 @@ class Worker:
             memory_after_mb=finished.memory_after_mb,
             loras_applied=finished.loras_applied,
             loras_skipped=finished.loras_skipped,
+            memory_steps=finished.memory_steps,
         )
 
 

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -189,7 +189,9 @@ class Executor:
             finished = self._drive(asks, task, ladder)
             outcome = replace(finished, model_cached=weights.hit, memory_steps=tuple(ladder.steps))
         except Exception as error:  # the job fails, whatever it was; the device thread lives on for the next one
-            outcome = self._explained(error, task.request, device, ladder.steps)
+            outcome = self._explained(error, task.request, device)
+            if isinstance(outcome, OutOfMemory) and ladder.steps:
+                outcome = OutOfMemory(f"{outcome} (tried {', '.join(ladder.steps)})")
             _forget_tensors(error)
         finally:
             asks.close()
@@ -197,7 +199,7 @@ class Executor:
             device.free()
         task.events.put(outcome)
 
-    def _explained(self, error: Exception, request: Request, device: Device, tried: Sequence[str]) -> Exception:
+    def _explained(self, error: Exception, request: Request, device: Device) -> Exception:
         """The error in the words of the tree, where it is one of the device's."""
         from diffusion_api.engine.devices import is_out_of_memory
 
@@ -205,7 +207,7 @@ class Executor:
             return error
         if is_out_of_memory(error):
             log.warning("out of memory", exc_info=error)
-            return out_of_memory(request, tried)
+            return out_of_memory(request)
         if device.lost(error):
             log.critical("the device is lost", exc_info=error)
             self._lost = True

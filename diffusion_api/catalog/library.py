@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
-import struct
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
 from diffusion_api.catalog import detect
+from diffusion_api.catalog.hashes import Hashes
 from diffusion_api.catalog.kinds import family_of, kind_of
 from diffusion_api.catalog.labels import LABELS, Profile, label, loose, read_profiles, repository
 from diffusion_api.catalog.layouts import Entry, Kind, Place, places, search
@@ -55,21 +53,34 @@ class Asset:
     family: str | None
     stamp: int = 0
     bytes: int = 0
+    hashes: Hashes = field(default_factory=Hashes, repr=False, compare=False)
 
     @property
     def pickled(self) -> bool:
         """True for a format that can hold code: it is read as data only."""
         return self.path.is_file() and self.path.suffix.lower() != ".safetensors"
 
+    def hash_soon(self) -> None:
+        """Have the hashes made on another thread, for one that may not wait."""
+        if self.path.is_file():
+            (self.hashes.tensors if self.kind == "lora" and not self.pickled else self.hashes.whole)(self.path)
+
     @property
     def hash(self) -> str | None:
-        """The first 10 hex digits of the file's SHA-256, as A1111 shows it; None for a folder."""
-        return _sha256(self.path, self.stamp)[:10] if self.path.is_file() else None
+        """The first 10 hex digits of the file's SHA-256, as A1111 shows it; None for a folder. Waits for it to be made."""
+        return self.hashes.whole(self.path).result()[:10] if self.path.is_file() else None
 
     @property
     def network_hash(self) -> str:
-        """The 12 hex digits by which A1111 knows a LoRA or an embedding again."""
-        return _lora_hash(self.path, self.stamp) if self.kind == "lora" else _sha256(self.path, self.stamp)[:12]
+        """The 12 hex digits by which A1111 knows a LoRA or an embedding again. Waits for them to be made.
+
+        Of a LoRA it is what the trainer wrote into the file; else the hash of its tensors without the header, so that a file
+        that is described anew is known again.
+        """
+        if self.kind != "lora" or self.pickled:
+            return self.hashes.whole(self.path).result()[:12]
+        told = detect.safetensors_metadata(self.path).get("sshs_model_hash", "")
+        return told[:12] if re.fullmatch("[0-9a-f]{12,64}", told) else self.hashes.tensors(self.path).result()[:12]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +134,7 @@ class Library:
     ) -> None:
         self._home, self._models_dir, self._shipped, self._default = home, models_dir, shipped, default
         self._roots = _shown_as(models_from)
+        self._hashes = Hashes(home / "stable_diffusion" / ".hashes.json")
         self._lock = threading.Lock()
         self._scanned, self._took = float("-inf"), 0.0
         self._rows: dict[Kind, dict[str, Asset]] = {}
@@ -260,6 +272,7 @@ class Library:
                 family=facts.family,
                 stamp=stamp,
                 bytes=size,
+                hashes=self._hashes,
             )
         if facts.family not in RUNNABLE:
             self._tell(str(entry.relative), f"family {facts.family} has no lane yet")
@@ -271,6 +284,7 @@ class Library:
             family=facts.family,
             stamp=stamp,
             bytes=size,
+            hashes=self._hashes,
             native_size=facts.native_size,
             shipped=shipped,
         )
@@ -395,25 +409,3 @@ def _stamp(path: Path) -> tuple[int, int]:
     files = [path, *sorted(path.glob("*")), *sorted(path.glob("*/*"))] if path.is_dir() else [path]
     found = [file.stat() for file in files if file.exists()]
     return hash(tuple((file.st_mtime_ns, file.st_size) for file in found)), sum(file.st_size for file in found)
-
-
-@lru_cache(maxsize=1024)
-def _sha256(path: Path, stamp: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@lru_cache(maxsize=1024)
-def _lora_hash(path: Path, stamp: int) -> str:
-    """What the trainer wrote into the file; else the SHA-256 of its tensors without the header, so that a file that is
-    described anew is known again; of the whole file where it has no header.
-    """
-    if path.suffix.lower() != ".safetensors":
-        return _sha256(path, stamp)[:12]
-    told = detect.safetensors_metadata(path).get("sshs_model_hash", "")
-    if re.fullmatch("[0-9a-f]{12,64}", told):
-        return told[:12]
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        file.seek(8 + length)
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]

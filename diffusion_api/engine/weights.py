@@ -205,8 +205,8 @@ class Weights:
     def _open(self, model: Model, device: Device) -> Lane:
         family = FAMILIES[model.family]
         if not model.single_file:
-            return family.from_folder(model.path, device, model.hash)
-        return family.from_checkpoint(read_tensors(model.path), self._tokenizer, device, model.hash)
+            return family.from_folder(model.path, device, None)
+        return family.from_checkpoint(read_tensors(model.path), self._tokenizer, device, None)
 
 
 def _reason(error: Exception, model: Model) -> str:

@@ -14,7 +14,6 @@ from diffusion_api import settings as configuration
 from diffusion_api.errors import DiffusionApiError
 
 app = typer.Typer(
-    help="A job-queue REST service for image generation.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -106,6 +105,20 @@ def models(home: Home = None, models_from: ModelsFrom = None) -> None:
 
 
 @app.command()
+def pull(
+    source: Annotated[str, typer.Argument(help="org/name[@revision], org/name/file.safetensors, or an https URL.")],
+    sha256: Annotated[str | None, typer.Option(help="SHA-256 that the file must have.")] = None,
+    home: Home = None,
+) -> None:
+    """Fetch a model, LoRA, VAE, embedding or upscaler into the home folder."""
+    from rich.console import Console
+
+    from diffusion_api.pulling import run_pull
+
+    raise typer.Exit(run_pull(_settings(home=home), source, sha256, Console()))
+
+
+@app.command()
 def doctor(home: Home = None, models_from: ModelsFrom = None) -> None:
     """Say what was found (device, memory, folders, models, versions) and what to do about it."""
     from diffusion_api.doctor import examine
@@ -140,6 +153,21 @@ def config(
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A job-queue REST service for image generation."""
 
 
 def _settings(**flags: Any) -> configuration.Settings:

@@ -18,6 +18,7 @@
     │   ├── Misconfigured           a setting or a folder is wrong; the service does not start
     │   ├── DeviceUnusable          a GPU is there but cannot be used
     │   ├── ModelUnreadable         a file under the model folders is broken or of no known kind
+    │   ├── Gated                   the owner of a model wants terms accepted, or a token
     │   ├── QueueUnusable           the queue's folder cannot be written
     │   ├── OutputsUnusable         the folder of pictures cannot be written
     │   └── DeviceLost              the device works no more until the process starts again
@@ -26,6 +27,7 @@
         ├── QueueFull
         ├── ShuttingDown
         ├── Unreachable         another host did not answer
+        ├── BrokenDownload      another host sent something else than what was asked for
         └── Interrupted             the job was told to stop: cancelled, or the service is going down
 
 The message carries the value and the choices, and no path of the host.
@@ -113,6 +115,10 @@ class ModelUnreadable(OperatorError):
     """A file under the model folders is broken or of no known kind."""
 
 
+class Gated(OperatorError):
+    """The owner of a model lets only those have it who accepted terms, or were invited."""
+
+
 class QueueUnusable(OperatorError):
     """The queue's folder cannot be read or written."""
 
@@ -143,6 +149,10 @@ class ShuttingDown(Unavailable):
 
 class Unreachable(Unavailable):
     """Another host did not answer, or may not be called at the address that it has now."""
+
+
+class BrokenDownload(Unavailable):
+    """What another host sent is not what was asked for."""
 
 
 class Interrupted(Unavailable):

@@ -2,7 +2,8 @@
 
 A URL is read once: what was compared with the operator's list is what is looked up, and the address that was checked is
 the one that is connected to. So neither two readings of one text nor a name that changes its address (DNS rebinding)
-leads anywhere else. The name stays in the Host header and in TLS. No proxy of the environment is used.
+leads anywhere else. The name stays in the Host header and in TLS. No proxy of the environment is used; through one that
+the operator named, names are looked up there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import socket
 import ssl
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import httpx
@@ -33,6 +34,12 @@ TOTAL = 10.0
 """Seconds for one request, from the look-up of the name to the head of the answer."""
 
 MAX_URL = 2000
+
+MAX_LOCATION = 16_000
+"""Characters of a URL that a host redirects to; those of signed storage are long."""
+
+REDIRECTS = 5
+"""So many in a row are followed by what fetches."""
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolver: TypeAlias = Callable[[str, int], Sequence[str]]
@@ -130,21 +137,25 @@ def system_addresses(host: str, port: int) -> list[str]:
 
 
 class Fetcher:
-    """Sends requests to the origins in ``allowed``. Certificates are checked against Mozilla's list unless ``tls`` is given.
+    """Sends requests to the origins in ``allowed``, with ``public`` also by https to any name whose addresses are public.
+    Certificates are checked against Mozilla's list unless ``tls`` is given.
 
-    ``connect`` and ``total`` are seconds, see :data:`CONNECT` and :data:`TOTAL`.
+    ``connect`` and ``total`` are seconds, see :data:`CONNECT` and :data:`TOTAL`. ``proxy`` is the URL of one.
     """
 
     def __init__(
         self,
         allowed: Sequence[Origin],
         *,
+        public: bool = False,
+        proxy: str | None = None,
         resolve: Resolver = system_addresses,
         tls: ssl.SSLContext | None = None,
         connect: float = CONNECT,
         total: float = TOTAL,
     ) -> None:
-        self._allowed = allowed
+        self._allowed, self._public = allowed, public
+        self._proxy = proxy
         self._resolve = resolve
         self._tls = tls or httpx.create_ssl_context(trust_env=False)
         self._total = total
@@ -163,12 +174,7 @@ class Fetcher:
         try:
             async with (
                 asyncio.timeout(self._total),
-                httpx.AsyncHTTPTransport(verify=self._tls, trust_env=False) as inner,
-                httpx.AsyncClient(
-                    transport=_Checked(inner, lambda where: self._addresses(self._checked(where, field=field))),
-                    trust_env=False,
-                    timeout=self._timeout,
-                ) as client,
+                self._client(field) as client,
                 client.stream("POST", target, content=body, headers={**headers, "Connection": "close"}) as response,
             ):
                 return response.status_code
@@ -177,16 +183,65 @@ class Fetcher:
         except (httpx.TransportError, OSError) as error:
             raise Unreachable(_reason(error)) from error
 
+    @contextlib.asynccontextmanager
+    async def get(
+        self, url: str, headers: Mapping[str, str], *, field: str, secrets: Mapping[str, str] | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        """The answer to a GET, whose body is still to be read as it comes (``aiter_raw``): a pause of ``total`` seconds ends
+        it. Redirects are followed, each checked like the first; ``secrets`` are headers for the first origin alone.
+
+        Raises UrlRefused, and Unreachable, also while the body is read.
+        """
+        target = _read(url, field=field)
+        first = _origin(target)
+        async with self._client(field) as client, contextlib.AsyncExitStack() as opened:
+            for _ in range(REDIRECTS + 1):
+                extra = secrets if secrets and _origin(target) == first else {}
+                request = client.build_request(
+                    "GET", target, headers={**headers, **extra, "Accept-Encoding": "identity"}
+                )
+                try:
+                    async with asyncio.timeout(self._total):
+                        response = await client.send(request, stream=True)
+                except TimeoutError as error:
+                    raise Unreachable(f"no answer within {self._total:g} s") from error
+                except (httpx.TransportError, OSError) as error:
+                    raise Unreachable(_reason(error)) from error
+                opened.push_async_callback(response.aclose)
+                if not response.has_redirect_location:
+                    break
+                target = _read(str(target.join(response.headers["location"])), field=field, longest=MAX_LOCATION)
+            else:
+                raise UrlRefused(f"{field} leads on and on: more than {REDIRECTS} redirects", field=field)
+            try:
+                yield response
+            except httpx.TransportError as error:
+                raise Unreachable(_reason(error)) from error
+
+    @contextlib.asynccontextmanager
+    async def _client(self, field: str) -> AsyncIterator[httpx.AsyncClient]:
+        """A client that goes nowhere but where this fetcher may."""
+        async with (
+            httpx.AsyncHTTPTransport(verify=self._tls, trust_env=False, proxy=self._proxy) as inner,
+            httpx.AsyncClient(
+                transport=_Checked(inner, lambda where: self._addresses(self._checked(where, field=field))),
+                trust_env=False,
+                timeout=self._timeout,
+            ) as client,
+        ):
+            yield client
+
     def _checked(self, url: httpx.URL, *, field: str) -> Origin:
         origin = _origin(url)
-        if origin not in self._allowed:
-            choices = ", ".join(map(str, self._allowed))
+        by_name = origin.scheme == "https" and _HOST_NAME.fullmatch(origin.host)
+        if origin not in self._allowed and not (self._public and by_name):
+            choices = ", ".join([*map(str, self._allowed), *["https:// and a public name"][: self._public]])
             raise UrlRefused(f"{field} leads to {str(origin)[:100]}; allowed: {choices}", field=field)
         return origin
 
     async def _addresses(self, origin: Origin) -> list[str]:
         """Where to connect. One address that is not public is enough to call none: such a name is not to be trusted."""
-        if _literal(origin.host):
+        if _literal(origin.host) or self._proxy:
             return [origin.host]
         try:
             found = await _in_thread(lambda: self._resolve(origin.host, origin.port))
@@ -231,9 +286,9 @@ def _pinned(request: httpx.Request, address: str) -> httpx.Request:
     )
 
 
-def _read(url: str, *, field: str) -> httpx.URL:
-    if len(url) > MAX_URL:
-        raise UrlRefused(f"{field} has {len(url)} characters; at most {MAX_URL} are allowed", field=field)
+def _read(url: str, *, field: str, longest: int = MAX_URL) -> httpx.URL:
+    if len(url) > longest:
+        raise UrlRefused(f"{field} has {len(url)} characters; at most {longest} are allowed", field=field)
     try:
         read = httpx.URL(url)
     except httpx.InvalidURL as error:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from diffusion_api.errors import Misconfigured
@@ -68,6 +68,12 @@ class Settings(BaseSettings):
     device: Annotated[str, AfterValidator(_device)] = Field(
         default="auto", description="where the engine runs: auto, cpu, cuda, cuda:1 (the second card), mps"
     )
+    max_vram: float = Field(default=0, ge=0, description="GiB of a card that are used; 0 is all but a reserve")
+    max_ram: float = Field(default=0, ge=0, description="GiB of RAM that models take; 0 is all but a reserve")
+    idle_unload: float = Field(
+        default=10, ge=0, description="minutes without a job after which models leave the memory; 0 is never"
+    )
+    warm_up: str = Field(default="", description="models that are loaded at the start, with commas")
     model: str | None = Field(default=None, description="model of requests that name none")
     models_from: Paths = Field(
         default=(),
@@ -115,6 +121,22 @@ class Settings(BaseSettings):
         default="", description="hosts that webhooks may go to, separated by commas; empty: none"
     )
     webhook_secret: SecretStr = Field(default=SecretStr(""), description="what webhooks are signed with")
+
+    hf_endpoint: str = Field(
+        default="https://huggingface.co",
+        validation_alias=AliasChoices(PREFIX + "HF_ENDPOINT", "HF_ENDPOINT"),
+        description="the hub that `pull` fetches from, or a mirror of it",
+    )
+    hf_token: SecretStr = Field(
+        default=SecretStr(""),
+        validation_alias=AliasChoices(PREFIX + "HF_TOKEN", "HF_TOKEN"),
+        description="what opens gated and private models of the hub",
+    )
+    pull_hosts: str = Field(
+        default="",
+        description="hosts that `pull` may be led to beside public ones, separated by commas: private mirrors",
+    )
+    pull_proxy: str = Field(default="", description="URL of the HTTP proxy that `pull` goes through; empty: none")
 
     @property
     def models_dir(self) -> Path:
@@ -172,8 +194,12 @@ def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
     for name in Settings.model_fields:
         if flags.get(name) is not None:
             found[name] = "flag"
-        elif name in environment:
-            found[name] = PREFIX + name.upper()
+            continue
+        own = PREFIX + name.upper()
+        if name in environment:
+            found[name] = own
+        elif own in environment:  # one that has the name of others too, such as HF_TOKEN
+            found[name] = own if own in os.environ else name.upper()
         else:
-            found[name] = ".env" if name in dotenv else "default"
+            found[name] = ".env" if {name, own} & set(dotenv) else "default"
     return found

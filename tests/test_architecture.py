@@ -16,7 +16,7 @@ PACKAGE = "diffusion_api"
 
 # Imports point down this list, or stay in the same row or folder. A name is a module or a folder of the package.
 LAYERS = (
-    ("cli", "__main__", "asgi", "demo", "doctor"),
+    ("cli", "__main__", "asgi", "demo", "doctor", "pulling"),
     ("server",),
     ("supervisor",),
     ("app", "connections"),
@@ -28,7 +28,7 @@ LAYERS = (
     ("worker", "waiters", "sweeper"),
     ("presence", "pace", "restart"),
     ("metrics",),
-    ("webhooks", "fetch"),
+    ("webhooks", "pull", "downloads", "fetch"),
     ("queues",),
     ("outputs", "blobs"),
     ("engine",),

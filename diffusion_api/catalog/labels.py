@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,15 @@ SHIPPED = {"shapes": "Shapes (demo)"}
 def label(name: str) -> str:
     """The friendly name of a model; its own name when it has none."""
     return (LABELS | SHIPPED).get(name, name)
+
+
+def repository(name: str) -> str | None:
+    """The repository of the hub that a name or label of a model means, None where it means none."""
+    if name == "stable-diffusion-v1-5":
+        return "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    named = next((model for model, text in LABELS.items() if loose(text) == loose(name)), name)
+    parts = named.removeprefix("models--").replace("--", "/", 1).replace("__", "/", 1)
+    return parts if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", parts) else None
 
 
 def loose(name: str) -> str:

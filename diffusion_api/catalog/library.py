@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 
 from diffusion_api.catalog import detect
 from diffusion_api.catalog.kinds import family_of, kind_of
-from diffusion_api.catalog.labels import LABELS, Profile, label, loose, read_profiles
+from diffusion_api.catalog.labels import LABELS, Profile, label, loose, read_profiles, repository
 from diffusion_api.catalog.layouts import Entry, Kind, Place, places, search
 from diffusion_api.errors import InvalidRequest, UnknownModel
 
@@ -172,7 +172,8 @@ class Library:
             return self.default()
         model = self.find(name)
         if model is None:
-            raise UnknownModel(f"model {name!r} {self.absence(name)}; {self._choices()}", field="model")
+            fetched = f"; the operator can fetch it: diffusion-api pull {found}" if (found := repository(name)) else ""
+            raise UnknownModel(f"model {name!r} {self.absence(name)}; {self._choices()}{fetched}", field="model")
         return model
 
     def absence(self, name: str) -> str:

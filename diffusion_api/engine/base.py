@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -74,17 +74,12 @@ PATIENCE = 0.05
 """Seconds between two looks at whether a job is to stop, while it waits for the device."""
 
 
-def out_of_memory(request: Request, tried: Sequence[str] = ()) -> OutOfMemory:
-    """What the caller of a job is told that did not fit into memory, and what was tried."""
+def out_of_memory(request: Request) -> OutOfMemory:
+    """What the caller of a job is told that did not fit into memory."""
     return OutOfMemory(
         f"out of memory: {request.width}x{request.height} pixels, n {request.count}, model {request.model!r}; "
-        f"{after(tried)}ask for a smaller picture or for a smaller model"
+        "ask for a smaller picture or for a smaller model"
     )
-
-
-def after(tried: Sequence[str]) -> str:
-    """What was tried, as a part of a sentence."""
-    return f"tried {', '.join(tried)}; " if tried else ""
 
 
 class Admission:
@@ -111,8 +106,11 @@ class Engine(Protocol):
     def start(self) -> None:
         """Begin loading; returns at once."""
 
-    def wait(self) -> None:
-        """Block until the engine can run jobs. Raises DeviceUnusable when it never will."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Block until the engine can run jobs, for so many seconds at most; True once it can.
+
+        Raises DeviceUnusable when it never will.
+        """
 
     def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
         """Events of one job, ending with Finished.
@@ -126,5 +124,5 @@ class Engine(Protocol):
     def report(self) -> DeviceReport | None:
         """What the engine runs on, or None while that is not known yet."""
 
-    def close(self) -> None:
-        """Free the device."""
+    def close(self, seconds: float | None = None) -> bool:
+        """Free the device: True once no thread is in it any more, False if one still is after so many seconds."""

@@ -21,10 +21,11 @@ from diffusion_api.catalog import samplers
 from diffusion_api.engine import text
 from diffusion_api.engine.base import Attached, Finished, Pixels, Stop, StopAsked
 from diffusion_api.engine.loras import Patches
-from diffusion_api.engine.noise import streams
+from diffusion_api.engine.noise import drawn, streams
 from diffusion_api.engine.plan import Pass, plan
-from diffusion_api.engine.samplers import SAMPLERS
-from diffusion_api.engine.samplers.sigmas import NoiseLevels, spacing
+from diffusion_api.engine.samplers import SAMPLERS, Options
+from diffusion_api.engine.samplers.brownian import Brownian
+from diffusion_api.engine.samplers.sigmas import Ends, NoiseLevels, spacing
 from diffusion_api.engine.text import Conditioning
 from diffusion_api.errors import Interrupted, NotFinite
 from diffusion_api.prompt import Part, parse, parse_negative
@@ -182,6 +183,15 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """The prediction with guidance, with guidance scale 1, and that of the negative prompt alone."""
+
+    guided: Tensor
+    plain: Tensor
+    unguided: Tensor
+
+
+@dataclass(frozen=True)
 class Guidance:
     """The prompts joined by AND, each with its weight, and the negative one; None where it would change nothing."""
 
@@ -192,15 +202,15 @@ class Guidance:
 
     def predicted(
         self, evaluation: int, evaluate: Callable[[tuple[Conditioning, ...]], Evaluate]
-    ) -> Generator[Evaluate, Tensor, tuple[Tensor, Tensor]]:
-        """The guided prediction, and the one that scale 1 gives.
+    ) -> Generator[Evaluate, Tensor, Predicted]:
+        """The predictions for one evaluation, all the same where there is no negative prompt.
 
         A negative prompt of another length than the prompts is asked for apart.
         """
         conditionings = text.as_long([prompt.at(evaluation) for prompt in self.prompts])
         if self.negative is None:
             prediction = yield evaluate(conditionings)
-            return prediction, prediction
+            return Predicted(prediction, prediction, prediction)
         negative = self.negative.at(evaluation)
         if negative.hidden.shape == conditionings[0].hidden.shape:
             both = yield evaluate((negative, *conditionings))
@@ -211,7 +221,7 @@ class Guidance:
         direction = torch.zeros_like(without)
         for prediction, weight in zip(predictions, self.weights, strict=True):
             direction = direction + (prediction - without) * weight
-        return without + direction * self.scale, without + direction
+        return Predicted(without + direction * self.scale, without + direction, without)
 
 
 def rescaled(x: Tensor, sigma: float, guided: Tensor, plain: Tensor, share: float) -> Tensor:
@@ -227,7 +237,9 @@ def rescaled(x: Tensor, sigma: float, guided: Tensor, plain: Tensor, share: floa
 
 def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
     """The words of a pass, encoded for all of its evaluations."""
-    steps = stage.steps * samplers.sampler(stage.sampler).evaluations
+    row = samplers.sampler(stage.sampler)
+    steps = stage.steps * row.evaluations
+    scale = stage.guidance_scale / row.guidance_divisor
 
     def encoded(part: Part, *, negative: bool = False) -> Generator[Run, Any, Schedule]:
         lasts, texts = zip(*part.schedule(steps), strict=True)
@@ -238,12 +250,12 @@ def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
     parts = parse(stage.prompt).parts
     weights = tuple(part.weight for part in parts)
     negative = None
-    if len(parts) > 1 or weights[0] * stage.guidance_scale != 1:
+    if len(parts) > 1 or weights[0] * scale != 1 or row.guidance_divisor != 1:
         negative = yield from encoded(parse_negative(stage.negative_prompt), negative=True)
     prompts = []
     for part in parts:
         prompts.append((yield from encoded(part)))
-    return Guidance(tuple(prompts), weights, negative, stage.guidance_scale)
+    return Guidance(tuple(prompts), weights, negative, scale)
 
 
 class _Enough(Exception):
@@ -252,6 +264,57 @@ class _Enough(Exception):
     def __init__(self, estimate: Tensor, step: int) -> None:
         super().__init__()
         self.estimate, self.step = estimate, step
+
+
+@dataclass
+class _Denoise:
+    """What the sampler of a pass asks; see :class:`diffusion_api.engine.samplers.base.Denoise`."""
+
+    lane: Lane
+    stage: Pass
+    guidance: Guidance
+    extra: Tensor | None
+    sigmas: Sequence[float]
+    report: Report
+    stop: StopAsked
+    evaluations: int = 0
+    share: float = 0
+
+    @property
+    def levels(self) -> NoiseLevels:
+        return self.lane.levels
+
+    def __call__(self, x: Tensor, sigma: float, timestep: float | None = None) -> Generator[Any, Any, Tensor]:
+        return (yield from self._asked(x, sigma, timestep))[0]
+
+    def both(self, x: Tensor, sigma: float) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
+        estimate, predicted = yield from self._asked(x, sigma, None)
+        return estimate, self.levels.estimate(x, sigma, predicted.unguided)
+
+    def _asked(self, x: Tensor, sigma: float, timestep: float | None) -> Generator[Any, Any, tuple[Tensor, Predicted]]:
+        scaled = x * (1 / math.sqrt(sigma**2 + 1))
+        if timestep is None:
+            timestep = self.levels.timestep(sigma)
+        predicted = yield from self.guidance.predicted(
+            self.evaluations, partial(Evaluate, self.lane, scaled, timestep, extra=self.extra)
+        )
+        self.evaluations += 1
+        self.share = self._share(sigma)
+        progress = _progress(self.stage, self.share)
+        self.report(progress)
+        estimate = self.levels.estimate(x, sigma, predicted.guided)
+        if share := self.stage.request.guidance_rescale:
+            estimate = rescaled(x, sigma, estimate, self.levels.estimate(x, sigma, predicted.plain), share)
+        if self.stop() is Stop.WITH_PICTURE:
+            raise _Enough(estimate, progress.step)
+        return estimate, predicted
+
+    def _share(self, sigma: float) -> float:
+        """How far the pass is, 0 to 1; told from sigma where the number of evaluations is not known beforehand."""
+        if not samplers.sampler(self.stage.sampler).adaptive:
+            return min(self.evaluations / self.stage.evaluations, 1.0)
+        first, last = self.sigmas[0], self.sigmas[-1]
+        return max(self.share, min(math.log(first / sigma) / math.log(first / last), 1.0))
 
 
 def denoised(
@@ -263,36 +326,25 @@ def denoised(
     """
     guidance = yield from guided(lane, stage)
     extra = yield Run(partial(lane.blank, stage.width, stage.height), Point.ENCODE)
+    row, asked = samplers.sampler(stage.sampler), stage.request
+    ends = Ends(discard_next_to_last_sigma=asked.discard_next_to_last_sigma)
+    sigmas = spacing(lane.levels, stage.sampler, stage.schedule, stage.steps, ends)
+    options = Options(asked.eta, asked.s_churn, asked.s_tmin, asked.s_tmax or math.inf, asked.s_noise)
     first, later = streams(stage, lane.latent_shape)
+    if row.brownian:
+        shape = lane.latent_shape(stage.width, stage.height)
+        motion = Brownian(min(s for s in sigmas if s > 0), sigmas[0], stage.seed, partial(drawn, asked.rng, shape))
 
-    def noise() -> Tensor:
-        return later().to(lane.device)
+    def noise(sigma: float, following: float) -> Tensor:
+        return (motion(sigma, following) if row.brownian else later()).to(lane.device)
 
-    evaluations = 0
-
-    def denoise(x: Tensor, sigma: float) -> Generator[Evaluate, Tensor, Tensor]:
-        nonlocal evaluations
-        scaled = x * (1 / math.sqrt(sigma**2 + 1))
-        predicted, plain = yield from guidance.predicted(
-            evaluations, partial(Evaluate, lane, scaled, lane.levels.timestep(sigma), extra=extra)
-        )
-        evaluations += 1
-        progress = _progress(stage, evaluations)
-        report(progress)
-        estimate = lane.levels.estimate(x, sigma, predicted)
-        if share := stage.request.guidance_rescale:
-            estimate = rescaled(x, sigma, estimate, lane.levels.estimate(x, sigma, plain), share)
-        if stop() is Stop.WITH_PICTURE:
-            raise _Enough(estimate, progress.step)
-        return estimate
-
-    sigmas = spacing(lane.levels, stage.sampler, stage.schedule, stage.steps)
-    start = math.sqrt(1 + sigmas[0] ** 2) if stage.sampler == "ddim" else sigmas[0]
+    start = math.sqrt(1 + sigmas[0] ** 2) if row.timesteps else sigmas[0]
+    denoise = _Denoise(lane, stage, guidance, extra, sigmas, report, stop)
     try:
-        x: Tensor = yield from SAMPLERS[stage.sampler](denoise, first.to(lane.device) * start, sigmas, noise)
+        x: Tensor = yield from SAMPLERS[stage.sampler](denoise, first.to(lane.device) * start, sigmas, noise, options)
     except _Enough as enough:
         return enough.estimate, enough.step
-    return x * (1 / math.sqrt(1 + sigmas[-1] ** 2)), None
+    return x * (1 / math.sqrt(1 + sigmas[-1] ** 2)) if row.timesteps else x, None
 
 
 def developed(lane: Lane, latents: Tensor) -> tuple[Pixels, tuple[str, ...]]:
@@ -316,8 +368,7 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def _progress(stage: Pass, evaluations: int) -> Progress:
-    share = min(evaluations / stage.evaluations, 1.0)
+def _progress(stage: Pass, share: float) -> Progress:
     return Progress(
         state=State.PROCESSING,
         fraction=stage.begins + (stage.ends - stage.begins) * share,

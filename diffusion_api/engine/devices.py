@@ -25,6 +25,8 @@ CARD_RESERVE = GIB // 2
 HOST_RESERVE = 2 * GIB
 """Bytes of RAM that nothing is planned into: the libraries of this process, and the system."""
 
+HOST = torch.device("cpu")
+
 CGROUP = Path("/sys/fs/cgroup")
 
 EXHAUSTED = ("out of memory", "can't allocate memory", "status_alloc_failed")
@@ -126,13 +128,20 @@ def ram(limit: int | None = None) -> Memory:
 class Device:
     """Where tensors live, and the dtype that models are loaded in.
 
-    ``memory`` is what it has; ``host`` is the RAM beside it, None where they are one.
+    ``memory`` is what it has; ``host`` is the RAM beside it, None where they are one. ``offloads``: models are read into
+    RAM, from where they go to the device in parts.
     """
 
     place: torch.device
     dtype: torch.dtype
     memory: Memory = field(default_factory=ram)
     host: Memory | None = None
+    offloads: bool = False
+
+    @property
+    def home(self) -> torch.device:
+        """Where networks are put when they are read."""
+        return HOST if self.offloads else self.place
 
     @property
     def room(self) -> Room:

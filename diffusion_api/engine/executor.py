@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from diffusion_api.engine.weights import Weights
 
 log = logging.getLogger(__name__)
-
-CLOSING = 30.0
-"""Seconds that the device thread may take to end."""
 
 LOST = "the device failed and works no more until the service starts again; the log has the details"
 
@@ -90,11 +87,12 @@ class Executor:
         """Begin loading torch; returns at once."""
         self._thread.start()
 
-    def wait(self) -> None:
-        """Block until the device is ready. Raises DeviceUnusable."""
-        self._ready.wait()
+    def wait(self, seconds: float | None = None) -> bool:
+        """Block until the device is ready, or for so long; True once it is. Raises DeviceUnusable."""
+        ready = self._ready.wait(seconds)
         if self._unusable:
             raise self._unusable
+        return ready
 
     def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
         """Events of one job, as :meth:`diffusion_api.engine.base.Engine.run` describes them."""
@@ -114,10 +112,11 @@ class Executor:
             return None
         return replace(self._device.report(), models=self._weights.report)
 
-    def close(self) -> None:
-        """End the device thread after the job in hand; a thread that is still in torch when Python ends aborts the process."""
+    def close(self, seconds: float | None = None) -> bool:
+        """End the device thread after the job in hand; False if it is in torch for longer than that."""
         self._tasks.put(None)
-        self._thread.join(CLOSING)
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _main(self) -> None:
         keep_offline()
@@ -190,7 +189,9 @@ class Executor:
             finished = self._drive(asks, task, ladder)
             outcome = replace(finished, model_cached=weights.hit, memory_steps=tuple(ladder.steps))
         except Exception as error:  # the job fails, whatever it was; the device thread lives on for the next one
-            outcome = self._explained(error, task.request, device, ladder.steps)
+            outcome = self._explained(error, task.request, device)
+            if isinstance(outcome, OutOfMemory) and ladder.steps:
+                outcome = OutOfMemory(f"{outcome} (tried {', '.join(ladder.steps)})")
             _forget_tensors(error)
         finally:
             asks.close()
@@ -198,7 +199,7 @@ class Executor:
             device.free()
         task.events.put(outcome)
 
-    def _explained(self, error: Exception, request: Request, device: Device, tried: Sequence[str]) -> Exception:
+    def _explained(self, error: Exception, request: Request, device: Device) -> Exception:
         """The error in the words of the tree, where it is one of the device's."""
         from diffusion_api.engine.devices import is_out_of_memory
 
@@ -206,7 +207,7 @@ class Executor:
             return error
         if is_out_of_memory(error):
             log.warning("out of memory", exc_info=error)
-            return out_of_memory(request, tried)
+            return out_of_memory(request)
         if device.lost(error):
             log.critical("the device is lost", exc_info=error)
             self._lost = True

@@ -105,6 +105,11 @@ def streams(stage: Pass, latent_shape: Callable[[int, int], tuple[int, ...]]) ->
     return noise, lambda: later(shape)
 
 
+def drawn(source: str, shape: Sequence[int], seed: int) -> Tensor:
+    """The first noise that a seed gives."""
+    return SOURCES[source](seed)(shape)
+
+
 def slerp(one: Tensor, other: Tensor, share: float) -> Tensor:
     """From ``one`` (share 0) to ``other`` (1) along the arc between them, column by column of (1, c, h, w); A1111's way.
 

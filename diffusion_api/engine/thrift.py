@@ -140,7 +140,7 @@ class _Cargo:
 
     def bring(self) -> None:
         """Copy them to the device; all of them, or none if they do not fit."""
-        copies = [(tensor, tensor.data.to(self._place)) for tensor in self._tensors()]
+        copies = [(tensor, tensor.data.to(self._place, copy=True)) for tensor in self._tensors()]
         self._waiting = [(tensor, tensor.data) for tensor, _ in copies]
         for tensor, copy in copies:
             tensor.data = copy

@@ -7,14 +7,12 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from diffusion_api.catalog.detect import Unrecognised
 from diffusion_api.catalog.footprint import footprint
 from diffusion_api.catalog.library import Library, Model
 from diffusion_api.engine import thrift
 from diffusion_api.engine.denoise import Lane
-from diffusion_api.engine.devices import Device, is_out_of_memory
+from diffusion_api.engine.devices import HOST, Device, is_out_of_memory
 from diffusion_api.engine.estimate import Load, Measures, Placement, chosen, prices, shown, strictest
 from diffusion_api.engine.families.base import read_tensors
 from diffusion_api.engine.families.sd1 import SD1
@@ -27,8 +25,6 @@ log = logging.getLogger(__name__)
 
 LONGEST_REASON = 300
 """Characters of what a library says of a file; some list every tensor."""
-
-HOST = torch.device("cpu")
 
 FAMILIES = {"sd1": SD1}
 """By the names of :mod:`diffusion_api.catalog.detect`."""
@@ -132,24 +128,24 @@ class Weights:
 
     def _make_room(self, model: Model, size: int) -> None:
         """Move models away until there is room for one of that size, or none is left to move."""
-        for held in [held for held in self._held.values() if held.whole and held.model != model]:
-            if self._on_device(without=model) + size <= self._device.memory.now():
-                break
+        for held in [held for held in self._held.values() if held.model != model]:
+            held.placed.land()
+            if not held.whole or self._on_device(without=model) + size <= self._device.memory.now():
+                continue
             if self._device.host is None:
                 self._drop(held)
             else:
                 self._to_host(held)
-        self._device.free()
+            self._device.free()
 
     def _to_host(self, held: Held) -> None:
         """Have a model wait in RAM; those that wait there longest make room, and if that is not enough it is dropped."""
         assert self._device.host
+        now = self._device.host.now()
         waiting = [other for other in self._held.values() if not other.whole and other.model.name not in self._used]
-        for other in waiting:
-            if self._on_host() + held.placed.size <= self._device.host.now():
-                break
-            self._drop(other)
-        if self._on_host() + held.placed.size > self._device.host.now():
+        while waiting and held.placed.size <= now < self._on_host() + held.placed.size:
+            self._drop(waiting.pop(0))
+        if self._on_host() + held.placed.size > now:
             self._drop(held)
             return
         held.placed.put(None)
@@ -180,6 +176,7 @@ class Weights:
         )
 
     def _placed(self, held: Held, measures: Measures) -> Held:
+        held.placed.land()  # who changes weights now changes those that stay
         thrift.set_tiling(thrift.networks(held.lane), measures.tiling)
         if held.measures is None or held.measures.placement is not measures.placement:
             held.placed.put(measures.placement)
@@ -188,12 +185,11 @@ class Weights:
     def _read(self, model: Model, measures: Measures) -> Held:
         self._device.free()
         started = time.monotonic()
-        device = self._device if measures.placement is Placement.WHOLE else replace(self._device, place=HOST)
-        lane = self._opened(model, device)
+        whole = measures.placement is Placement.WHOLE
+        lane = self._opened(model, replace(self._device, offloads=not whole))
         placed = thrift.Placed(thrift.networks(lane), self._device.place, HOST)
         log.info("loaded model %s (%s) in %.1f s", model.name, model.family, time.monotonic() - started)
-        first = Measures() if measures.placement is Placement.WHOLE else None
-        return self._placed(Held(model, lane, placed, first), measures)
+        return self._placed(Held(model, lane, placed, Measures() if whole else None), measures)
 
     def _opened(self, model: Model, device: Device) -> Lane:
         try:

@@ -263,6 +263,27 @@ def test_an_unknown_model_is_refused_with_the_choices(models: Path, new_library:
     assert caught.value.field == "model"
 
 
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("org/name", "org/name"),
+        ("models--org--some-name.v2", "org/some-name.v2"),
+        ("John6666__amanatsu-illustrious-v11-sdxl", "John6666/amanatsu-illustrious-v11-sdxl"),
+        ("pastel_mix", "mirroring/pastel-mix"),
+        ("stable-diffusion-v1-5", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    ],
+)
+def test_a_model_of_the_hub_that_is_not_there_is_refused_with_the_line_that_fetches_it(
+    models: Path, new_library: NewLibrary, name: str, repository: str
+) -> None:
+    diffusers_folder(models / "good")
+    with pytest.raises(UnknownModel) as caught:
+        new_library().resolve(name)
+    assert str(caught.value) == (
+        f"model {name!r} is not installed; one of good; the operator can fetch it: diffusion-api pull {repository}"
+    )
+
+
 def test_without_any_model_the_caller_is_told_where_they_go(new_library: NewLibrary) -> None:
     for name in ("nope", None):
         with pytest.raises(InvalidRequest, match="no model is installed: put one into stable_diffusion/models"):

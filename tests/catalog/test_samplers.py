@@ -47,6 +47,38 @@ from diffusion_api.errors import UnknownSampler
         ("EULER A", "KARRAS", "euler_a", "karras"),
         ("  dpm++   2m  karras ", " Default ", "dpmpp_2m", "karras"),
         ("ddim", "default", "ddim", "default"),
+        # A1111's old combined names, and names that it gets wrong.
+        ("DPM++ 2M SDE Karras", None, "dpmpp_2m_sde", "karras"),
+        ("DPM++ 2M SDE Exponential", "karras", "dpmpp_2m_sde", "exponential"),
+        ("DPM++ 2M SDE Heun Karras", None, "dpmpp_2m_sde_heun", "karras"),
+        ("DPM++ 2M SDE Heun", "automatic", "dpmpp_2m_sde_heun", "exponential"),
+        ("DPM++ 3M SDE Exponential", None, "dpmpp_3m_sde", "exponential"),
+        ("DPM++ 2S a Karras", None, "dpmpp_2s_a", "karras"),
+        ("DPM2 a Karras", "automatic", "dpm_2_a", "karras"),
+        ("LMS Karras", None, "lms", "karras"),
+        ("Euler SGM Uniform", "karras", "euler", "sgm_uniform"),
+        ("Euler SGMUniform", None, "euler", "sgm_uniform"),
+        ("Euler KL Optimal", None, "euler", "kl_optimal"),
+        ("Euler Align Your Steps", None, "euler", "align_your_steps"),
+        ("Euler DDIM", None, "euler", "ddim"),
+        ("DPM++ SDE Automatic", "default", "dpmpp_sde", "karras"),
+        # What A1111 would choose, and what is left out.
+        ("DPM++ SDE", "automatic", "dpmpp_sde", "karras"),
+        ("DPM++ 3M SDE", "automatic", "dpmpp_3m_sde", "exponential"),
+        ("Restart", "automatic", "restart", "karras"),
+        ("LMS", "automatic", "lms", "default"),
+        ("LCM", "automatic", "lcm", "default"),
+        ("PLMS", None, "plms", "default"),
+        ("UniPC", None, "unipc", "default"),
+        ("DDIM CFG++", None, "ddim_cfgpp", "default"),
+        ("LCM", None, "lcm", "karras"),
+        ("UniPC karras", None, "unipc", "karras"),
+        # Of other programs.
+        ("plms", "pndm", "plms", "pndm"),
+        ("k-lms", None, "lms", "karras"),
+        ("uni_pc", None, "unipc", "default"),
+        ("k_dpm_ad", None, "dpm_adaptive", "karras"),
+        ("DDIM", "ddim_uniform", "ddim", "ddim"),
     ],
 )
 def test_a_name_means(sampler_name: str, scheduler_type: str | None, sampler: str, schedule: str) -> None:
@@ -101,6 +133,23 @@ def test_every_name_that_is_offered_is_known() -> None:
     for name in samplers.sampling_methods():
         for schedule in samplers.scheduler_types():
             samplers.resolve(name, schedule)
+
+
+def test_the_names_of_the_manual_come_first() -> None:
+    assert samplers.sampling_methods()[:16] == [
+        "Euler", "Euler a", "Heun", "DPM2", "DPM++ 2S a", "DPM++ 2M", "DPM++ 2M Karras", "DPM++ SDE", "DPM++ SDE Karras",
+        "DPM fast", "DPM adaptive", "LMS", "LMS Karras", "DDIM", "PLMS", "UniPC",
+    ]  # fmt: skip
+    assert samplers.scheduler_types()[:5] == ["default", "karras", "exponential", "ddim", "pndm"]
+
+
+def test_every_sampler_and_schedule_of_a1111_is_there() -> None:
+    labels = {row.label for row in samplers.SAMPLERS}
+    assert labels >= {"DPM2 a", "DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 3M SDE", "Restart", "DDIM CFG++", "LCM"}
+    assert {row.label for row in samplers.SCHEDULES} >= {
+        "Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform", "KL Optimal", "Align Your Steps", "Simple",
+        "Normal", "DDIM", "Beta",
+    }  # fmt: skip
 
 
 def test_rows_are_found_by_their_canonical_names() -> None:

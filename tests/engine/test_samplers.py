@@ -1,4 +1,4 @@
-"""Samplers against an exact solution.
+"""Samplers against k-diffusion's own functions, against references written from the papers, and against an exact solution.
 
 For clean data that is normal with mean M and deviation S the best denoiser is known, and the path of the probability-flow
 equation too: (x - M) / sqrt(S^2 + sigma^2) is constant. So a sampler's error can be measured and must fall with the order
@@ -7,91 +7,254 @@ that its paper proves.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Generator
 
 import pytest
+import references
 import torch
+from sampling import LEVELS, STOCHASTIC, THEIRS, Model, psnr, sample, theirs, two_clouds
 from torch import Tensor
 
 from diffusion_api.catalog import samplers as catalog
-from diffusion_api.engine.samplers import SAMPLERS
-from diffusion_api.engine.samplers.sigmas import SCHEDULES
+from diffusion_api.engine.samplers import SAMPLERS, Options
+from diffusion_api.engine.samplers.brownian import Brownian
+from diffusion_api.engine.samplers.euler import restarted
+from diffusion_api.engine.samplers.sigmas import SCHEDULES, NoiseLevels, spacing
 
 MEAN, DEVIATION = 0.7, 0.5
 TOP = 10.0
+STEPS = (8, 20, 50)
+COMPARED = ("default", "karras", "exponential")
+NAMES = [row.name for row in catalog.SAMPLERS]
 
 
 def geometric(steps: int, end: float) -> list[float]:
     return [TOP * (end / TOP) ** (i / steps) for i in range(steps + 1)]
 
 
-def sample(name: str, sigmas: list[float], x: Tensor, seed: int = 0) -> tuple[Tensor, int]:
-    """The sampler's result with the exact denoiser, and how often it asked."""
-    generator = torch.Generator().manual_seed(seed)
-    asked = 0
-
-    def denoise(x: Tensor, sigma: float) -> Generator[tuple[Tensor, float], Tensor, Tensor]:
-        return (yield x, sigma)
-
-    def noise() -> Tensor:
-        return torch.randn(x.shape, generator=generator, dtype=x.dtype)
-
-    run = SAMPLERS[name](denoise, x, sigmas, noise)
-    answer = None
-    try:
-        while True:
-            latents, sigma = run.send(answer)
-            asked += 1
-            answer = (DEVIATION**2 * latents + sigma**2 * MEAN) / (DEVIATION**2 + sigma**2)
-    except StopIteration as end:
-        return end.value, asked
+def one_cloud(x: Tensor, sigma: float) -> Tensor:
+    return (DEVIATION**2 * x + sigma**2 * MEAN) / (DEVIATION**2 + sigma**2)
 
 
 def error(name: str, steps: int) -> float:
     x = torch.tensor([[[[MEAN + 1.3 * math.hypot(DEVIATION, TOP)]]]], dtype=torch.float64)
     end = 0.05
-    result, _ = sample(name, geometric(steps, end), x)
+    result = sample(name, Model(one_cloud), x, geometric(steps, end), Options(eta=0))
     return abs(result.item() - (MEAN + 1.3 * math.hypot(DEVIATION, end)))
 
 
+def noise(*shape: int, seed: int = 3) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def test_the_catalog_and_the_engine_know_the_same_names() -> None:
-    assert set(SAMPLERS) == {s.name for s in catalog.SAMPLERS}
+    assert set(SAMPLERS) == set(NAMES)
     assert set(SCHEDULES) == {s.name for s in catalog.SCHEDULES}
 
 
-@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2)])
+@pytest.mark.parametrize("schedule", COMPARED)
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_sampler_is_k_diffusions(name: str, schedule: str) -> None:
+    for steps in STEPS:
+        sigmas = spacing(LEVELS, name, schedule, steps)
+        x = noise(1, 4, 8, 8) * sigmas[0]
+        eta = {"eta": 1.0} if catalog.sampler(name).ends_only else {}  # A1111's, where k-diffusion's own is 0
+        assert psnr(sample(name, Model(two_clouds), x, sigmas), theirs(name, two_clouds, x, sigmas, **eta)) > 80
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4])
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_eta_and_s_noise_mean_what_they_do_there(name: str, eta: float) -> None:
+    sigmas = spacing(LEVELS, name, "karras", 12)
+    x = noise(1, 4, 8, 8) * sigmas[0]
+    ours = sample(name, Model(two_clouds), x, sigmas, Options(eta=eta, s_noise=0.9))
+    assert psnr(ours, theirs(name, two_clouds, x, sigmas, eta=eta, s_noise=0.9)) > 60
+    if eta:
+        assert psnr(ours, theirs(name, two_clouds, x, sigmas, eta=1, s_noise=0.9)) < 50
+        assert psnr(ours, theirs(name, two_clouds, x, sigmas, eta=eta, s_noise=1)) < 50
+
+
+@pytest.mark.parametrize("limits", [{}, {"s_tmin": 0.3, "s_tmax": 5.0}])
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2"])
+def test_churn_means_what_it_does_there(name: str, limits: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    sigmas = spacing(LEVELS, name, "karras", 12)
+    x = noise(1, 4, 8, 8) * sigmas[0]
+    drawn = torch.Generator().manual_seed(7)
+    monkeypatch.setattr(
+        references.k_diffusion().torch, "randn_like", lambda x: torch.randn(x.shape, generator=drawn, dtype=x.dtype)
+    )
+    ours = sample(name, Model(two_clouds), x, sigmas, Options(s_churn=4, s_noise=1.1, **limits))
+    assert psnr(ours, theirs(name, two_clouds, x, sigmas, s_churn=4, s_noise=1.1, **limits)) > 80
+    assert psnr(ours, sample(name, Model(two_clouds), x, sigmas)) < 50
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddim_cfgpp", "plms", "unipc", "lcm", "restart"])
+def test_a_sampler_is_that_of_its_paper(name: str) -> None:
+    for schedule, steps in itertools.product(COMPARED, STEPS):
+        sigmas = spacing(LEVELS, name, schedule, steps)
+        x = noise(1, 4, 8, 8) * sigmas[0]
+        ours = sample(name, Model(two_clouds, one_cloud), x, sigmas)
+        theirs = references.PAPERS[name](two_clouds, one_cloud, x, sigmas, references.Noises(x))
+        assert psnr(ours, theirs) > 80, (schedule, steps)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("name", ["ddim", "ddim_cfgpp"])
+def test_eta_is_that_of_the_paper(name: str, eta: float) -> None:
+    sigmas = spacing(LEVELS, name, "default", 20)
+    x = noise(1, 4, 8, 8) * sigmas[0]
+    ours = sample(name, Model(two_clouds, one_cloud), x, sigmas, Options(eta=eta))
+    theirs = references.PAPERS[name](two_clouds, one_cloud, x, sigmas, references.Noises(x), eta)
+    assert psnr(ours, theirs) > 80
+
+
+def test_consistency_models_are_told_the_timesteps_that_they_were_distilled_at() -> None:
+    model = Model(two_clouds)
+    sample("lcm", model, noise(1, 1, 2, 2), spacing(LEVELS, "lcm", "karras", 8))
+    told = [timestep for _, timestep in model.asked]
+    assert told[0] == 999
+    assert all(timestep in range(19, 1000, 20) for timestep in told)
+
+
+def test_what_restart_does_again() -> None:
+    for steps in (20, 30, 36, 50):
+        pairs = restarted(spacing(LEVELS, "restart", "karras", steps))
+        again, times = (9, 1) if steps < 36 else (steps // 4, 2)
+        jumps = [(a[1], b[0]) for a, b in itertools.pairwise(pairs) if b[0] > a[1]]
+        assert len(pairs) == steps
+        assert len(jumps) == times
+        for low, high in jumps:
+            assert 0.05 < low < 0.2
+            assert 1.2 < high < 3
+            assert len([p for p in pairs if p[0] == high]) == times + 1, again
+    assert restarted([2.0, 1.0, 0.0]) == [(2.0, 1.0), (1.0, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        ("euler", 1), ("ddim", 1), ("ddim_cfgpp", 1), ("heun", 2), ("restart", 2), ("dpm_2", 2), ("dpmpp_2m", 2),
+        ("dpmpp_2s_a", 2), ("dpmpp_sde", 2), ("dpmpp_2m_sde", 2), ("dpmpp_2m_sde_heun", 2),
+    ],
+)  # fmt: skip
 def test_the_error_falls_with_the_order_of_the_method(name: str, order: int) -> None:
-    ratio = error(name, 40) / error(name, 80)
-    assert ratio == pytest.approx(2**order, rel=0.2)
+    steps = (40, 80) if name != "restart" else (10, 19)  # from 20 steps on it does something else
+    ratio = error(name, steps[0]) / error(name, steps[1])
+    assert ratio == pytest.approx((steps[1] / steps[0]) ** order, rel=0.25)
 
 
-def test_higher_orders_are_closer() -> None:
-    assert error("heun", 40) < error("euler", 40) / 5
-    assert error("dpmpp_2m", 40) < error("euler", 40) / 5
+@pytest.mark.parametrize(
+    "name",
+    [n for n in NAMES if n not in ("euler", "ddim", "ddim_cfgpp", "euler_a", "restart", "lcm", "plms", "dpm_adaptive")],
+)
+def test_higher_orders_are_closer(name: str) -> None:
+    assert error(name, 40) < error("euler", 40) / 5
 
 
-def test_euler_ancestral_draws_from_the_data() -> None:
-    start = torch.randn(1, 1, 200, 200, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * TOP
-    result, _ = sample("euler_a", [*geometric(60, 0.05), 0.0], start)
+@pytest.mark.parametrize("name", ["euler_a", "dpm_2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"])
+def test_noise_that_is_added_leaves_the_data_as_they_are(name: str) -> None:
+    start = noise(1, 1, 200, 200, seed=1) * TOP
+    result = sample(name, Model(one_cloud), start, [*geometric(60, 0.05), 0.0])
     assert result.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert result.std().item() == pytest.approx(DEVIATION, abs=0.03)
 
 
-def test_euler_ancestral_uses_its_noise() -> None:
-    x = torch.full((1, 1, 1, 1), 3.0)
-    one, _ = sample("euler_a", [*geometric(10, 0.05), 0.0], x, seed=1)
-    other, _ = sample("euler_a", [*geometric(10, 0.05), 0.0], x, seed=2)
-    assert not torch.equal(one, other)
+@pytest.mark.parametrize("name", NAMES)
+def test_noise_is_used_by_the_samplers_that_draw_some(name: str) -> None:
+    sigmas = [*geometric(19, 0.05), *([] if catalog.sampler(name).ends_only else [0.0])]
+    one, other = (sample(name, Model(one_cloud), torch.full((1, 1, 1, 1), 3.0), sigmas, seed=seed) for seed in (1, 2))
+    assert torch.equal(one, other) == (name not in (*STOCHASTIC, "lcm", "restart"))
 
 
 @pytest.mark.parametrize("row", catalog.SAMPLERS, ids=lambda row: row.name)
 def test_the_catalog_tells_how_often_a_sampler_asks(row: catalog.Sampler) -> None:
-    _, asked = sample(row.name, [*geometric(9, 0.05), 0.0], torch.ones(1, 1, 1, 1))
-    assert asked == 10 * row.evaluations - (row.evaluations - 1)
+    for steps in (1, 2, 3, 10, 20, 36):
+        model = Model(one_cloud)
+        sample(row.name, model, torch.ones(1, 1, 1, 1), spacing(LEVELS, row.name, "karras", steps))
+        if not row.adaptive:
+            assert len(model.asked) == steps * row.evaluations - (row.evaluations - 1) + (
+                row.name == "plms" and steps > 1
+            )
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_dpm_adaptive_asks_as_often_as_it_needs() -> None:
+    asked = []
+    for steps in (1, 20, 50):
+        model = Model(two_clouds)
+        sample("dpm_adaptive", model, noise(1, 4, 8, 8) * 14, spacing(LEVELS, "dpm_adaptive", "karras", steps))
+        asked.append(len(model.asked))
+    assert asked[0] == asked[1] == asked[2]
+    assert 20 < asked[0] < 100
+
+
+def test_dpm_adaptive_ends_when_numbers_overflow() -> None:
+    model = Model(lambda x, sigma: x * math.nan)
+    result = sample("dpm_adaptive", model, noise(1, 1, 2, 2), spacing(LEVELS, "dpm_adaptive", "karras", 20))
+    assert not result.isfinite().any()
+    assert len(model.asked) < 10
+
+
+@pytest.mark.parametrize("name", [row.name for row in catalog.SAMPLERS if not row.ends_only])
 def test_the_last_step_into_zero_is_the_denoised_picture(name: str) -> None:
-    result, _ = sample(name, [2.0, 0.0], torch.full((1, 1, 1, 1), 1.5, dtype=torch.float64))
-    assert result.item() == pytest.approx((DEVIATION**2 * 1.5 + 4 * MEAN) / (DEVIATION**2 + 4))
+    result = sample(name, Model(one_cloud), torch.full((1, 1, 1, 1), 1.5, dtype=torch.float64), [2.0, 0.0])
+    assert result.item() == pytest.approx((DEVIATION**2 * 1.5 + 4 * MEAN) / (DEVIATION**2 + 4), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("schedule", ["default", "karras", "sgm_uniform", "kl_optimal", "ddim", "simple"])
+def test_a_first_level_without_any_signal_gives_numbers(name: str, schedule: str) -> None:
+    """Zero terminal SNR: A1111 takes 4.9e-8 for the last alpha_bar, so that the highest level is 4,519."""
+    zero = NoiseLevels(torch.cat([LEVELS.sigmas[:-1] * 1.02, torch.tensor([4518.8], dtype=torch.float64)]))
+
+    def by_v(x: Tensor, sigma: float) -> Tensor:
+        """The guess by way of what a model of v predicts, in single precision."""
+        whole = 1 + sigma**2
+        v = (x / whole - two_clouds(x, sigma)) * (math.sqrt(whole) / sigma)
+        return x / whole - v * (sigma / math.sqrt(whole))
+
+    sigmas = spacing(zero, name, schedule, 20)
+    x = noise(1, 4, 8, 8).float() * sigmas[0]
+    result = sample(name, Model(by_v, levels=zero), x, sigmas)
+    assert result.isfinite().all()
+    assert 0.5 < result.abs().mean().item() < 2
+
+
+def test_no_sampler_is_another_in_disguise() -> None:
+    x = noise(1, 4, 8, 8)
+    made = {}
+    for name in NAMES:
+        sigmas = spacing(LEVELS, name, "karras", 20)
+        made[name] = sample(name, Model(two_clouds, one_cloud), x * sigmas[0], sigmas)
+    close = [(a, b) for a, b in itertools.combinations(NAMES, 2) if psnr(made[a], made[b]) > 60]
+    # Without its own spacing and with no noise of its own, DDIM is Euler.
+    assert close == [("euler", "ddim")]
+
+
+def test_brownian_noise_is_k_diffusions() -> None:
+    like = torch.zeros(1, 4, 8, 8)
+    sigmas = torch.tensor(spacing(LEVELS, "dpmpp_sde", "karras", 12)[:-1])
+
+    def draw(seed: int) -> Tensor:
+        return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+
+    low, high = sigmas[-1].item(), sigmas[0].item()
+    theirs = references.k_diffusion().BrownianTreeNoiseSampler(like, sigmas[-1], sigmas[0], seed=1234)
+    ours = Brownian(low, high, 1234, draw)
+    for sigma, following in itertools.pairwise(sigmas):
+        middle = (sigma * following).sqrt()
+        for end in (middle, following):
+            expected = theirs(sigma, end)
+            assert torch.allclose(ours(sigma.item(), end.item()), expected, atol=1e-4)
+            assert expected.std().item() == pytest.approx(1, abs=0.2)
+
+
+def test_brownian_noise_of_a_way_does_not_depend_on_its_steps() -> None:
+    def draw(seed: int) -> Tensor:
+        return torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+    whole = Brownian(0.03, 14.6, 5, draw)(8, 2) * math.sqrt(6)
+    parts = Brownian(0.03, 14.6, 5, draw)
+    halves = parts(8, 4) * math.sqrt(4) + parts(4, 2) * math.sqrt(2)
+    assert torch.allclose(whole, halves, atol=1e-5)
+    assert not torch.allclose(whole, Brownian(0.03, 14.6, 6, draw)(8, 2) * math.sqrt(6), atol=0.1)

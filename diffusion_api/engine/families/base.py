@@ -48,7 +48,7 @@ def network(kind: Any, config: Any, tensors: Tensors, device: Device) -> Any:
         model = kind.from_config(config)
     model._fix_state_dict_keys_on_load(tensors)  # names that attention had until diffusers 0.15
     complete(kind, model.load_state_dict(tensors, strict=False, assign=True).missing_keys)
-    return model.to(device.place, device.dtype).eval()
+    return model.to(device.home, device.dtype).eval()
 
 
 def complete(kind: type, missing: Collection[str]) -> None:

@@ -43,6 +43,7 @@ class SD1:
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     levels: NoiseLevels
+    device: torch.device
     model_hash: str | None = None
 
     @classmethod
@@ -57,6 +58,7 @@ class SD1:
             unet=read_network(UNet2DConditionModel, folder / "unet", device),
             vae=read_network(AutoencoderKL, folder / "vae", device),
             levels=NoiseLevels.from_config(prediction),
+            device=device.place,
             model_hash=model_hash,
         )
 
@@ -74,18 +76,13 @@ class SD1:
         load_text(text_encoder, tensors)
         return cls(
             tokenizer=read_tokenizer(tokenizer),
-            text_encoder=text_encoder.to(device.place, device.dtype).eval(),
+            text_encoder=text_encoder.to(device.home, device.dtype).eval(),
             unet=network(UNet2DConditionModel, unet, convert_ldm_unet_checkpoint(dict(tensors), unet), device),
             vae=network(AutoencoderKL, vae, convert_ldm_vae_checkpoint(dict(tensors), vae), device),
             levels=NoiseLevels.from_config(NOISE_SCHEDULE),
+            device=device.place,
             model_hash=model_hash,
         )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        place: torch.device = self.unet.device
-        return place
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int, int]:
         """One picture's latents: 4 channels, an eighth of each side."""
@@ -247,7 +244,7 @@ def read_text(folder: Path, device: Device) -> CLIPTextModel:
         output_loading_info=True,
     )
     complete(CLIPTextModel, found["missing_keys"])
-    return model.to(device.place).eval()
+    return model.to(device.home).eval()
 
 
 def load_text(model: CLIPTextModel, tensors: Tensors) -> None:

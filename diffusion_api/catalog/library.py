@@ -227,8 +227,7 @@ class Library:
         for entry in search(self._places(), self._tell):
             if row := self._row(entry):
                 self._add(row, entry, rows.setdefault(row.kind, {}))
-        shipped = [Place(self._shipped, "shipped", "model")] if self._shipped else []
-        for entry in search(shipped, self._tell):
+        for entry in search(self._shipped_places(), self._tell):
             row = self._row(entry, shipped=True)
             if row and row.name not in rows.setdefault(row.kind, {}):
                 rows[row.kind][row.name] = row
@@ -251,6 +250,12 @@ class Library:
                 yield from places(root, shown, self._tell)
             else:
                 self._log_once(f"{shown} (models_from) is not there")
+
+    def _shipped_places(self) -> Iterable[Place]:
+        """The package's models, and the LoRAs beside them."""
+        if self._shipped:
+            yield Place(self._shipped, "shipped", "model")
+            yield Place(self._shipped.with_name("loras"), "shipped/loras", "lora")
 
     def _row(self, entry: Entry, *, shipped: bool = False) -> Asset | None:
         """What an entry is; None, and told where it should be something, when it can be of no use."""

@@ -5,7 +5,6 @@ None of them can fail a job: what cannot be used is skipped, and the job says so
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -27,8 +26,6 @@ from diffusion_api.engine.loras import Patches, Step, Weight, steps
 from diffusion_api.prompt import parse
 from diffusion_api.schema.job import NOT_INSTALLED, LoraApplied, LoraSkipped, lora_skipped
 from diffusion_api.schema.request import OWN_VAE, LoraUse, Request
-
-log = logging.getLogger(__name__)
 
 
 class Extras:
@@ -134,7 +131,6 @@ class _Fitting:
         except Exception as error:  # torch, safetensors and the unpickler raise anything for a file that is damaged
             if is_out_of_memory(error):
                 raise
-            log.warning("LoRA %s cannot be read", row.name, exc_info=error)
             self._skip(use.name, f"{row.path.name} cannot be read: {_reason(error)}")
             return
         if self._layers is None:
@@ -167,7 +163,6 @@ class _Fitting:
         except Exception as error:  # as above
             if is_out_of_memory(error):
                 raise
-            log.warning("VAE %s cannot be used", row.name, exc_info=error)
             self._warnings.append(f"VAE {row.name!r} was skipped: {_reason(error)}")
             return
         for name, tensor in tensors.items():
@@ -218,7 +213,6 @@ def _embedding(path: Path, stamp: int, widths: tuple[tuple[str, int], ...]) -> M
     try:
         return read_embedding(path, dict(widths))
     except Exception as error:  # as for LoRAs
-        log.warning("embedding %s cannot be used", path.name, exc_info=error)
         return _reason(error)
 
 

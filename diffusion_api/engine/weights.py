@@ -81,6 +81,7 @@ class Weights:
         self.measures = needed
         self._make_room(model, size)
         held = self._placed(held, needed) if held else self._read(model, needed)
+        held.placed.land()  # patches go to the weights themselves, not to a copy on the device
         self._keep(held)
         return held.lane
 

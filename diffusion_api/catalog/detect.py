@@ -21,6 +21,12 @@ PIPELINES = {
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 """What a diffusers folder must hold beside the UNet, where its index names it."""
 
+LIBRARIES = ("diffusers", "transformers")
+"""Whose code a pipeline may be made of."""
+
+NO_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")
+"""How classes are called whose folders hold no weights."""
+
 SD2_WIDTH = 1024
 
 
@@ -43,10 +49,10 @@ class Unrecognised(ValueError):
 def folder_family(folder: Path) -> tuple[str, int]:
     """Family and native size in pixels of a diffusers folder. Raises Unrecognised."""
     index = _json(folder / "model_index.json")
-    pipeline = str(index.get("_class_name"))
-    family = PIPELINES.get(pipeline)
-    if family is None:
-        raise Unrecognised(f"pipeline {pipeline} has no lane yet")
+    pipeline = index.get("_class_name")
+    if pipeline not in PIPELINES:
+        return _pipeline(folder, index, pipeline)
+    family = PIPELINES[pipeline]
     unet = _json(folder / "unet" / "config.json")
     if family == "sd1" and unet.get("cross_attention_dim") == SD2_WIDTH:
         family = "sd2"
@@ -56,6 +62,50 @@ def folder_family(folder: Path) -> tuple[str, int]:
             _check_part(folder / part)
     size = unet.get("sample_size")
     return family, (size if isinstance(size, int) else 64) * 8
+
+
+def is_pipeline(family: str) -> bool:
+    """Whether models of a family are drawn by diffusers' own pipeline, whose class it is called after."""
+    return family.endswith("Pipeline")
+
+
+def _pipeline(folder: Path, index: dict[str, Any], pipeline: object) -> tuple[str, int]:
+    """Family and native size of a folder that any pipeline of diffusers draws with. Raises Unrecognised."""
+    if not (isinstance(pipeline, str) and is_pipeline(pipeline)):
+        raise Unrecognised(f"its model_index.json names {pipeline}, and only pipelines of diffusers are run")
+    for part, told in index.items():
+        if part.startswith("_") or not isinstance(told, list):
+            continue
+        library, name = told if len(told) == 2 else (None, told)
+        if name is None:
+            continue
+        if library not in LIBRARIES:
+            raise Unrecognised(
+                f"its model_index.json names {library}.{name}, and only code of {' and '.join(LIBRARIES)} is run"
+            )
+        if not str(name).endswith(NO_WEIGHTS):
+            _check_network(folder / part)
+    return pipeline, _native_size(folder)
+
+
+def _check_network(folder: Path) -> None:
+    """Raises Unrecognised for a network whose files are missing or damaged."""
+    if not any(path.is_file() for path in folder.glob("*.gguf")):
+        _check_weights(folder)
+
+
+def _native_size(folder: Path) -> int:
+    """The side in pixels that a pipeline was trained at: the size of its latents times the autoencoder's factor."""
+    network = next((found for part in ("transformer", "unet") if (found := _config(folder / part))), {})
+    vae = _config(folder / "vae")
+    levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [0] * 4
+    size = network.get("sample_size")
+    return size * 2 ** (len(levels) - 1) if isinstance(size, int) else 1024
+
+
+def _config(part: Path) -> dict[str, Any]:
+    file = part / "config.json"
+    return _json(file) if file.is_file() else {}
 
 
 def _check_part(folder: Path) -> None:

@@ -279,7 +279,7 @@ class Library:
                 bytes=size,
                 hashes=self._hashes,
             )
-        if facts.family not in RUNNABLE:
+        if facts.family not in RUNNABLE and not detect.is_pipeline(facts.family or ""):
             self._tell(str(entry.relative), f"family {facts.family} has no lane yet")
             return None
         return Model(

@@ -20,7 +20,6 @@ from diffusion_api.errors import InvalidRequest, UnknownModel
 
 log = logging.getLogger(__name__)
 
-RUNNABLE = frozenset({"sd1"})
 PREFERRED_DEFAULT = "stable-diffusion-v1-5"
 FRESH = 2.0
 """Seconds for which a scan is believed."""
@@ -111,7 +110,7 @@ class Model(Asset):
     @property
     def type(self) -> Literal["standard", "sdxl"]:
         """``sdxl`` or ``standard``, the two words of the original API."""
-        return "sdxl" if self.family == "sdxl" else "standard"
+        return "sdxl" if self.family in ("sdxl", "sdxl-refiner") else "standard"
 
 
 Row = TypeVar("Row", bound=Asset)
@@ -268,7 +267,7 @@ class Library:
         if facts is None:
             return None
         name = _name(entry)
-        if facts.kind != "model":
+        if facts.kind != "model" or facts.family is None:
             return Asset(
                 kind=facts.kind,
                 name=name,
@@ -279,9 +278,6 @@ class Library:
                 bytes=size,
                 hashes=self._hashes,
             )
-        if facts.family not in RUNNABLE and not detect.is_pipeline(facts.family or ""):
-            self._tell(str(entry.relative), f"family {facts.family} has no lane yet")
-            return None
         return Model(
             name=name,
             path=entry.path,

@@ -10,6 +10,8 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic_core import from_json
 
+from diffusion_api.catalog import pickles
+
 MAX_HEADER = 64 * 2**20
 
 PIPELINES = {
@@ -127,7 +129,7 @@ def _check_weights(folder: Path) -> None:
 
 def file_family(path: Path) -> tuple[str, int]:
     """Family and native size of a single file in the original key layout. Raises Unrecognised."""
-    header = safetensors_header(path)
+    header = contents(path)
     if "model.diffusion_model.input_blocks.0.0.weight" not in header:
         raise Unrecognised("it is no checkpoint: it holds no model.diffusion_model tensors (a LoRA, VAE or embedding?)")
     if any(k.startswith("conditioner.embedders.") for k in header):
@@ -136,6 +138,20 @@ def file_family(path: Path) -> tuple[str, int]:
         return "sd2", 768
     shape = header["model.diffusion_model.input_blocks.0.0.weight"].shape
     return ("sd1" if shape[1:2] == [4] else "sd1-inpainting"), 512
+
+
+def contents(path: Path) -> dict[str, Tensor]:
+    """What a file of weights holds, by name of the tensor; of one in a format that can hold code, names and shapes alone, and
+    only if it holds data alone. Raises Unrecognised.
+    """
+    if path.suffix.lower() not in pickles.SUFFIXES:
+        return safetensors_header(path)
+    try:
+        return {name: Tensor("", shape, (0, 0)) for name, shape in pickles.shapes(path).items()}
+    except OSError as error:
+        raise Unrecognised(f"{_shown(path)} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise Unrecognised(f"{_shown(path)} cannot be used: {error}") from error
 
 
 def safetensors_header(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from diffusion_api.engine import thrift
 from diffusion_api.engine.denoise import Lane, Painter
 from diffusion_api.engine.devices import HOST, Device, is_out_of_memory
 from diffusion_api.engine.estimate import Load, Measures, Placement, chosen, prices, shown, strictest
-from diffusion_api.engine.families.base import read_tensors
+from diffusion_api.engine.families.base import read_checkpoint
 from diffusion_api.engine.families.generic import Generic
 from diffusion_api.engine.families.sd1 import SD1
 from diffusion_api.engine.plan import plan
@@ -210,7 +210,7 @@ class Weights:
         family = FAMILIES[model.family]
         if not model.single_file:
             return family.from_folder(model.path, device, None)
-        return family.from_checkpoint(read_tensors(model.path), self._tokenizer, device, None)
+        return family.from_checkpoint(read_checkpoint(model.path), self._tokenizer, device, None)
 
 
 def _reason(error: Exception, model: Model) -> str:

@@ -36,6 +36,13 @@ def read_weights(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def read_checkpoint(path: Path) -> Tensors:
+    """The tensors of a model in a single file of either format. Raises anything at all when that is broken."""
+    held = read_weights(path)
+    held = held.get("state_dict", held)
+    return {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+
+
 def read_network(kind: Any, folder: Path, device: Device) -> Any:
     """A network of diffusers from its part of a pipeline's folder. Raises anything at all when that is broken."""
     config = kind.load_config(folder, local_files_only=True)

@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic_core import from_json
 
+from diffusion_api.catalog import pickles
+
 MAX_HEADER = 64 * 2**20
 
 SD = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
@@ -169,7 +171,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def file_family(path: Path) -> tuple[str, int]:
     """Family and native size of a single file in the original key layout. Raises Unrecognised."""
-    header = safetensors_header(path)
+    header = contents(path)
     if FIRST not in header:
         raise Unrecognised("it is no checkpoint: it holds no model.diffusion_model tensors (a LoRA, VAE or embedding?)")
     _check_channels(dict(enumerate(header[FIRST].shape)).get(1))
@@ -191,7 +193,8 @@ def file_schedule(path: Path) -> dict[str, object]:
 
     Keys of tensors go before metadata (https://github.com/Stability-AI/ModelSpec). Raises Unrecognised.
     """
-    header, told = safetensors_header(path), safetensors_metadata(path)
+    header = contents(path)
+    told = {} if path.suffix.lower() in pickles.SUFFIXES else safetensors_metadata(path)
     schedule: dict[str, object] = {}
     said = told.get("modelspec.prediction_type", told.get("modelspec.predict_key", ""))
     if kind := "v_prediction" if "v_pred" in header else PREDICTIONS.get(said.lower()):
@@ -199,6 +202,20 @@ def file_schedule(path: Path) -> dict[str, object]:
     if "ztsnr" in header:
         schedule["rescale_betas_zero_snr"] = True
     return schedule
+
+
+def contents(path: Path) -> dict[str, Tensor]:
+    """What a file of weights holds, by name of the tensor; of one in a format that can hold code, names and shapes alone, and
+    only if it holds data alone. Raises Unrecognised.
+    """
+    if path.suffix.lower() not in pickles.SUFFIXES:
+        return safetensors_header(path)
+    try:
+        return {name: Tensor("", shape, (0, 0)) for name, shape in pickles.shapes(path).items()}
+    except OSError as error:
+        raise Unrecognised(f"{_shown(path)} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise Unrecognised(f"{_shown(path)} cannot be used: {error}") from error
 
 
 def safetensors_header(path: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from diffusion_api.catalog.detect import Tensor, safetensors_header
+from diffusion_api.catalog.detect import Tensor, contents
 from diffusion_api.catalog.library import Model
 
 CHECKPOINT_PARTS = {
@@ -84,7 +84,7 @@ def _footprint(path: Path, stamp: int) -> Footprint:
 def _of_folder(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
     for part in sorted(p for p in folder.iterdir() if p.is_dir()):
         for path in _weights(part):
-            for name, tensor in safetensors_header(path).items():
+            for name, tensor in contents(path).items():
                 yield part.name, name, tensor
 
 
@@ -95,7 +95,7 @@ def _weights(part: Path) -> Iterable[Path]:
 
 
 def _of_file(path: Path) -> Iterator[tuple[str, str, Tensor]]:
-    for name, tensor in safetensors_header(path).items():
+    for name, tensor in contents(path).items():
         part = next((part for prefix, part in CHECKPOINT_PARTS.items() if name.startswith(prefix)), None)
         if part:
             yield part, name, tensor

@@ -6,12 +6,13 @@ import logging
 import re
 import threading
 import time
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
-from diffusion_api.catalog import detect
+from diffusion_api.catalog import detect, pickles
 from diffusion_api.catalog.hashes import Hashes
 from diffusion_api.catalog.kinds import family_of, kind_of
 from diffusion_api.catalog.labels import LABELS, Profile, label, loose, read_profiles, repository
@@ -37,6 +38,8 @@ OWN_FOLDERS: dict[str, Kind] = {
     "vae": "vae",
     "embeddings": "embedding",
 }
+
+CODE = "{} files can run code when loaded; convert it to .safetensors, or allow them, as data (allow_pickle_models)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,7 @@ class Model(Asset):
     @property
     def single_file(self) -> bool:
         """True for a checkpoint file, False for a diffusers folder."""
-        return self.path.suffix == ".safetensors"
+        return self.path.is_file()
 
     @property
     def type(self) -> Literal["standard", "sdxl"]:
@@ -130,9 +133,11 @@ class Library:
         default: str | None = None,
         *,
         models_from: Sequence[Path] = (),
+        pickle_models: bool = False,
     ) -> None:
         self._home, self._models_dir, self._shipped, self._default = home, models_dir, shipped, default
         self._roots = _shown_as(models_from)
+        self._pickle_models = pickle_models
         self._hashes = Hashes(home / "stable_diffusion" / ".hashes.json")
         self._lock = threading.Lock()
         self._scanned, self._took = float("-inf"), 0.0
@@ -300,9 +305,14 @@ class Library:
             except detect.Unrecognised as error:
                 known = (stamp, error)
             self._recognised[key] = known
-        if isinstance(known[1], detect.Unrecognised):
-            raise known[1]
-        return known[1]
+        facts = known[1]
+        if entry.path.suffix.lower() in pickles.SUFFIXES and not self._pickle_models:
+            broken = isinstance(facts, detect.Unrecognised) and entry.kind == "model"
+            if broken or (isinstance(facts, _Facts) and facts.kind == "model"):
+                raise detect.Unrecognised(CODE.format(entry.path.suffix))
+        if isinstance(facts, detect.Unrecognised):
+            raise facts
+        return facts
 
     def _add(self, row: Asset, entry: Entry, rows: dict[str, Asset]) -> None:
         """Put a row under the first of its names that is free."""
@@ -346,24 +356,25 @@ def _recognise(path: Path, kind: Kind | None) -> _Facts | None:
     """
     if path.is_dir():
         return _Facts("model", *detect.folder_family(path))
-    if path.suffix.lower() != ".safetensors":
-        return _recognise_pickle(path, kind)
-    tensors = detect.safetensors_header(path)
+    if path.suffix.lower() in pickles.SUFFIXES and not zipfile.is_zipfile(path):
+        return _recognise_old(path, kind)
+    tensors = detect.contents(path)
     found = kind_of(tensors) or kind
     if found == "model":
         return _Facts("model", *detect.file_family(path))
     return _Facts(found, family_of(found, tensors)) if found else None
 
 
-def _recognise_pickle(path: Path, kind: Kind | None) -> _Facts | None:
-    """Formats that can hold code are not opened here: their names and folders tell."""
-    stem = path.stem.lower()
-    if stem in ("lora", "pytorch_lora_weights", "adapter_model"):
+def _recognise_old(path: Path, kind: Kind | None) -> _Facts | None:
+    """Pickles of before PyTorch 1.6 are not looked into: their folder tells, or the name that programs give to any LoRA."""
+    if path.stem.lower() in ("lora", "pytorch_lora_weights", "adapter_model"):
         return _Facts("lora", None)
-    if stem.endswith(".vae"):
+    if path.stem.lower().endswith(".vae"):
         return _Facts("vae", None)
-    if path.suffix.lower() == ".ckpt" and kind in (None, "model"):
-        raise detect.Unrecognised(".ckpt files can run code when loaded; convert it to .safetensors")
+    if kind == "model" and path.suffix.lower() == ".ckpt":
+        raise detect.Unrecognised(
+            "it is no file of torch.save, or one of before PyTorch 1.6; convert it to .safetensors"
+        )
     return _Facts(kind, None) if kind and kind != "model" else None
 
 

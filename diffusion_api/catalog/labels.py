@@ -63,11 +63,16 @@ class Profile(Frozen):
     aliases: tuple[str, ...] = ()
     size: Annotated[tuple[Side, Side] | None, BeforeValidator(_both_sides)] = None
     steps: int | None = Field(default=None, ge=1)
+    guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     sampler: str | None = None
     clip_skip: int | None = Field(default=None, ge=1, le=12)
     vae: str | None = None
     prediction: Literal["epsilon", "v"] | None = None
     ztsnr: bool | None = None
+
+    def over(self, other: Profile) -> Profile:
+        """This one, and what it leaves open as the other has it."""
+        return Profile.model_validate(other.model_dump() | self.model_dump(exclude_unset=True))
 
     @field_validator("sampler")
     @classmethod

@@ -21,10 +21,13 @@ SDXL = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "Stable
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 """What a diffusers folder must hold beside the UNet, where its index names it."""
 
+INDEXES = ("model_index.json", "modular_model_index.json")
+"""What says of which pipeline a folder is; families without a classic one have the second alone."""
+
 LIBRARIES = ("diffusers", "transformers")
 """Whose code a pipeline may be made of."""
 
-NO_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")
+NO_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor", "Guidance")
 """How classes are called whose folders hold no weights."""
 
 UNET = "model.diffusion_model."
@@ -73,9 +76,9 @@ class Unrecognised(ValueError):
 
 def folder_family(folder: Path) -> tuple[str, int]:
     """Family and native size in pixels of a diffusers folder. Raises Unrecognised."""
-    index = _json(folder / "model_index.json")
+    index = _json(index_of(folder))
     pipeline = index.get("_class_name")
-    if pipeline not in (*SD, *SDXL):
+    if not isinstance(pipeline, str) or pipeline not in (*SD, *SDXL):
         return _pipeline(folder, index, pipeline)
     unet = _json(folder / "unet" / "config.json")
     if pipeline in SDXL:
@@ -91,6 +94,11 @@ def folder_family(folder: Path) -> tuple[str, int]:
     return family, (size if isinstance(size, int) else 64) * 8
 
 
+def index_of(folder: Path) -> Path:
+    """The file that says which pipeline a folder is of, and of what parts it is made."""
+    return next((file for name in INDEXES if (file := folder / name).is_file()), folder / INDEXES[0])
+
+
 def is_pipeline(family: str) -> bool:
     """Whether models of a family are drawn by diffusers' own pipeline, whose class it is called after."""
     return family.endswith("Pipeline")
@@ -99,17 +107,15 @@ def is_pipeline(family: str) -> bool:
 def _pipeline(folder: Path, index: dict[str, Any], pipeline: object) -> tuple[str, int]:
     """Family and native size of a folder that any pipeline of diffusers draws with. Raises Unrecognised."""
     if not (isinstance(pipeline, str) and is_pipeline(pipeline)):
-        raise Unrecognised(f"its model_index.json names {pipeline}, and only pipelines of diffusers are run")
+        raise Unrecognised(f"its index names {pipeline}, and only pipelines of diffusers are run")
     for part, told in index.items():
         if part.startswith("_") or not isinstance(told, list):
             continue
-        library, name = told if len(told) == 2 else (None, told)
+        library, name = (*told, None, None)[:2]
         if name is None:
             continue
         if library not in LIBRARIES:
-            raise Unrecognised(
-                f"its model_index.json names {library}.{name}, and only code of {' and '.join(LIBRARIES)} is run"
-            )
+            raise Unrecognised(f"its index names {library}.{name}, and only code of {' and '.join(LIBRARIES)} is run")
         if not str(name).endswith(NO_WEIGHTS):
             _check_network(folder / part)
     return pipeline, _native_size(folder)
@@ -123,15 +129,16 @@ def _check_network(folder: Path) -> None:
 
 def _native_size(folder: Path) -> int:
     """The side in pixels that a pipeline was trained at: the size of its latents times the autoencoder's factor."""
-    network = next((found for part in ("transformer", "unet") if (found := _config(folder / part))), {})
-    vae = _config(folder / "vae")
+    network = next((found for part in ("transformer", "unet") if (found := read_config(folder / part))), {})
+    vae = read_config(folder / "vae")
     levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [0] * 4
     size = network.get("sample_size")
     return size * 2 ** (len(levels) - 1) if isinstance(size, int) else 1024
 
 
-def _config(part: Path) -> dict[str, Any]:
-    file = part / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """What a part of a model says of itself; empty where there is none. Raises Unrecognised when it is damaged."""
+    file = folder / name
     return _json(file) if file.is_file() else {}
 
 

@@ -29,6 +29,11 @@ DENOISERS = ("unet", "transformer")
 TOP_ATTENTION = ("down_blocks.0.attentions.", "model.diffusion_model.input_blocks.1.1.")
 """Names that only a UNet has which attends at full resolution, as a folder and as a single file."""
 
+EIGHTHS = ("F8_E4M3", "F8_E5M2")
+"""Numbers that stay in one byte in memory. They count as half a number, as a byte of a GGUF file does: where memory is short
+a number takes two bytes.
+"""
+
 WIDEST = 26
 NARROWER = 16
 """Numbers that a UNet of Stable Diffusion's kind holds at its peak, for each latent pixel and channel of its first block:
@@ -72,7 +77,7 @@ def _footprint(path: Path, stamp: int) -> Footprint:
     parts: Counter[str] = Counter()
     largest: dict[str, int] = {}
     for part, _, tensor in tensors:
-        size = math.prod(tensor.shape)
+        size = math.prod(tensor.shape) // (2 if part in DENOISERS and tensor.dtype in EIGHTHS else 1)
         parts[part] += size
         largest[part] = max(size, largest.get(part, 0))
     unet = {name: tensor for part, name, tensor in tensors if part == "unet"}
@@ -86,6 +91,8 @@ def _of_folder(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
         for path in _weights(part):
             for name, tensor in contents(path).items():
                 yield part.name, name, tensor
+        for path in part.glob("*.gguf"):
+            yield part.name, path.name, Tensor("GGUF", [path.stat().st_size // 2], (0, 0))
 
 
 def _weights(part: Path) -> Iterable[Path]:

@@ -17,6 +17,7 @@ from diffusion_api.catalog.hashes import Hashes
 from diffusion_api.catalog.kinds import family_of, kind_of
 from diffusion_api.catalog.labels import LABELS, Profile, label, loose, read_profiles, repository
 from diffusion_api.catalog.layouts import Entry, Kind, Place, places, search
+from diffusion_api.catalog.pipelines import recommended
 from diffusion_api.errors import InvalidRequest, UnknownModel
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,11 @@ class Model(Asset):
     def default_size(self) -> tuple[int, int]:
         """Width and height in pixels of requests that name none."""
         return self.profile.size or (self.native_size, self.native_size)
+
+    @property
+    def multiple(self) -> int:
+        """What width and height are multiples of, in pixels: transformers see patches of two by two latent pixels."""
+        return 16 if detect.is_pipeline(self.family) else 8
 
     @property
     def single_file(self) -> bool:
@@ -238,7 +244,7 @@ class Library:
         profiles = read_profiles(self._home / "stable_diffusion" / "models.toml", self._log_once)
         for name, row in rows.get("model", {}).items():
             if isinstance(row, Model) and (profile := profiles.get(loose(name))):
-                rows["model"][name] = replace(row, profile=profile)
+                rows["model"][name] = replace(row, profile=profile.over(row.profile))
         return rows
 
     def _places(self) -> Iterable[Place]:
@@ -293,6 +299,7 @@ class Library:
             hashes=self._hashes,
             native_size=facts.native_size,
             shipped=shipped,
+            profile=recommended(entry.path, facts.family) if detect.is_pipeline(facts.family) else Profile(),
         )
 
     def _facts(self, entry: Entry, stamp: int) -> _Facts | None:

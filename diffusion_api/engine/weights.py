@@ -15,7 +15,6 @@ from diffusion_api.engine.denoise import Lane, Painter
 from diffusion_api.engine.devices import HOST, Device, is_out_of_memory
 from diffusion_api.engine.estimate import Load, Measures, Placement, chosen, prices, shown, strictest
 from diffusion_api.engine.families.base import UNetLane
-from diffusion_api.engine.families.generic import Generic
 from diffusion_api.engine.families.sd1 import SD1
 from diffusion_api.engine.families.sd2 import SD2
 from diffusion_api.engine.families.sdxl import SDXL, SDXLRefiner
@@ -208,6 +207,8 @@ class Weights:
 
     def _open(self, model: Model, device: Device) -> Lane | Painter:
         if is_pipeline(model.family):
+            from diffusion_api.engine.families.generic import Generic  # all of diffusers, which takes seconds
+
             return Generic.from_folder(model.path, device)
         family, schedule = FAMILIES[model.family], model.profile.schedule
         if not model.single_file:

@@ -375,6 +375,14 @@ class UpscalersBody(BaseModel):
     upscalers: list[UpscalerRow]
 
 
+class SamplingMethodsBody(BaseModel):
+    """Names for ``sampler_name`` and for ``scheduler_type``."""
+
+    status: Literal["success"] = "success"
+    sampling_methods: list[str]
+    scheduler_types: list[str]
+
+
 class HelloBody(BaseModel):
     """The service answers."""
 
@@ -487,6 +495,12 @@ def mount(app: FastAPI, service: Service) -> None:
     @router.get("/upscalers", tags=["catalog"], summary="Upscalers")
     def upscalers() -> UpscalersBody:
         return UpscalersBody(upscalers=[*_internal_upscalers(), *map(_upscaler, service.assets("upscaler"))])
+
+    @router.get("/sampling_methods", tags=["catalog"], summary="Samplers and schedules")
+    def sampling_methods() -> SamplingMethodsBody:
+        return SamplingMethodsBody(
+            sampling_methods=samplers.sampling_methods(), scheduler_types=samplers.scheduler_types()
+        )
 
     @router.post(
         "/txt2img", tags=["jobs"], summary="A picture from words",

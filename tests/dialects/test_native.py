@@ -782,6 +782,15 @@ def test_loras_are_listed_with_the_scale_that_they_have_when_none_is_given(stub_
     }
 
 
+def test_samplers_and_schedules_are_listed_those_of_the_manual_first(stub_server: Program) -> None:
+    answer = stub_server.get("/sampling_methods").json()
+    assert answer["status"] == "success"
+    assert answer["sampling_methods"][:3] == ["Euler", "Euler a", "Heun"]
+    assert answer["scheduler_types"][:5] == ["default", "karras", "exponential", "ddim", "pndm"]
+    for name in answer["sampling_methods"]:
+        stub_server.submit(sampler_name=name, scheduler_type=answer["scheduler_types"][-1])
+
+
 def test_upscalers_are_the_internal_ones_and_then_the_files(stub_server: Program) -> None:
     answer = stub_server.get("/upscalers").json()
     assert answer["status"] == "success"

@@ -59,3 +59,12 @@ def diffusers_folder(
     (path / "unet" / "config.json").write_text(json.dumps({"sample_size": sample_size} | (unet or {})))
     (path / "model_index.json").write_text(json.dumps({"_class_name": pipeline} | (index or {})))
     return path
+
+
+def transformer_folder(path: Path, *, pipeline: str = "FluxPipeline", **config: Any) -> Path:
+    """A diffusers folder of a pipeline with a transformer, which holds no tensor; ``config`` is the transformer's."""
+    checkpoint(path / "transformer" / "diffusion_pytorch_model.safetensors", {})
+    (path / "transformer" / "config.json").write_text(json.dumps(config))
+    index = {"_class_name": pipeline, "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (path / "model_index.json").write_text(json.dumps(index))
+    return path

@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import TypeAdapter
 from pydantic_core import from_json
 
+from diffusion_api.catalog import pickles
+
 MAX_HEADER = 64 * 2**20
 
 SD = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
@@ -18,6 +20,15 @@ SDXL = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "Stable
 
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 """What a diffusers folder must hold beside the UNet, where its index names it."""
+
+INDEXES = ("model_index.json", "modular_model_index.json")
+"""What says of which pipeline a folder is; families without a classic one have the second alone."""
+
+LIBRARIES = ("diffusers", "transformers")
+"""Whose code a pipeline may be made of."""
+
+NO_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor", "Guidance")
+"""How classes are called whose folders hold no weights."""
 
 UNET = "model.diffusion_model."
 FIRST = f"{UNET}input_blocks.0.0.weight"
@@ -65,10 +76,10 @@ class Unrecognised(ValueError):
 
 def folder_family(folder: Path) -> tuple[str, int]:
     """Family and native size in pixels of a diffusers folder. Raises Unrecognised."""
-    index = _json(folder / "model_index.json")
-    pipeline = str(index.get("_class_name"))
-    if pipeline not in (*SD, *SDXL):
-        raise Unrecognised(f"pipeline {pipeline} has no lane yet")
+    index = _json(index_of(folder))
+    pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str) or pipeline not in (*SD, *SDXL):
+        return _pipeline(folder, index, pipeline)
     unet = _json(folder / "unet" / "config.json")
     if pipeline in SDXL:
         family = "sdxl-refiner" if index.get("text_encoder") == [None, None] else "sdxl"
@@ -81,6 +92,54 @@ def folder_family(folder: Path) -> tuple[str, int]:
             _check_part(folder / part)
     size = unet.get("sample_size")
     return family, (size if isinstance(size, int) else 64) * 8
+
+
+def index_of(folder: Path) -> Path:
+    """The file that says which pipeline a folder is of, and of what parts it is made."""
+    return next((file for name in INDEXES if (file := folder / name).is_file()), folder / INDEXES[0])
+
+
+def is_pipeline(family: str) -> bool:
+    """Whether models of a family are drawn by diffusers' own pipeline, whose class it is called after."""
+    return family.endswith("Pipeline")
+
+
+def _pipeline(folder: Path, index: dict[str, Any], pipeline: object) -> tuple[str, int]:
+    """Family and native size of a folder that any pipeline of diffusers draws with. Raises Unrecognised."""
+    if not (isinstance(pipeline, str) and is_pipeline(pipeline)):
+        raise Unrecognised(f"its index names {pipeline}, and only pipelines of diffusers are run")
+    for part, told in index.items():
+        if part.startswith("_") or not isinstance(told, list):
+            continue
+        library, name = (*told, None, None)[:2]
+        if name is None:
+            continue
+        if library not in LIBRARIES:
+            raise Unrecognised(f"its index names {library}.{name}, and only code of {' and '.join(LIBRARIES)} is run")
+        if not str(name).endswith(NO_WEIGHTS):
+            _check_network(folder / part)
+    return pipeline, _native_size(folder)
+
+
+def _check_network(folder: Path) -> None:
+    """Raises Unrecognised for a network whose files are missing or damaged."""
+    if not any(path.is_file() for path in folder.glob("*.gguf")):
+        weight_files(folder)
+
+
+def _native_size(folder: Path) -> int:
+    """The side in pixels that a pipeline was trained at: the size of its latents times the autoencoder's factor."""
+    network = next((found for part in ("transformer", "unet") if (found := read_config(folder / part))), {})
+    vae = read_config(folder / "vae")
+    levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [0] * 4
+    size = network.get("sample_size")
+    return size * 2 ** (len(levels) - 1) if isinstance(size, int) else 1024
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """What a part of a model says of itself; empty where there is none. Raises Unrecognised when it is damaged."""
+    file = folder / name
+    return _json(file) if file.is_file() else {}
 
 
 def _check_part(folder: Path) -> None:
@@ -119,7 +178,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def file_family(path: Path) -> tuple[str, int]:
     """Family and native size of a single file in the original key layout. Raises Unrecognised."""
-    header = safetensors_header(path)
+    header = contents(path)
     if FIRST not in header:
         raise Unrecognised("it is no checkpoint: it holds no model.diffusion_model tensors (a LoRA, VAE or embedding?)")
     _check_channels(dict(enumerate(header[FIRST].shape)).get(1))
@@ -132,6 +191,10 @@ def file_family(path: Path) -> tuple[str, int]:
         raise Unrecognised("it holds no autoencoder (first_stage_model.*); use a checkpoint that has one")
     if prefix.startswith("cond_stage_model.") and f"{UNET}label_emb.0.0.weight" in header:
         raise Unrecognised("its UNet reads more than words (label_emb), as unCLIP models do, which are not known")
+    if any(name.endswith(".scale_weight") for name in header):
+        raise Unrecognised(
+            "its 8-bit weights are scaled (scale_weight), which is not known here; use 8 bits without scales"
+        )
     return TEXT_ENCODERS[prefix]
 
 
@@ -141,7 +204,8 @@ def file_schedule(path: Path) -> dict[str, object]:
 
     Keys of tensors go before metadata (https://github.com/Stability-AI/ModelSpec). Raises Unrecognised.
     """
-    header, told = safetensors_header(path), safetensors_metadata(path)
+    header = contents(path)
+    told = {} if path.suffix.lower() in pickles.SUFFIXES else safetensors_metadata(path)
     schedule: dict[str, object] = {}
     said = told.get("modelspec.prediction_type", told.get("modelspec.predict_key", ""))
     if kind := "v_prediction" if "v_pred" in header else PREDICTIONS.get(said.lower()):
@@ -149,6 +213,20 @@ def file_schedule(path: Path) -> dict[str, object]:
     if "ztsnr" in header:
         schedule["rescale_betas_zero_snr"] = True
     return schedule
+
+
+def contents(path: Path) -> dict[str, Tensor]:
+    """What a file of weights holds, by name of the tensor; of one in a format that can hold code, names and shapes alone, and
+    only if it holds data alone. Raises Unrecognised.
+    """
+    if path.suffix.lower() not in pickles.SUFFIXES:
+        return safetensors_header(path)
+    try:
+        return {name: Tensor("", shape, (0, 0)) for name, shape in pickles.shapes(path).items()}
+    except OSError as error:
+        raise Unrecognised(f"{_shown(path)} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise Unrecognised(f"{_shown(path)} cannot be used: {error}") from error
 
 
 def safetensors_header(path: Path) -> dict[str, Tensor]:

@@ -64,6 +64,7 @@ class Profile(Frozen):
     aliases: tuple[str, ...] = ()
     size: Annotated[tuple[Side, Side] | None, BeforeValidator(_both_sides)] = None
     steps: int | None = Field(default=None, ge=1)
+    guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     sampler: str | None = None
     clip_skip: int | None = Field(default=None, ge=1, le=12)
     vae: str | None = None
@@ -78,6 +79,10 @@ class Profile(Frozen):
             "rescale_betas_zero_snr": self.ztsnr,
         }
         return {key: value for key, value in said.items() if value is not None}
+
+    def over(self, other: Profile) -> Profile:
+        """This one, and what it leaves open as the other has it."""
+        return Profile.model_validate(other.model_dump() | self.model_dump(exclude_unset=True))
 
     @field_validator("sampler")
     @classmethod

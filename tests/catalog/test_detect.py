@@ -7,10 +7,11 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import fake_models
 import pytest
-from fake_models import checkpoint, diffusers_folder
+from fake_models import checkpoint, diffusers_folder, transformer_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,9 +75,55 @@ def test_a_folder_is_known_by_its_configs(tmp_path: Path, options: dict[str, obj
     assert folder_family(diffusers_folder(tmp_path / "sdxl", **options)) == found  # type: ignore[arg-type]
 
 
-def test_a_pipeline_without_a_lane_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Unrecognised, match="pipeline FluxPipeline has no lane yet"):
-        folder_family(diffusers_folder(tmp_path, pipeline="FluxPipeline"))
+@pytest.mark.parametrize(("config", "size"), [({}, 1024), ({"sample_size": 64}, 512), ({"sample_size": [6, 8]}, 1024)])
+def test_any_pipeline_is_called_after_its_class(tmp_path: Path, config: dict[str, Any], size: int) -> None:
+    assert folder_family(transformer_folder(tmp_path, **config)) == ("FluxPipeline", size)
+
+
+def test_the_native_size_is_that_of_the_latents_times_the_autoencoders_factor(tmp_path: Path) -> None:
+    transformer_folder(tmp_path, pipeline="SanaPipeline", sample_size=32)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"encoder_block_out_channels": [1] * 6}))
+    assert folder_family(tmp_path) == ("SanaPipeline", 1024)
+
+
+def test_a_modular_pipeline_has_an_index_of_its_own(tmp_path: Path) -> None:
+    index = transformer_folder(tmp_path, pipeline="Flux3ModularPipeline") / "model_index.json"
+    content = json.loads(index.read_text())
+    content["transformer"].append({"subfolder": "transformer"})
+    (tmp_path / "modular_model_index.json").write_text(json.dumps(content))
+    index.unlink()
+    assert folder_family(tmp_path) == ("Flux3ModularPipeline", 1024)
+
+
+@pytest.mark.parametrize(
+    ("index", "why"),
+    [
+        ({"_class_name": ["mine", "MyPipeline"]}, "its index names .*MyPipeline.*, and only pipelines of diffusers"),
+        ({"_class_name": "Mine"}, "its index names Mine, and only pipelines of diffusers are run"),
+        ({}, "its index names None, and only pipelines of diffusers are run"),
+        (
+            {"transformer": ["mine", "Net"]},
+            "its index names mine.Net, and only code of diffusers and transformers is run",
+        ),
+        ({"transformer": ["mine", "Net", {}]}, "its index names mine.Net, and only code of"),
+        ({"text_encoder": ["transformers", "T5EncoderModel"]}, "its text_encoder/ holds no safetensors weights"),
+    ],
+)
+def test_a_pipeline_that_brings_code_or_lacks_weights_is_refused(
+    tmp_path: Path, index: dict[str, Any], why: str
+) -> None:
+    file = transformer_folder(tmp_path) / "model_index.json"
+    file.write_text(json.dumps((json.loads(file.read_text()) | index) if index else {}))
+    with pytest.raises(Unrecognised, match=why):
+        folder_family(tmp_path)
+
+
+def test_a_gguf_file_is_weights(tmp_path: Path) -> None:
+    transformer_folder(tmp_path)
+    (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "transformer" / "flux1-dev-Q4_K_S.gguf").write_bytes(b"GGUF")
+    assert folder_family(tmp_path) == ("FluxPipeline", 1024)
 
 
 @pytest.mark.parametrize("keys", [fake_models.LORA_KEYS, {}])
@@ -162,6 +209,7 @@ def test_a_model_that_reads_something_else_is_told_so(tmp_path: Path, shape: lis
         ("cond_stage_model.", {}, r"it holds no text encoder \(cond_stage_model\.\* or conditioner\.\*\)"),
         ("first_stage_model.", {}, r"it holds no autoencoder \(first_stage_model\.\*\)"),
         ("nothing", {"model.diffusion_model.label_emb.0.0.weight": [8, 8]}, "reads more than words"),
+        ("nothing", {"model.diffusion_model.input_blocks.0.0.scale_weight": [1]}, r"are scaled \(scale_weight\)"),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_or_of_another_kind_is_told_so(

@@ -131,7 +131,7 @@ def test_what_cannot_run_is_not_listed_and_told_once(
     keys: dict[str, list[int]],
     reason: str,
 ) -> None:
-    monkeypatch.setattr(catalog, "FRESH", -1)
+    monkeypatch.setattr(catalog, "FRESH", -1000)
     diffusers_folder(models / "good")
     checkpoint(models / "other.safetensors", keys)
     library = new_library()
@@ -160,7 +160,7 @@ def test_a_file_that_is_no_model_is_not_listed_and_told_once(
     content: bytes,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(catalog, "FRESH", -1)
+    monkeypatch.setattr(catalog, "FRESH", -1000)
     diffusers_folder(models / "good")
     (models / name).write_bytes(content)
     library = new_library()
@@ -174,7 +174,7 @@ def test_a_file_that_is_no_model_is_not_listed_and_told_once(
 def test_a_download_that_goes_on_is_listed_once_it_is_whole(
     models: Path, new_library: NewLibrary, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(catalog, "FRESH", -1)
+    monkeypatch.setattr(catalog, "FRESH", -1000)
     path = checkpoint(models / "one.safetensors", fake_models.SD1_KEYS)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
@@ -219,7 +219,7 @@ def test_a_scan_is_believed_for_a_moment_and_then_made_again(
     assert names(library) == []
     diffusers_folder(models / "new")
     assert names(library) == []
-    monkeypatch.setattr(catalog, "FRESH", -1)
+    monkeypatch.setattr(catalog, "FRESH", -1000)
     assert names(library) == ["new"]
 
 
@@ -307,7 +307,7 @@ def test_a_model_that_is_there_and_cannot_be_used_is_refused_with_the_reason(
 def test_a_model_that_was_mended_is_found(
     models: Path, new_library: NewLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog, "FRESH", -1)
+    monkeypatch.setattr(catalog, "FRESH", -1000)
     path = checkpoint(models / "half.safetensors", fake_models.SD1_KEYS)
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])

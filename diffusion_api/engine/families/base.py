@@ -50,8 +50,13 @@ def read_tensors(path: Path) -> Tensors:
 def read_checkpoint(path: Path, device: Device) -> Tensors:
     """The tensors of a single file that make a model, those in 8 bits as the device computes. Raises Unrecognised."""
     file_family(path)
-    with safe_open(path, framework="pt", backend="pread") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(LOADED)}  # noqa: SIM118
+    if path.suffix.lower() == ".safetensors":
+        with safe_open(path, framework="pt", backend="pread") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(LOADED)}  # noqa: SIM118
+    else:
+        held = read_weights(path)
+        found = held.get("state_dict", held).items()
+        tensors = {name: t for name, t in found if isinstance(t, Tensor) and name.startswith(LOADED)}
     eight_bits = (torch.float8_e4m3fn, torch.float8_e5m2)
     return {name: t.to(device.dtype) if t.dtype in eight_bits else t for name, t in tensors.items()}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion_api.catalog import compatibility
 from diffusion_api.catalog.library import Asset, Library
 from diffusion_api.engine.base import Attached
-from diffusion_api.engine.denoise import Lane
+from diffusion_api.engine.denoise import Loaded
 from diffusion_api.engine.devices import is_out_of_memory
 from diffusion_api.engine.embeddings import read_embedding
 from diffusion_api.engine.families.base import read_weights
@@ -34,7 +34,7 @@ class Extras:
     def __init__(self, library: Library) -> None:
         self._library = library
 
-    def attach(self, lane: Lane, request: Request) -> Attached:
+    def attach(self, lane: Loaded, request: Request) -> Attached:
         """Have the lane draw with the LoRAs, the VAE and the embeddings of this request, and with no others.
 
         What is attached stays until another job of this model asks for something else; the same again costs nothing.
@@ -45,7 +45,7 @@ class Extras:
             patched, warnings=patched.warnings + learned.warnings, infotext={**patched.infotext, **learned.infotext}
         )
 
-    def _patched(self, lane: Lane, request: Request) -> Attached:
+    def _patched(self, lane: Loaded, request: Request) -> Attached:
         uses = [(use, self._library.find_asset("lora", use.name)) for use in lora_uses(request)]
         vae = self._vae(request)
         key = (*((use, row and (row.path, row.stamp)) for use, row in uses), vae and (vae.path, vae.stamp))
@@ -77,7 +77,7 @@ class Extras:
         row = self._library.find(model)
         return row.family if row else ""
 
-    def _learned(self, lane: Lane, prompts: str) -> Attached:
+    def _learned(self, lane: Loaded, prompts: str) -> Attached:
         prompts = prompts.lower()
         rows = [row for row in self._library.assets("embedding") if row.name.lower() in prompts]
         widths = tuple((part, words.width) for part, words in lane.words.items())

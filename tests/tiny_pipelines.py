@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImageModularPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -215,3 +217,13 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> None:
                 noise = torch.randn(weight.shape, generator=generator) * spread
                 weight.data = noise + 1 if "norm" in name and name.endswith("weight") else noise
     pipeline.save_pretrained(folder)
+
+
+def save_modular(classic: Path, folder: Path) -> None:
+    """The same Z-Image as a modular pipeline, which names its parts in another index."""
+    parts = ZImagePipeline.from_pretrained(classic, local_files_only=True, use_safetensors=True).components
+    modular = ZImageModularPipeline()
+    modular.update_components(**{name: part for name, part in parts.items() if name in modular.component_names})
+    modular.save_pretrained(str(folder), overwrite_modular_index=True)
+    for part in parts:
+        shutil.copytree(classic / part, folder / part, dirs_exist_ok=True)

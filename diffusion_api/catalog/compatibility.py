@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
-from diffusion_api.catalog.detect import safetensors_header
+from diffusion_api.catalog.detect import safetensors_header, weight_files
 
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
@@ -30,7 +30,7 @@ ADVICE = {
     ("standard", "sdxl"): "appears to be designed for SD 1.5 models, but you're using an SDXL model. "
     "Try using a standard SD base model.",
 }
-STANDARD = {"sd1": "standard", "sd2": "standard", "sdxl": "sdxl"}
+STANDARD = {"sd1": "standard", "sd2": "standard", "sdxl": "sdxl", "sdxl-refiner": "sdxl"}
 
 _PREFIXES = (
     ("lora_unet_", "unet"), ("lora_te_", "text_encoder"), ("lora_te1_", "text_encoder"), ("lora_te2_", "text_encoder_2"),
@@ -165,7 +165,7 @@ def _folder_shapes(path: Path, stamp: int) -> Mapping[str, Shapes]:
     parts: dict[str, Shapes] = {}
     for part in (*DENOISERS, "text_encoder", "text_encoder_2"):
         shapes: dict[str, Sequence[int]] = {}
-        for file in sorted((path / part).glob("*.safetensors")):
+        for file in weight_files(path / part) if (path / part).is_dir() else ():
             shapes |= {name: tensor.shape for name, tensor in safetensors_header(file).items()}
         if shapes:
             parts[part] = shapes

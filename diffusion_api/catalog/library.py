@@ -6,21 +6,22 @@ import logging
 import re
 import threading
 import time
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
-from diffusion_api.catalog import detect
+from diffusion_api.catalog import detect, pickles
 from diffusion_api.catalog.hashes import Hashes
 from diffusion_api.catalog.kinds import family_of, kind_of
 from diffusion_api.catalog.labels import LABELS, Profile, label, loose, read_profiles, repository
 from diffusion_api.catalog.layouts import Entry, Kind, Place, places, search
+from diffusion_api.catalog.pipelines import recommended
 from diffusion_api.errors import InvalidRequest, UnknownModel
 
 log = logging.getLogger(__name__)
 
-RUNNABLE = frozenset({"sd1"})
 PREFERRED_DEFAULT = "stable-diffusion-v1-5"
 FRESH = 2.0
 """Seconds for which a scan is believed."""
@@ -38,6 +39,8 @@ OWN_FOLDERS: dict[str, Kind] = {
     "vae": "vae",
     "embeddings": "embedding",
 }
+
+CODE = "{} files can run code when loaded; convert it to .safetensors, or allow them, as data (allow_pickle_models)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +107,19 @@ class Model(Asset):
         return self.profile.size or (self.native_size, self.native_size)
 
     @property
+    def multiple(self) -> int:
+        """What width and height are multiples of, in pixels: transformers see patches of two by two latent pixels."""
+        return 16 if detect.is_pipeline(self.family) else 8
+
+    @property
     def single_file(self) -> bool:
         """True for a checkpoint file, False for a diffusers folder."""
-        return self.path.suffix == ".safetensors"
+        return self.path.is_file()
 
     @property
     def type(self) -> Literal["standard", "sdxl"]:
         """``sdxl`` or ``standard``, the two words of the original API."""
-        return "sdxl" if self.family == "sdxl" else "standard"
+        return "sdxl" if self.family in ("sdxl", "sdxl-refiner") else "standard"
 
 
 Row = TypeVar("Row", bound=Asset)
@@ -131,9 +139,11 @@ class Library:
         default: str | None = None,
         *,
         models_from: Sequence[Path] = (),
+        pickle_models: bool = False,
     ) -> None:
         self._home, self._models_dir, self._shipped, self._default = home, models_dir, shipped, default
         self._roots = _shown_as(models_from)
+        self._pickle_models = pickle_models
         self._hashes = Hashes(home / "stable_diffusion" / ".hashes.json")
         self._lock = threading.Lock()
         self._scanned, self._took = float("-inf"), 0.0
@@ -234,7 +244,7 @@ class Library:
         profiles = read_profiles(self._home / "stable_diffusion" / "models.toml", self._log_once)
         for name, row in rows.get("model", {}).items():
             if isinstance(row, Model) and (profile := profiles.get(loose(name))):
-                rows["model"][name] = replace(row, profile=profile)
+                rows["model"][name] = replace(row, profile=profile.over(row.profile))
         return rows
 
     def _places(self) -> Iterable[Place]:
@@ -268,7 +278,7 @@ class Library:
         if facts is None:
             return None
         name = _name(entry)
-        if facts.kind != "model":
+        if facts.kind != "model" or facts.family is None:
             return Asset(
                 kind=facts.kind,
                 name=name,
@@ -279,9 +289,6 @@ class Library:
                 bytes=size,
                 hashes=self._hashes,
             )
-        if facts.family not in RUNNABLE and not detect.is_pipeline(facts.family or ""):
-            self._tell(str(entry.relative), f"family {facts.family} has no lane yet")
-            return None
         return Model(
             name=name,
             path=entry.path,
@@ -292,6 +299,7 @@ class Library:
             hashes=self._hashes,
             native_size=facts.native_size,
             shipped=shipped,
+            profile=recommended(entry.path, facts.family) if detect.is_pipeline(facts.family) else Profile(),
         )
 
     def _facts(self, entry: Entry, stamp: int) -> _Facts | None:
@@ -304,9 +312,14 @@ class Library:
             except detect.Unrecognised as error:
                 known = (stamp, error)
             self._recognised[key] = known
-        if isinstance(known[1], detect.Unrecognised):
-            raise known[1]
-        return known[1]
+        facts = known[1]
+        if entry.path.suffix.lower() in pickles.SUFFIXES and not self._pickle_models:
+            broken = isinstance(facts, detect.Unrecognised) and entry.kind == "model"
+            if broken or (isinstance(facts, _Facts) and facts.kind == "model"):
+                raise detect.Unrecognised(CODE.format(entry.path.suffix))
+        if isinstance(facts, detect.Unrecognised):
+            raise facts
+        return facts
 
     def _add(self, row: Asset, entry: Entry, rows: dict[str, Asset]) -> None:
         """Put a row under the first of its names that is free."""
@@ -350,24 +363,25 @@ def _recognise(path: Path, kind: Kind | None) -> _Facts | None:
     """
     if path.is_dir():
         return _Facts("model", *detect.folder_family(path))
-    if path.suffix.lower() != ".safetensors":
-        return _recognise_pickle(path, kind)
-    tensors = detect.safetensors_header(path)
+    if path.suffix.lower() in pickles.SUFFIXES and not zipfile.is_zipfile(path):
+        return _recognise_old(path, kind)
+    tensors = detect.contents(path)
     found = kind_of(tensors) or kind
     if found == "model":
         return _Facts("model", *detect.file_family(path))
     return _Facts(found, family_of(found, tensors)) if found else None
 
 
-def _recognise_pickle(path: Path, kind: Kind | None) -> _Facts | None:
-    """Formats that can hold code are not opened here: their names and folders tell."""
-    stem = path.stem.lower()
-    if stem in ("lora", "pytorch_lora_weights", "adapter_model"):
+def _recognise_old(path: Path, kind: Kind | None) -> _Facts | None:
+    """Pickles of before PyTorch 1.6 are not looked into: their folder tells, or the name that programs give to any LoRA."""
+    if path.stem.lower() in ("lora", "pytorch_lora_weights", "adapter_model"):
         return _Facts("lora", None)
-    if stem.endswith(".vae"):
+    if path.stem.lower().endswith(".vae"):
         return _Facts("vae", None)
-    if path.suffix.lower() == ".ckpt" and kind in (None, "model"):
-        raise detect.Unrecognised(".ckpt files can run code when loaded; convert it to .safetensors")
+    if kind == "model" and path.suffix.lower() == ".ckpt":
+        raise detect.Unrecognised(
+            "it is no file of torch.save, or one of before PyTorch 1.6; convert it to .safetensors"
+        )
     return _Facts(kind, None) if kind and kind != "model" else None
 
 

@@ -14,9 +14,10 @@ from diffusion_api.engine import thrift
 from diffusion_api.engine.denoise import Lane, Painter
 from diffusion_api.engine.devices import HOST, Device, is_out_of_memory
 from diffusion_api.engine.estimate import Load, Measures, Placement, chosen, prices, shown, strictest
-from diffusion_api.engine.families.base import read_tensors
-from diffusion_api.engine.families.generic import Generic
+from diffusion_api.engine.families.base import UNetLane
 from diffusion_api.engine.families.sd1 import SD1
+from diffusion_api.engine.families.sd2 import SD2
+from diffusion_api.engine.families.sdxl import SDXL, SDXLRefiner
 from diffusion_api.engine.plan import plan
 from diffusion_api.errors import ModelUnreadable, OutOfMemory, UnknownModel
 from diffusion_api.schema.report import HeldModel
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 LONGEST_REASON = 300
 """Characters of what a library says of a file; some list every tensor."""
 
-FAMILIES = {"sd1": SD1}
+FAMILIES: dict[str, type[UNetLane]] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL, "sdxl-refiner": SDXLRefiner}
 """By the names of :mod:`diffusion_api.catalog.detect`."""
 
 
@@ -206,11 +207,13 @@ class Weights:
 
     def _open(self, model: Model, device: Device) -> Lane | Painter:
         if is_pipeline(model.family):
+            from diffusion_api.engine.families.generic import Generic  # all of diffusers, which takes seconds
+
             return Generic.from_folder(model.path, device)
-        family = FAMILIES[model.family]
+        family, schedule = FAMILIES[model.family], model.profile.schedule
         if not model.single_file:
-            return family.from_folder(model.path, device, None)
-        return family.from_checkpoint(read_tensors(model.path), self._tokenizer, device, None)
+            return family.from_folder(model.path, device, None, schedule)
+        return family.from_checkpoint(model.path, self._tokenizer, device, None, schedule)
 
 
 def _reason(error: Exception, model: Model) -> str:

@@ -119,9 +119,7 @@ def test_a_model_behind_a_link_is_listed(tmp_path: Path, models: Path, new_libra
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [
-        (fake_models.SDXL_KEYS, "family sdxl has no lane yet"),
-        (fake_models.SD2_KEYS, "family sd2 has no lane yet"),
-        (fake_models.INPAINTING_KEYS, "family sd1-inpainting has no lane yet"),
+        (fake_models.VAE | {fake_models.UNET: [8, 4, 3, 3]}, "it holds no text encoder"),
         ({"text_model.embeddings.token_embedding.weight": [8]}, "it is no checkpoint"),
     ],
 )

@@ -13,7 +13,12 @@ import pytest
 import tiny_pipelines
 import torch
 from asking import events, finished, request
-from diffusers import AutoPipelineForText2Image, FluxPipeline
+from diffusers import (
+    AutoPipelineForText2Image,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    GGUFQuantizationConfig,
+)
 from safetensors.torch import load_file, save_file
 
 from diffusion_api.catalog.library import Library
@@ -46,6 +51,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pipelines") / "models"
     for name, make in tiny_pipelines.PIPELINES.items():
         tiny_pipelines.save(make(), root / name)
+    tiny_pipelines.save_modular(root / "z-image", root / "modular")
     return root
 
 
@@ -117,8 +123,7 @@ def test_an_interrupted_job_ends_within_a_step(engine: Executor, family: str) ->
     seen: list[int] = []
     run = engine.run(asked(family, steps=50), stop=lambda: Stop.NOW if 2 in seen else None)
     with pytest.raises(Interrupted):
-        for event in run:
-            seen.append(event.step or 0)  # type: ignore[union-attr]
+        seen.extend(event.step or 0 for event in run)  # type: ignore[union-attr]
     assert max(seen) <= 4
     assert finished(engine, asked(family, steps=1)).partial is None
 
@@ -153,6 +158,92 @@ def test_a_job_that_is_told_to_show_what_it_has_shows_the_present_guess(engine: 
         generator=torch.Generator().manual_seed(1), callback_on_step_end=ended,
     ).images[0]  # fmt: skip
     assert np.abs(last.images[0] / 255 - theirs).max() < 0.6 / 255
+
+
+def test_a_modular_pipeline_draws_what_the_classic_one_does(engine: Executor) -> None:
+    for changes in ({}, {"negative_prompt": "a dog"}, {"guidance_scale": 1}):
+        ours = finished(engine, asked("modular", **changes))
+        theirs = finished(engine, asked("z-image", **changes))
+        assert ours.warnings == ()
+        assert np.abs(ours.images[0].astype(int) - theirs.images[0]).max() <= 1
+
+
+def test_a_modular_pipeline_that_is_told_to_show_what_it_has_has_nothing(engine: Executor) -> None:
+    seen: list[int] = []
+    run = engine.run(asked("modular", steps=8), stop=lambda: Stop.WITH_PICTURE if 2 in seen else None)
+    with pytest.raises(Interrupted, match="before there was a picture"):
+        seen.extend(event.step or 0 for event in run)  # type: ignore[union-attr]
+    assert max(seen) <= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("file", ["diffusion_pytorch_model.safetensors", "flux1-dev-fp8.safetensors"])
+def test_float8_stays_float8_in_memory_and_is_computed_with_as_is(folders: Path, dtype: torch.dtype, file: str) -> None:
+    _copy(folders, "flux", "eighths", {})
+    own = folders / "eighths" / "transformer" / "diffusion_pytorch_model.safetensors"
+    eighths = {name: tensor.to(dtype) if tensor.ndim > 1 else tensor for name, tensor in load_file(own).items()}
+    own.unlink()
+    save_file(eighths, own.with_name(file))
+    model = Generic.from_folder(folders / "eighths", CPU)
+    assert model.pipeline.transformer.transformer_blocks[0].attn.to_q.weight.dtype is dtype
+    _copy(folders, "flux", "rounded", {})
+    save_file(
+        {name: tensor.float() for name, tensor in eighths.items()},
+        folders / "rounded" / own.relative_to(own.parents[1]),
+    )
+    rounded = Generic.from_folder(folders / "rounded", CPU)
+    ours, theirs = (_painted(each) for each in (model, rounded))
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(theirs, _painted(Generic.from_folder(folders / "flux", CPU)))
+
+
+def test_float8_with_scales_is_refused_and_not_drawn_wrongly(engine: Executor, folders: Path) -> None:
+    _copy(folders, "flux", "scaled", {})
+    own = folders / "scaled" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(own) | {"x_embedder.scale_weight": torch.ones(1)}, own)
+    with pytest.raises(ModelUnreadable, match=r"has scales beside its weights \(x_embedder.scale_weight\)"):
+        finished(engine, asked("scaled"))
+
+
+def test_a_gguf_transformer_draws_what_diffusers_draws_with_it(engine: Executor, folders: Path) -> None:
+    import gguf
+
+    _copy(folders, "flux", "packed", {})
+    own = folders / "packed" / "transformer" / "diffusion_pytorch_model.safetensors"
+    file = own.with_name("flux1-dev-Q8_0.gguf")
+    writer = gguf.GGUFWriter(file, "flux")
+    for name, tensor in load_file(own).items():
+        if tensor.ndim > 1 and tensor.shape[-1] % 32 == 0:
+            packed = gguf.quantize(tensor.numpy(), gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    own.unlink()
+    transformer = FluxTransformer2DModel.from_single_file(
+        str(file), config=str(file.parent), dtype=torch.float32,
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+    )  # fmt: skip
+    reference = FluxPipeline.from_pretrained(folders / "flux", transformer=transformer, local_files_only=True)
+    reference.set_progress_bar_config(disable=True)
+    theirs = reference(
+        prompt="a red cat", width=64, height=48, num_inference_steps=3, guidance_scale=3.5, output_type="pt",
+        generator=torch.Generator().manual_seed(1),
+    ).images  # fmt: skip
+    model = Generic.from_folder(folders / "packed", CPU)
+    assert model.pipeline.transformer.transformer_blocks[0].attn.to_q.weight.dtype is torch.uint8
+    assert (_painted(model) / 2 + 0.5 - theirs).abs().max() <= 1e-4
+    assert finished(engine, asked("packed")).images[0].shape == (48, 64, 3)
+
+
+def _painted(model: Generic) -> torch.Tensor:
+    (stage,) = plan(asked("flux"))
+    painted = model.paint(stage, lambda share: False)
+    assert painted is not None
+    return painted.values
 
 
 def test_what_a_family_cannot_honour_is_said_and_changes_nothing(engine: Executor) -> None:

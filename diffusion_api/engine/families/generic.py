@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,11 +19,11 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, GGUFQuantizationConfig
+from diffusers import FlowMatchEulerDiscreteScheduler, GGUFQuantizationConfig, ModularPipeline
 from torch import Tensor, nn
 
 from diffusion_api.catalog import samplers
-from diffusion_api.catalog.detect import safetensors_header
+from diffusion_api.catalog.detect import index_of, safetensors_header
 from diffusion_api.engine.denoise import Painted
 from diffusion_api.engine.devices import Device
 from diffusion_api.engine.families.base import Tensors, complete, read_tensors
@@ -33,6 +34,8 @@ from diffusion_api.errors import InvalidRequest
 from diffusion_api.prompt import parse
 from diffusion_api.schema.request import Sampling
 
+logging.getLogger("diffusers.modular_pipelines").setLevel(logging.CRITICAL)  # which logs each error that it raises
+
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 
 OWN_NAME = "diffusion_pytorch_model*.safetensors"
@@ -40,6 +43,9 @@ OWN_NAME = "diffusion_pytorch_model*.safetensors"
 
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 """As safetensors names them. What is stored so is kept so, and is computed with layer by layer in the device's dtype."""
+
+SCALES = ("scale_weight", "weight_scale", "scaled_fp8")
+"""What fp8 files of ComfyUI's kind call the numbers that their weights are to be multiplied by."""
 
 OPTIONS = ("eta", "guidance_rescale")
 """Fields of a request that some pipelines take by the same name."""
@@ -55,22 +61,27 @@ UNUSED = (
 class Generic:
     """A loaded pipeline; satisfies :class:`diffusion_api.engine.denoise.Painter`."""
 
-    pipeline: DiffusionPipeline
+    pipeline: Any
     model_hash: str | None = None
     words: Mapping[str, Words] = field(default_factory=dict)
 
     @classmethod
     def from_folder(cls, folder: Path, device: Device) -> Generic:
         """From a diffusers folder. Raises anything at all when the folder is broken."""
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads(index_of(folder).read_text())
         kind = _kind("diffusers", index["_class_name"])
+        _check_paints(kind)
         # What is in half precision elsewhere is in bfloat16 here: the large transformers overflow in float16.
         precise = replace(device, dtype=torch.bfloat16) if device.dtype is torch.float16 else device
         parts = {name: _part(folder / name, told, precise) for name, told in index.items() if not name.startswith("_")}
-        taken = inspect.signature(kind.__init__).parameters
         # Weights may wait in RAM while they are not needed: where they lie is not where the pipeline computes.
         placed = type(kind.__name__, (kind,), {"_execution_device": device.place})
-        pipeline = placed(**{name: part for name, part in parts.items() if name in taken})
+        if issubclass(kind, ModularPipeline):
+            pipeline = placed(pretrained_model_name_or_path=str(folder), local_files_only=True)
+            pipeline.update_components(**{name: parts[name] for name in pipeline.component_names if name in parts})
+        else:
+            taken = inspect.signature(kind.__init__).parameters
+            pipeline = placed(**{name: part for name, part in parts.items() if name in taken})
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline)
 
@@ -93,7 +104,7 @@ class Generic:
         call = _Call(self.pipeline, stage)
         try:
             with _watched(self.pipeline, stepped) as watch:
-                found = self.pipeline(**call.arguments).images
+                found = _images(self.pipeline, call.arguments)
         except _Enough:
             return None
         except ValueError as error:
@@ -113,9 +124,9 @@ class Generic:
 class _Call:
     """What a pipeline is called with: of a request, whatever its family takes; and what is to be said of the rest."""
 
-    def __init__(self, pipeline: DiffusionPipeline, stage: Pass) -> None:
+    def __init__(self, pipeline: Any, stage: Pass) -> None:
         self._pipeline, self._stage, self._request = pipeline, stage, stage.request
-        self._takes = inspect.signature(type(pipeline).__call__).parameters
+        self._takes = _taken(pipeline)
         self._name = type(pipeline).__name__
         self.warnings: list[str] = []
         self.infotext = {"RNG": "CPU"}
@@ -135,6 +146,10 @@ class _Call:
 
     def _guide(self) -> None:
         scale, negative = self._stage.guidance_scale, self._stage.negative_prompt
+        if guider := self._pipeline.components.get("guider"):
+            guider.guidance_scale = scale
+            self.arguments["negative_prompt"] = negative
+            return
         own = self._takes.get("guidance_scale")
         if "true_cfg_scale" in self._takes and (own is None or own.default is None):
             # Guidance by two evaluations, which these pipelines only do where there is a negative prompt.
@@ -188,6 +203,22 @@ class _Call:
         self.warnings.append(f"{name} {value} is not used: {self._name} has no such option")
 
 
+def _taken(pipeline: Any) -> Mapping[str, Any]:
+    """What a pipeline can be called with, by name, with a ``default`` each."""
+    if isinstance(pipeline, ModularPipeline):
+        return {taken.name: taken for taken in pipeline.blocks.inputs}
+    return inspect.signature(type(pipeline).__call__).parameters
+
+
+def _images(pipeline: Any, arguments: dict[str, Any]) -> Tensor:
+    """The pictures, (1, 3, height, width), 0 to 1."""
+    if isinstance(pipeline, ModularPipeline):
+        found: Tensor = pipeline(**arguments, output="images")
+    else:
+        found = pipeline(**arguments).images
+    return found
+
+
 def _plain(prompt: str) -> str:
     """A prompt without the networks that it names; all else is for the model to read."""
     return str(replace(parse(prompt), networks=()))
@@ -205,7 +236,7 @@ class _Watch:
 
 
 @contextmanager
-def _watched(pipeline: DiffusionPipeline, stepped: Callable[[float], bool]) -> Iterator[_Watch]:
+def _watched(pipeline: Any, stepped: Callable[[float], bool]) -> Iterator[_Watch]:
     """Within, each step of the pipeline's scheduler is told of, which every pipeline has, also one without callbacks.
 
     A pipeline that is to end gets the present guess of the clean latents in place of noisy ones, and decodes them.
@@ -250,15 +281,25 @@ def _kind(library: str, name: str) -> Any:
     kind = getattr(module, name, None) if module else None
     if not isinstance(kind, type):
         version = f" {module.__version__}" if module else ""
-        raise ValueError(f"its model_index.json names {library}.{name}, which is no class of {library}{version}")
+        raise ValueError(f"its index names {library}.{name}, which is no class of {library}{version}")
     return kind
+
+
+def _check_paints(kind: Any) -> None:
+    """Raises ValueError for a pipeline that makes no picture of words."""
+    if not issubclass(kind, ModularPipeline):
+        takes = inspect.signature(kind.__call__).parameters
+        if "num_frames" in takes:
+            raise ValueError(f"{kind.__name__} makes videos, and no pictures")
+        if "prompt" not in takes:
+            raise ValueError(f"{kind.__name__} makes no pictures of words")
 
 
 def _part(folder: Path, told: Any, device: Device) -> Any:
     """One entry of an index: a part of the pipeline, or a plain value. Raises anything at all when the part is broken."""
     if not isinstance(told, list):
         return told
-    library, name = told
+    library, name = told[:2]
     if name is None:
         return None
     kind = _kind(library, name)
@@ -274,7 +315,7 @@ def _network(kind: Any, folder: Path, device: Device) -> Any:
     if packed := sorted(folder.glob("*.gguf")):
         quantized = GGUFQuantizationConfig(compute_dtype=device.dtype)
         return _single(kind, str(packed[0]), folder, device, quantization_config=quantized).to(device.home)
-    stored = {tensor.dtype for path in _files(folder) for tensor in safetensors_header(path).values()}
+    stored = {tensor.dtype for path in _files(folder) for tensor in _header(path).values()}
     if any(folder.glob(OWN_NAME)):
         model, found = kind.from_pretrained(
             folder, dtype=device.dtype, use_safetensors=True, local_files_only=True, disable_mmap=True,
@@ -286,6 +327,14 @@ def _network(kind: Any, folder: Path, device: Device) -> Any:
     if eighths := next((dtype for name, dtype in FLOAT8.items() if name in stored), None):
         model.enable_layerwise_casting(storage_dtype=eighths, compute_dtype=device.dtype)
     return model.to(device.home).eval()
+
+
+def _header(path: Path) -> Mapping[str, Any]:
+    """What a file holds, before it is read. Raises Unrecognised, and ValueError for what diffusers would read wrongly."""
+    found = safetensors_header(path)
+    if scaled := next((name for name in found if name.endswith(SCALES)), None):
+        raise ValueError(f"{path.name} has scales beside its weights ({scaled}), which diffusers does not read")
+    return found
 
 
 def _single(kind: Any, weights: str | Tensors, folder: Path, device: Device, **options: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ from diffusion_api.app import App, create_app
 from diffusion_api.catalog.library import Library
 from diffusion_api.dialects import native
 from diffusion_api.engine.base import Engine
-from diffusion_api.engine.executor import Executor
+from diffusion_api.engine.executor import Budget, Executor
 from diffusion_api.errors import Misconfigured, QueueUnusable
 from diffusion_api.outputs import Outputs
 from diffusion_api.pace import Pace
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MIB = 2**20
+GIB = 2**30
 HOPELESS = 2 * HUNG
 """Seconds for which a job may hang beyond its deadline before its process is killed from outside: longer than it takes
 that process to notice, if it is still able to."""
@@ -65,7 +67,13 @@ def build_engine(settings: Settings, library: Library) -> Engine:
         from diffusion_api.engine.stub import StubEngine
 
         return StubEngine()
-    return Executor(library, device=settings.device, tokenizer=DATA / "clip")
+    budget = Budget(
+        max_vram=int(settings.max_vram * GIB) or None,
+        max_ram=int(settings.max_ram * GIB) or None,
+        idle=settings.idle_unload * 60 or None,
+        warm_up=tuple(name.strip() for name in settings.warm_up.split(",") if name.strip()),
+    )
+    return Executor(library, device=settings.device, tokenizer=DATA / "clip", budget=budget)
 
 
 def build_pace(settings: Settings) -> Pace:
@@ -147,6 +155,7 @@ class Serving:
 
     app: App
     drain: Callable[[], None]
+    engine: Engine | None
 
 
 def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Serving:
@@ -186,7 +195,7 @@ def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Ser
             webhooks.stop()
         queue.close()
 
-    return Serving(create_app(service, settings, startup=start, shutdown=stop), drain)
+    return Serving(create_app(service, settings, startup=start, shutdown=stop), drain, engine)
 
 
 def build_worker(queue: Queue, engine: Engine, outputs: Outputs, pace: Pace, handover: Handover | None) -> Worker:
@@ -226,6 +235,8 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
         timeout_graceful_shutdown=5,
     )
     Server(config, drain=serving.drain, greeting=_greeting(url)).run(sockets=[listener])
+    if serving.engine:
+        leave(serving.engine)
 
 
 def work(settings: Settings, handover: Handover) -> None:
@@ -248,6 +259,15 @@ def work(settings: Settings, handover: Handover) -> None:
         signal.signal(number, signal.SIG_DFL)
     hand.stop(settings.grace)
     queue.close()
+    leave(engine)
+
+
+def leave(engine: Engine) -> None:
+    """End the process at once if a thread is still in the device, where Python's own end would abort it."""
+    if not engine.close(0):
+        log.warning("the device is still at work; the process ends without it")
+        logging.shutdown()
+        os._exit(0)
 
 
 class Server(uvicorn.Server):

@@ -6,13 +6,15 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_api import logs, prompt
 from diffusion_api.catalog import styles
+from diffusion_api.catalog.detect import Unrecognised
+from diffusion_api.engine.estimate import Estimate, estimate
 from diffusion_api.errors import (
     Conflict,
     InvalidRequest,
@@ -20,6 +22,7 @@ from diffusion_api.errors import (
     QueueUnusable,
     ShuttingDown,
     TooLarge,
+    UnknownModel,
 )
 from diffusion_api.pace import Forecast
 from diffusion_api.schema.job import Image, Job, State
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
     from diffusion_api.queues.base import Key, Queue, Snapshot
-    from diffusion_api.schema.report import DeviceReport, WorkerReport
+    from diffusion_api.schema.report import DeviceReport, Room, WorkerReport
     from diffusion_api.settings import Settings
     from diffusion_api.webhooks import Webhooks
 
@@ -102,6 +105,7 @@ class Service:
         self.settings = settings
         self._webhooks = webhooks
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
+        self._pace = pace
         self._forecast = Forecast(queue, pace) if pace else None
         self._waiters = Waiters(queue)
         self._storage = Storage(queue.check, outputs.check)
@@ -111,13 +115,14 @@ class Service:
     def submit(self, job: Job, *, key: Key | None = None) -> Job:
         """Store a new job; when this returns it is on disk. The job as stored: without the pictures in its payload, and
         with the operator's deadline if it had none. It is an earlier job, with another id, if its caller sent that with
-        the same ``key``. Raises InvalidRequest, TooLarge, KeyReused, ShuttingDown, DiskFull, QueueUnusable.
+        the same ``key``. Raises InvalidRequest, TooLarge, OutOfMemory, KeyReused, ShuttingDown, DiskFull, QueueUnusable.
         """
         from diffusion_api.images import sanitized
 
         if self._draining:
             raise ShuttingDown(SHUTTING_DOWN)
         self._check(job.request)
+        self._fits(job.request)
         stored = job.model_copy(update={"payload": sanitized(job.payload), "deadline": self._deadline(job)})
         with self._promised(stored):
             kept = self._queue.enqueue(stored, key=key)
@@ -126,6 +131,19 @@ class Service:
         else:
             self._repeated(stored, kept)
         return kept
+
+    def estimate(self, request: Request) -> Estimate:
+        """What a job would do and take. Raises InvalidRequest, TooLarge, and OutOfMemory for one that cannot fit."""
+        self._check(request)
+        model = self._library.resolve(request.model)
+        try:
+            return estimate(model, request, self._room())
+        except Unrecognised as error:
+            raise UnknownModel(f"model {model.name!r} cannot be used: {error}", field="model") from error
+
+    def seconds(self, request: Request) -> float | None:
+        """How long a job would run, from those before it; None when that cannot be known."""
+        return self._pace.seconds(request) if self._pace else None
 
     def get(self, job_id: str) -> Snapshot:
         """The job as it stands. Raises NotFound, Gone."""
@@ -331,6 +349,18 @@ class Service:
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if len(text) > longest:
                 raise TooLarge(f"{name} has {len(text)} characters; at most {longest} are allowed")
+
+    def _room(self) -> Room | None:
+        """The memory of the worker that has most of it; None while none is known."""
+        reports = [self._engine.report()] if self._engine else [worker.device for worker in self._workers()]
+        return max((r.room for r in reports if r and r.room), key=lambda room: room.device, default=None)
+
+    def _fits(self, request: Request) -> None:
+        """Refuse what can never fit. What cannot be known is left to the worker. Raises OutOfMemory."""
+        model, room = self._library.find(request.model), self._room()
+        if model and room:
+            with suppress(Unrecognised):
+                estimate(model, request, room)
 
     def _check(self, request: Request) -> None:
         """The operator's limits, before anything is written."""

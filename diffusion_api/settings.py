@@ -68,6 +68,12 @@ class Settings(BaseSettings):
     device: Annotated[str, AfterValidator(_device)] = Field(
         default="auto", description="where the engine runs: auto, cpu, cuda, cuda:1 (the second card), mps"
     )
+    max_vram: float = Field(default=0, ge=0, description="GiB of a card that are used; 0 is all but a reserve")
+    max_ram: float = Field(default=0, ge=0, description="GiB of RAM that models take; 0 is all but a reserve")
+    idle_unload: float = Field(
+        default=10, ge=0, description="minutes without a job after which models leave the memory; 0 is never"
+    )
+    warm_up: str = Field(default="", description="models that are loaded at the start, with commas")
     model: str | None = Field(default=None, description="model of requests that name none")
     models_from: Paths = Field(
         default=(),

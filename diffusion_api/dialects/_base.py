@@ -32,6 +32,7 @@ STATUS: tuple[tuple[type[errors.DiffusionApiError], int], ...] = (
     (errors.Conflict, 409),
     (errors.TooLarge, 413),
     (errors.KeyReused, 422),
+    (errors.OutOfMemory, 422),
     (errors.CallerError, 400),
     (errors.DiskFull, 507),
     (errors.Unavailable, 503),

@@ -27,7 +27,7 @@ from diffusion_api.schema.request import MAX_SEED, OWN_VAE, Emphasis, LoraUse, O
 
 if TYPE_CHECKING:
     from diffusion_api.catalog.library import Asset, Model
-    from diffusion_api.schema.report import WorkerReport
+    from diffusion_api.schema.report import DeviceReport, WorkerReport
     from diffusion_api.service import Service
 
 FILE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png"}
@@ -210,6 +210,7 @@ class Txt2ImgBody(BaseModel):
         description="seconds that the job may run; the operator's when left out",
     )
     webhook: str | None = Field(default=None, description="URL that is told of the job's end")
+    dry_run: bool = Field(default=False, description="say what the job would be and take, and store nothing")
 
 
 class SubmittedBody(BaseModel):
@@ -218,6 +219,45 @@ class SubmittedBody(BaseModel):
     job_id: str
     status: Literal["queued"] = "queued"
     seed: int
+    warnings: list[str] = []
+
+
+class PassBody(BaseModel):
+    """One sampling pass of a job. Sizes in pixels."""
+
+    phase: str
+    width: int
+    height: int
+    sampler: str
+    steps: int
+    evaluations: int
+
+
+class NeedBody(BaseModel):
+    """What a job takes of memory, in bytes. ``budget`` and ``ram_budget`` are null where no device is known yet, or it has
+    no memory of its own."""
+
+    weights: dict[str, int] = Field(description="of each network of the model")
+    activations: int = Field(description="at the job's peak, beside the weights that are there then")
+    peak: int = Field(description="weights and activations on the device")
+    budget: int | None
+    ram: int = Field(description="weights that wait in RAM")
+    ram_budget: int | None
+    measures: list[str] = Field(description="what will be done so that it fits")
+
+
+class DryRunBody(BaseModel):
+    """What a job would be and take; nothing was stored."""
+
+    status: Literal["success"] = "success"
+    dry_run: Literal[True] = True
+    seed: int
+    model: str
+    family: str
+    passes: list[PassBody]
+    evaluations: int = Field(description="of the model, in all passes")
+    seconds: float | None = Field(description="how long it will probably run; null when not known")
+    memory: NeedBody
     warnings: list[str] = []
 
 
@@ -258,6 +298,9 @@ class StatusBody(BaseModel):
     jpeg_quality: int | None = None
     loras_applied: list[LoraApplied] = Field(default=[], description="with their strengths, in order")
     loras_skipped: list[LoraSkipped] = Field(default=[], description="those that were asked for in vain, and why")
+    memory_steps: list[str] = Field(
+        default=[], description="what was done so that it fitted into memory, planned or at the point where it ran out"
+    )
     generation_time_sec: float = 0
     memory_before_mb: float = Field(default=0, description="resident on a CPU, allocated on a GPU")
     memory_after_mb: float = 0
@@ -451,8 +494,10 @@ def mount(app: FastAPI, service: Service) -> None:
     )  # fmt: skip
     def txt2img(
         body: Annotated[Txt2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
-    ) -> SubmittedBody:
+    ) -> SubmittedBody | DryRunBody:
         request, warnings = to_request(body, service)
+        if body.dry_run:
+            return _dry_run(request, warnings, service)
         payload = body.model_dump(exclude_unset=True)
         key = None if idempotency_key is None else Key.of(idempotency_key, payload)
         payload.pop("webhook", None)  # its query may hold a credential
@@ -695,6 +740,35 @@ def _unknown(name: str) -> str:
     return f"unknown field {name!r} was ignored" + _near(name, Txt2ImgBody.model_fields)
 
 
+def _dry_run(request: Txt2Img, warnings: list[str], service: Service) -> DryRunBody:
+    found = service.estimate(request)
+    room = found.room
+    return DryRunBody(
+        seed=request.seed,
+        model=found.model.name,
+        family=found.model.family,
+        passes=[
+            PassBody(
+                phase=each.phase, width=each.width, height=each.height, sampler=each.sampler, steps=each.steps,
+                evaluations=each.evaluations,
+            )
+            for each in found.passes
+        ],
+        evaluations=found.evaluations,
+        seconds=service.seconds(request),
+        memory=NeedBody(
+            weights={part: numbers * found.number for part, numbers in found.footprint.parts.items()},
+            activations=found.need.activations,
+            peak=found.need.device,
+            budget=room and room.device,
+            ram=found.need.host,
+            ram_budget=room and room.host,
+            measures=list(found.measures.names),
+        ),
+        warnings=warnings,
+    )  # fmt: skip
+
+
 def ended(job: Job) -> dict[str, Any]:
     """What a webhook is told of a job's end: its status, without the pictures."""
     return _status(Snapshot(job))
@@ -753,6 +827,7 @@ def _result(job: Job, result: Result) -> dict[str, Any]:
     return (
         several
         | {name: uses for name, uses in loras.items() if uses}
+        | ({"memory_steps": list(result.memory_steps)} if result.memory_steps else {})
         | {
             "payload": job.payload,
             "output_path": image.path,
@@ -830,7 +905,13 @@ def _worker(report: WorkerReport) -> dict[str, Any]:
         "jobs": len(report.jobs),
         "seconds_since_event": round(report.quiet, 1),
         "restarts": report.restarts,
-    }
+    } | (_memory(report.device) if report.device else {})
+
+
+def _memory(device: DeviceReport) -> dict[str, Any]:
+    models = [{"name": held.name, "where": held.where, "mb": round(held.size / 2**20, 1)} for held in device.models]
+    budget = round(device.room.device / 2**30, 2) if device.room else None
+    return {"memory_budget_gb": budget, "models_in_memory": models}
 
 
 def _shown(folder: Path, home: Path) -> str:

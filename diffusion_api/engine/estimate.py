@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import reduce
 
-from diffusion_api.catalog.footprint import DENOISERS, Footprint
-from diffusion_api.engine.plan import Pass
+from diffusion_api.catalog.footprint import DENOISERS, Footprint, footprint
+from diffusion_api.catalog.library import Model
+from diffusion_api.engine.plan import Pass, plan
+from diffusion_api.errors import OutOfMemory
 from diffusion_api.prompt import parse
 from diffusion_api.schema.report import Room
+from diffusion_api.schema.request import Request
 
 GIB = 2**30
 
@@ -23,6 +26,9 @@ TILE = 512
 
 PIECES = 32
 """A network that is moved in pieces: each is at most this part of it, or one tensor if that is larger."""
+
+HALF = 2
+"""Bytes of a weight where no device is known yet."""
 
 WORKSPACE = 1.25
 """What libraries take beside the numbers that the layers must hold; planned for, and never a reason to refuse a job."""
@@ -183,14 +189,63 @@ def _fits(need: Need, room: Room, workspace: float) -> bool:
     return need.weights + need.activations * workspace <= room.device and need.host <= (room.host or 0)
 
 
-def least(load: Load, room: Room) -> Need:
-    """What the job needs with everything done that helps."""
-    return load.need(strictest(room), room.number)
-
-
 def strictest(room: Room) -> Measures:
     """Everything that can be done there."""
     return _joined(rungs(room))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job will do and take: its passes, and with which measures. ``number`` is the bytes of one weight; ``room`` is None
+    where no device is known.
+    """
+
+    model: Model
+    passes: tuple[Pass, ...]
+    footprint: Footprint
+    measures: Measures
+    need: Need
+    room: Room | None
+    number: int
+
+    @property
+    def evaluations(self) -> int:
+        """Model evaluations, each of all conditionings."""
+        return sum(each.evaluations for each in self.passes)
+
+
+def estimate(model: Model, request: Request, room: Room | None) -> Estimate:
+    """The estimate of a job on a device. Raises OutOfMemory for one that cannot fit; Unrecognised for a damaged model."""
+    load = Load(footprint(model), plan(request))
+    measures = Measures()
+    if room:
+        if chosen(load, room, workspace=1) is None:
+            raise OutOfMemory(_refusal(model, request, room))
+        measures = chosen(load, room) or strictest(room)
+    number = room.number if room else HALF
+    return Estimate(model, load.passes, load.footprint, measures, load.need(measures, number), room, number)
+
+
+def _refusal(model: Model, request: Request, room: Room) -> str:
+    """Why a job cannot fit, with everything that can be done, and what would."""
+    need = Load(footprint(model), plan(request)).need(strictest(room), room.number)
+    done = ", ".join(rung.name for rung in rungs(room))
+    beside = "" if room.host is None else f" and {shown(need.host)} of RAM"
+    there = "" if room.host is None else f" and {shown(room.host)}"
+    return (
+        f"{request.width}x{request.height} pixels with model {model.name!r} need {shown(need.device)}{beside}, even with "
+        f"{done}; there are {shown(room.device)}{there}: {_instead(model, request, room)}"
+    )
+
+
+def _instead(model: Model, request: Request, room: Room) -> str:
+    for share in (step / 16 for step in range(15, 0, -1)):
+        width, height = (max(64, int(side * share) // 64 * 64) for side in (request.width, request.height))
+        smaller = request.model_copy(update={"width": width, "height": height})
+        if width * height < request.width * request.height:
+            if chosen(Load(footprint(model), plan(smaller)), room, workspace=1) is not None:
+                return f"{width}x{height} would fit"
+    return "ask for a smaller model"
 
 
 def prices(measures: Measures) -> Iterable[str]:

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CLOSING = 30.0
-"""Seconds that the device thread may take to end."""
-
 LOST = "the device failed and works no more until the service starts again; the log has the details"
 
 
@@ -90,11 +87,12 @@ class Executor:
         """Begin loading torch; returns at once."""
         self._thread.start()
 
-    def wait(self) -> None:
-        """Block until the device is ready. Raises DeviceUnusable."""
-        self._ready.wait()
+    def wait(self, seconds: float | None = None) -> bool:
+        """Block until the device is ready, or for so long; True once it is. Raises DeviceUnusable."""
+        ready = self._ready.wait(seconds)
         if self._unusable:
             raise self._unusable
+        return ready
 
     def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
         """Events of one job, as :meth:`diffusion_api.engine.base.Engine.run` describes them."""
@@ -114,10 +112,11 @@ class Executor:
             return None
         return replace(self._device.report(), models=self._weights.report)
 
-    def close(self) -> None:
-        """End the device thread after the job in hand; a thread that is still in torch when Python ends aborts the process."""
+    def close(self, seconds: float | None = None) -> bool:
+        """End the device thread after the job in hand; False if it is in torch for longer than that."""
         self._tasks.put(None)
-        self._thread.join(CLOSING)
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _main(self) -> None:
         keep_offline()

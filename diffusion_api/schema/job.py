@@ -75,7 +75,9 @@ class LoraSkipped(Frozen):
 
 
 class Result(Frozen):
-    """What a finished job made. Times in seconds, memory in MiB (resident on a CPU, allocated on a GPU)."""
+    """What a finished job made. Times in seconds, memory in MiB (resident on a CPU, allocated on a GPU); ``memory_steps`` is
+    what was done so that it fitted.
+    """
 
     images: tuple[Image, ...]
     seconds: float
@@ -83,6 +85,7 @@ class Result(Frozen):
     memory_after_mb: float
     loras_applied: tuple[LoraApplied, ...] = ()
     loras_skipped: tuple[LoraSkipped, ...] = ()
+    memory_steps: tuple[str, ...] = ()
 
 
 class Failure(Frozen):

@@ -36,8 +36,8 @@ REPLACED = {
     "the charging of an attempt": ("queues/file.py", "            self._places.write(self.path, dumps(charged))\n", ""),
     "the temporary file": (
         "disk.py",
-        "    path, fd = _open_temporary(tmp)\n    try:\n        _write_all",
-        "    path, fd = target, os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)\n    try:\n        _write_all",
+        "    path, fd = _open_temporary(tmp)\n    try:\n        _write_all(fd, data)",
+        "    path, fd = target, os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)\n    try:\n        _write_all(fd, data)",
     ),
 }
 """Where, what, and what stands there instead."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from diffusion_api.catalog import samplers
 from diffusion_api.schema.request import Hires, Img2Img, Refiner, Request
 
-
 MOST_DRAWN = 0.999
 """Of a picture, by the first of several steps: there is always a trace left of it (a1111.md, 5.2)."""
 

@@ -132,6 +132,11 @@ class SD1:
         ]
         return predicted.float()
 
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """(1, 3, h, w), -1 to 1 → (1, 4, h/8, w/8), float32: the middle of what the autoencoder takes it for."""
+        found: Tensor = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode()
+        return (found * self.vae.config.scaling_factor).float()
+
     def decode(self, latents: Tensor, *, precise: bool = False) -> Tensor:
         """(1, 4, h, w) → (1, 3, 8h, 8w), -1 to 1."""
         with in_float32(self.vae) if precise else nullcontext():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,16 +33,28 @@ from diffusion_api.schema.request import Emphasis
 Report = Callable[[Progress], None]
 
 
-class Lane(Protocol):
+class Loaded(Protocol):
+    """A model in memory, of whatever family."""
+
+    @property
+    def model_hash(self) -> str | None:
+        """The first 10 hex digits of the checkpoint's SHA-256, None for a folder."""
+
+    @property
+    def patches(self) -> Patches:
+        """What stands in place of the model's own weights."""
+
+    @property
+    def words(self) -> Mapping[str, text.Words]:
+        """Its text encoders' words, by part."""
+
+
+class Lane(Loaded, Protocol):
     """A loaded model of some family: how it encodes words, predicts noise and decodes latents."""
 
     @property
     def levels(self) -> NoiseLevels:
         """The noise levels that the model was trained at."""
-
-    @property
-    def model_hash(self) -> str | None:
-        """The first 10 hex digits of the checkpoint's SHA-256, None for a folder."""
 
     def encode(
         self, texts: tuple[str, ...], *, negative: bool = False, clip_skip: int = 1, emphasis: Emphasis = "original"
@@ -76,13 +88,28 @@ class Lane(Protocol):
     def device(self) -> torch.device:
         """Where latents live."""
 
-    @property
-    def patches(self) -> Patches:
-        """What stands in place of the model's own weights."""
 
-    @property
-    def words(self) -> Mapping[str, text.Words]:
-        """Its text encoders' words, by part."""
+@dataclass(frozen=True)
+class Painted:
+    """A whole picture: ``values`` are (1, 3, height, width), -1 to 1; ``infotext`` holds fields by A1111's keys.
+
+    ``broken_off`` is the step at which it was broken off, None for a finished one.
+    """
+
+    values: Tensor
+    broken_off: int | None = None
+    warnings: tuple[str, ...] = ()
+    infotext: Mapping[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Painter(Loaded, Protocol):
+    """A loaded model of a family that has no lane: it makes each picture whole, and alone."""
+
+    def paint(self, stage: Pass, stepped: Callable[[float], bool]) -> Painted | None:
+        """The picture of a pass. ``stepped`` is told after each step how much is done, 0 to 1, and says whether that is
+        to be all; None when it is and there is nothing to show. Raises InvalidRequest, and what ``stepped`` raises.
+        """
 
 
 class Point(StrEnum):
@@ -92,6 +119,8 @@ class Point(StrEnum):
     ENCODE = "encode"
     EVALUATE = "evaluate"
     DECODE = "decode"
+    PAINT = "paint"
+    """All of them."""
     OTHER = "other"
 
 
@@ -328,10 +357,11 @@ def denoised(
 
 
 def progress_of(stage: Pass, share: float) -> Progress:
+    """What callers are told when that share of a pass is done, 0 to 1."""
     return Progress(
         state=State.PROCESSING,
         fraction=stage.begins + (stage.ends - stage.begins) * share,
         phase=stage.phase,
-        step=min(math.ceil(share * stage.steps), stage.steps),
-        steps=stage.steps,
+        step=min(math.ceil(share * stage.run), stage.run),
+        steps=stage.run,
     )

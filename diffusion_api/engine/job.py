@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,29 @@ from torch.nn.functional import interpolate
 from diffusion_api.canvas import LANCZOS, Canvas
 from diffusion_api.catalog.upscalers import INTERNAL, LATENT
 from diffusion_api.engine.base import Attached, Finished, Pixels, Stop, StopAsked
-from diffusion_api.engine.denoise import Asks, Lane, Point, Report, Run, Start, denoised, progress_of
+from diffusion_api.engine.denoise import (
+    Asks,
+    Lane,
+    Loaded,
+    Painter,
+    Point,
+    Report,
+    Run,
+    Start,
+    denoised,
+    progress_of,
+)
 from diffusion_api.engine.noise import streams
 from diffusion_api.engine.plan import Pass, plan
 from diffusion_api.engine.upscalers import Upscaler, enlarged
 from diffusion_api.errors import Interrupted, NotFinite
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.request import Img2Img, Request
+
+OVERFLOWED = (
+    "the model's numbers overflowed (NaN), so there is no picture: try another sampler, a lower guidance_scale or "
+    "another size; if every picture of this model fails, its file is damaged or it needs float32"
+)
 
 DECODED_AGAIN = "the picture overflowed while it was decoded, and was decoded again in float32"
 
@@ -31,9 +48,19 @@ DECODED_AGAIN = "the picture overflowed while it was decoded, and was decoded ag
 class Loaders:
     """Where a job gets its models from, by their names in the catalog. They raise what reading a file raises."""
 
-    lane: Callable[[str], Lane]
+    model: Callable[[str], Lane | Painter]
     upscaler: Callable[[str], Upscaler]
-    attach: Callable[[Lane, Request], Attached]
+    attach: Callable[[Loaded, Request], Attached]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a job, the step at which it was broken off if it was, and what is to be said about it."""
+
+    image: Pixels
+    broken_off: int | None
+    warnings: tuple[str, ...]
+    infotext: Mapping[str, str] = field(default_factory=dict)
 
 
 def job(
@@ -45,57 +72,63 @@ def job(
     report: Report,
     stop: StopAsked,
 ) -> Asks:
-    """The whole of one job; its value is Finished. Raises Interrupted, NotFinite and what the loaders raise.
+    """The whole of one job; its value is Finished. Raises Interrupted, NotFinite, InvalidRequest and what the loaders raise.
 
     ``canvas`` is what the request brings along. Of ``stop`` only WITH_PICTURE is looked at here; who drives the job ends it at
     NOW.
     """
     before = memory()
     report(Progress(state=State.LOADING, phase="loading"))
-    images: list[Pixels] = []
+    made: list[Picture] = []
     found: list[Attached] = []
-    warnings: dict[str, None] = {}
     latents: Tensor | None = None
     broken_off: int | None = None
     for stage in plan(request):
-        lane, extras = yield from loaded(stage, loaders)
+        model, extras = yield from loaded(stage, loaders)
         found.append(extras)
         if stop() is Stop.WITH_PICTURE and latents is None:
             broken_off = 0
             break
         report(progress_of(stage, 0))
-        start = yield from begun(lane, stage, canvas, latents, loaders)
-        latents, broken_off = yield from denoised(lane, stage, report, stop, start)
-        if stage.last or broken_off is not None:
-            image, warning = yield Run(partial(developed, lane, latents), Point.DECODE)
-            images.append(_pasted(image, canvas))
-            warnings |= dict.fromkeys(warning)
-            latents = None
+        picture: Picture | None
+        if isinstance(model, Painter):
+            picture = yield Run(partial(painted, model, stage, report, stop), Point.PAINT)
+            broken_off = 0 if picture is None else picture.broken_off
+        else:
+            start = yield from begun(model, stage, canvas, latents, loaders)
+            latents, broken_off = yield from denoised(model, stage, report, stop, start)
+            picture = None
+            if stage.last or broken_off is not None:
+                picture = yield from developed_on(model, latents, broken_off, canvas)
+                latents = None
+        if picture:
+            made.append(picture)
         if broken_off is not None:
             break
-    if not images:
+    if not made:
         raise Interrupted("stopped before there was a picture")
     first = found[0]
+    told = [text for extras in found for text in extras.warnings] + [text for one in made for text in one.warnings]
     return Finished(
-        images=tuple(images),
-        seeds=request.seeds[: len(images)],
+        images=tuple(picture.image for picture in made),
+        seeds=request.seeds[: len(made)],
         partial=broken_off,
-        model_hash=lane.model_hash,
+        model_hash=model.model_hash,
         memory_before_mb=before,
         memory_after_mb=memory(),
-        warnings=(*dict.fromkeys(text for extras in found for text in extras.warnings), *warnings),
+        warnings=tuple(dict.fromkeys(told)),
         loras_applied=first.applied,
         loras_skipped=first.skipped,
-        infotext=first.infotext,
+        infotext=reduce(or_, (dict(one.infotext) for one in made), dict(first.infotext)),
     )
 
 
-def loaded(stage: Pass, loaders: Loaders) -> Generator[Run, Any, tuple[Lane, Attached]]:
+def loaded(stage: Pass, loaders: Loaders) -> Generator[Run, Any, tuple[Lane | Painter, Attached]]:
     """The model of a pass, with what the request attaches to it."""
-    lane: Lane = yield Run(partial(loaders.lane, stage.model), Point.LOAD)
+    model: Lane | Painter = yield Run(partial(loaders.model, stage.model), Point.LOAD)
     request = stage.request.model_copy(update={"model": stage.model})
-    extras: Attached = yield Run(partial(loaders.attach, lane, request))
-    return lane, extras
+    extras: Attached = yield Run(partial(loaders.attach, model, request))
+    return model, extras
 
 
 def begun(
@@ -153,8 +186,31 @@ def _larger_picture(
     return larger
 
 
-def _pasted(pixels: Pixels, canvas: Canvas | None) -> Pixels:
-    return pixels if canvas is None else np.asarray(canvas.pasted(Image.fromarray(pixels)))
+def developed_on(
+    lane: Lane, latents: Tensor, broken_off: int | None, canvas: Canvas | None
+) -> Generator[Run, Any, Picture]:
+    """The picture in clean latents, put back into the one it came from."""
+    pixels, warnings = yield Run(partial(developed, lane, latents), Point.DECODE)
+    if canvas:
+        pixels = np.asarray(canvas.pasted(Image.fromarray(pixels)))
+    return Picture(pixels, broken_off, warnings)
+
+
+def painted(painter: Painter, stage: Pass, report: Report, stop: StopAsked) -> Picture | None:
+    """What a painter makes of a pass, with a word on each step. Raises Interrupted, NotFinite and what the painter raises."""
+
+    def stepped(share: float) -> bool:
+        report(progress_of(stage, share))
+        if (asked := stop()) is Stop.NOW:
+            raise Interrupted("stopped while it ran")
+        return asked is Stop.WITH_PICTURE
+
+    found = painter.paint(stage, stepped)
+    if found is None:
+        return None
+    if not _finite(found.values):
+        raise NotFinite(OVERFLOWED)
+    return Picture(to_pixels(found.values), found.broken_off, found.warnings, found.infotext)
 
 
 def developed(lane: Lane, latents: Tensor) -> tuple[Pixels, tuple[str, ...]]:
@@ -168,10 +224,7 @@ def developed(lane: Lane, latents: Tensor) -> tuple[Pixels, tuple[str, ...]]:
             return to_pixels(values), ()
         if _finite(values := lane.decode(latents, precise=True)):
             return to_pixels(values), (DECODED_AGAIN,)
-    raise NotFinite(
-        "the model's numbers overflowed (NaN), so there is no picture: try another sampler, a lower guidance_scale or "
-        "another size; if every picture of this model fails, its file is damaged or it needs float32"
-    )
+    raise NotFinite(OVERFLOWED)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -58,7 +58,14 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 def build_library(settings: Settings) -> Library:
     """The models of this installation."""
     shipped = DATA / "models" if settings.shipped_models else None
-    return Library(settings.home, settings.models_dir, shipped, settings.model, models_from=settings.models_from)
+    return Library(
+        settings.home,
+        settings.models_dir,
+        shipped,
+        settings.model,
+        models_from=settings.models_from,
+        pickle_models=settings.allow_pickle_models,
+    )
 
 
 def build_engine(settings: Settings, library: Library) -> Engine:

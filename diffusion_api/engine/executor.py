@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_api.catalog.library import Library
 from diffusion_api.engine.base import Admission, Event, Finished, Stop, StopAsked, out_of_memory
 from diffusion_api.errors import DeviceLost, DeviceUnusable, DiffusionApiError, Interrupted, OutOfMemory
+from diffusion_api.prompt import parse
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.report import DeviceReport
 from diffusion_api.schema.request import Request
@@ -96,6 +97,7 @@ class Executor:
 
     def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
         """Events of one job, as :meth:`diffusion_api.engine.base.Engine.run` describes them."""
+        self._hash(request)
         with self._admission.admitted(stop):
             if self._lost:
                 raise DeviceLost(LOST)
@@ -104,7 +106,19 @@ class Executor:
             self._tasks.put(task)
             while not isinstance(event := task.next_event(), Finished):
                 yield event
-        yield event  # the device is free for the next job while this one is saved
+        # The device is free for the next job while this one is saved; so it need not wait for a hash either.
+        model = self._library.find(request.model)
+        yield replace(event, model_hash=model.hash if model else None)
+
+    def _hash(self, request: Request) -> None:
+        """Have the hashes of the job's files made meanwhile, so that the device thread does not wait for them."""
+        loras = {use.name for use in request.loras} | {network.name for network in parse(request.prompt).networks}
+        rows = [self._library.find(request.model), *(self._library.find_asset("lora", name) for name in loras)]
+        if request.vae:
+            rows.append(self._library.find_asset("vae", request.vae))
+        for row in rows:
+            if row:
+                row.hash_soon()
 
     def report(self) -> DeviceReport | None:
         """What the engine runs on; None while torch loads."""

@@ -14,7 +14,6 @@ from diffusion_api import settings as configuration
 from diffusion_api.errors import DiffusionApiError
 
 app = typer.Typer(
-    help="A job-queue REST service for image generation.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -154,6 +153,21 @@ def config(
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A job-queue REST service for image generation."""
 
 
 def _settings(**flags: Any) -> configuration.Settings:

@@ -91,8 +91,8 @@ class Outputs:
     def _make_again(self) -> None:
         """Make a folder that was removed. One without ``.tmp`` may be where a disk was mounted, and is left alone."""
         if not self.folder.exists():
-            self.folder.mkdir()
-            self._tmp.mkdir()
+            for folder in (self.folder, self._tmp):
+                folder.mkdir(exist_ok=True)  # another process may be at it as well
             fsync_dir(self.folder.parent)
 
     def _save_one(self, job: Job, finished: Finished, number: int) -> Image:

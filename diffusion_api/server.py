@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -57,7 +58,14 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 def build_library(settings: Settings) -> Library:
     """The models of this installation."""
     shipped = DATA / "models" if settings.shipped_models else None
-    return Library(settings.home, settings.models_dir, shipped, settings.model, models_from=settings.models_from)
+    return Library(
+        settings.home,
+        settings.models_dir,
+        shipped,
+        settings.model,
+        models_from=settings.models_from,
+        pickle_models=settings.allow_pickle_models,
+    )
 
 
 def build_engine(settings: Settings, library: Library) -> Engine:
@@ -154,6 +162,7 @@ class Serving:
 
     app: App
     drain: Callable[[], None]
+    engine: Engine | None
 
 
 def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Serving:
@@ -193,7 +202,7 @@ def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Ser
             webhooks.stop()
         queue.close()
 
-    return Serving(create_app(service, settings, startup=start, shutdown=stop), drain)
+    return Serving(create_app(service, settings, startup=start, shutdown=stop), drain, engine)
 
 
 def build_worker(queue: Queue, engine: Engine, outputs: Outputs, pace: Pace, handover: Handover | None) -> Worker:
@@ -233,6 +242,8 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
         timeout_graceful_shutdown=5,
     )
     Server(config, drain=serving.drain, greeting=_greeting(url)).run(sockets=[listener])
+    if serving.engine:
+        leave(serving.engine)
 
 
 def work(settings: Settings, handover: Handover) -> None:
@@ -255,6 +266,15 @@ def work(settings: Settings, handover: Handover) -> None:
         signal.signal(number, signal.SIG_DFL)
     hand.stop(settings.grace)
     queue.close()
+    leave(engine)
+
+
+def leave(engine: Engine) -> None:
+    """End the process at once if a thread is still in the device, where Python's own end would abort it."""
+    if not engine.close(0):
+        log.warning("the device is still at work; the process ends without it")
+        logging.shutdown()
+        os._exit(0)
 
 
 class Server(uvicorn.Server):

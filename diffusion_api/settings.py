@@ -80,6 +80,9 @@ class Settings(BaseSettings):
         description="folders of other programs whose models, LoRAs and so on are listed too, and only read; "
         f"separated by {os.pathsep!r} or commas",
     )
+    allow_pickle_models: bool = Field(
+        default=False, description="list checkpoints in formats that can hold code (.ckpt), and read them as data"
+    )
     shipped_models: bool = Field(default=True, description="list the models that come with the package")
 
     isolated: bool = Field(

@@ -30,8 +30,8 @@ class Storage:
                 self._looked = time.monotonic()
             return self._reasons
 
-    def doubt(self) -> None:
-        """Something could not be written just now: the next question is answered by a new look."""
+    def look_again(self) -> None:
+        """Have the next question be answered by a new look."""
         with self._mutex:
             self._looked = -math.inf
 

@@ -18,7 +18,6 @@ from diffusion_api.errors import (
     DiskFull,
     Interrupted,
     OperatorError,
-    OutputsUnusable,
     QueueUnusable,
     TooLarge,
 )
@@ -129,15 +128,18 @@ class Worker:
 
     def stop(self, grace: float) -> None:
         """Claim nothing more. The running job may take ``grace`` seconds to finish, then it is queued again. Blocks."""
+        if self._ended.is_set():
+            return
         self._stopping = True
-        self._end_by(time.monotonic() + grace)
+        until = time.monotonic() + grace
+        self._end_by(until)
         self._thread.join(grace + BREATH)
         for hand in list(self._hands.values()):
             log.warning("job %s goes back to the queue in the middle of a step that does not end", hand.job.id)
             with contextlib.suppress(DiffusionApiError):
                 hand.control.release()
         self._ended.set()
-        self._engine.close()
+        self._engine.close(max(0.0, until - time.monotonic()))
 
     def _due(self) -> float | None:
         """When the job on the device must have left it."""
@@ -151,7 +153,9 @@ class Worker:
     def _main(self) -> None:
         try:
             self._queue.recover()  # now, as the engine may take a while to load
-            self._engine.wait()
+            while not self._engine.wait(PATIENCE):
+                if self._stopping:
+                    return
             self._presence.tell()
             if self._deadline is None:
                 self._queue.serve(self.handle, ready=self._ready, slots=SLOTS)
@@ -166,6 +170,8 @@ class Worker:
 
     def _ready(self) -> bool:
         """Whether the end and the pictures of one more job could be written: else it waits rather than fails."""
+        if not self._barred:
+            self._storage.look_again()  # a job that fails costs more than a look
         reasons = self._storage.reasons()
         if reasons and not self._barred:
             log.critical("no job begins now: %s", "; ".join(reasons))
@@ -251,8 +257,6 @@ class Worker:
             self._end_by(time.monotonic())
             raise
         except DiffusionApiError as error:
-            if isinstance(error, DiskFull | OutputsUnusable):
-                self._storage.doubt()
             if error.__cause__:
                 log.warning("job %s failed", hand.job.id, exc_info=error)
             return hand.job.failed(type(error).__name__, str(error))

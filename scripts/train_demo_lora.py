@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python scripts/train_demo_lora.py --model shapes
 
-It needs nothing but the published model, takes about ten minutes on one CPU core, and is seeded. The file has kohya's key
+It needs nothing but the published model, takes about seven minutes on one CPU core, and is seeded. The file has kohya's key
 layout, fp16.
 """
 
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the model is; the shipped one by default")
     parser.add_argument("--out", type=Path, help="the file to write; diffusion_api/data/loras/ and its name by default")
     parser.add_argument("--preview", type=Path, help="a picture to write")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()
     model = models[options.model]
     folder = options.folder or Path("diffusion_api/data/models") / model.name

@@ -1,9 +1,12 @@
-"""Writes a diffusers folder of the SD 1 family as one checkpoint in the original (LDM) key layout, as users have them."""
+"""Writes diffusers folders of Stable Diffusion's families as one checkpoint in the original (LDM, SGM) key layout, as users
+have them.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,27 +23,90 @@ RESNET = {
 }
 
 
-def write_checkpoint(folder: Path, clip_vocabulary: Path, target: Path) -> None:
+TEXT_ENCODERS = {
+    "sd1": {"text_encoder": "cond_stage_model.transformer."},
+    "sd2": {"text_encoder": "cond_stage_model.model."},
+    "sdxl": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+    "sdxl-refiner": {"text_encoder_2": "conditioner.embedders.0.model."},
+}
+TOP = {
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+LAYER = {
+    "layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+}  # fmt: skip
+
+
+def write_checkpoint(folder: Path, clip_vocabulary: Path, target: Path, family: str = "sd1") -> None:
     """``clip_vocabulary`` is CLIP's whole ``vocab.json``: each token's row is placed at CLIP's own id, the others are 0."""
-    unet = load_file(next((folder / "unet").glob("*.safetensors")))
-    vae = load_file(next((folder / "vae").glob("*.safetensors")))
-    text = load_file(next((folder / "text_encoder").glob("*.safetensors")))
+    parts = {
+        part: load_file(next((folder / part).glob("*.safetensors"))) for part in ("unet", "vae", *TEXT_ENCODERS[family])
+    }
+    for part in TEXT_ENCODERS[family]:
+        # transformers leaves out "text_model." where nothing stands beside it, from version 5 on
+        plain = {name.removeprefix("text_model."): tensor for name, tensor in parts[part].items()}
+        parts[part] = {n if n.startswith("text_projection.") else f"text_model.{n}": t for n, t in plain.items()}
+        vocabulary = folder / part.replace("text_encoder", "tokenizer") / "vocab.json"
+        name = "text_model.embeddings.token_embedding.weight"
+        parts[part][name] = _placed(parts[part][name], vocabulary, clip_vocabulary)
     depth = json.loads((folder / "unet" / "config.json").read_text())["layers_per_block"]
+    save_file(original(parts, family, depth), target)
+
+
+def original(parts: Mapping[str, dict[str, Tensor]], family: str, depth: int) -> dict[str, Tensor]:
+    """The tensors of a single file; ``depth`` is how many residual blocks each level of the UNet has."""
     tensors: dict[str, Tensor] = {}
-    for name, tensor in unet.items():
-        tensors["model.diffusion_model." + _unet_name(name, depth, unet)] = tensor
-    levels = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
-    for name, tensor in vae.items():
+    for name, tensor in parts["unet"].items():
+        tensors["model.diffusion_model." + _unet_name(name, depth, parts["unet"])] = tensor
+    levels = len({name.split(".")[2] for name in parts["vae"] if name.startswith("encoder.down_blocks.")})
+    for name, tensor in parts["vae"].items():
         new = _vae_name(name, levels)
         is_attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", new)
         tensors["first_stage_model." + new] = tensor[:, :, None, None] if is_attention else tensor
+    for part, prefix in TEXT_ENCODERS[family].items():
+        if prefix.endswith("transformer."):
+            tensors |= {prefix + name: tensor for name, tensor in parts[part].items()}
+            tensors[prefix + "text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        else:
+            tensors |= {prefix + name: t for name, t in _open_clip(parts[part], unread=family == "sd2").items()}
+    if family.startswith("sd1"):
+        tensors["betas"] = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _open_clip(text: dict[str, Tensor], *, unread: bool) -> dict[str, Tensor]:
+    """A text encoder as OpenCLIP has it; ``unread``: with a last layer more, which SD 2 does not read."""
+    found: dict[str, Tensor] = {"logit_scale": torch.tensor(4.6)}
+    layers = 1 + max(int(name.split(".")[3]) for name in text if name.startswith("text_model.encoder.layers."))
     for name, tensor in text.items():
-        tensors["cond_stage_model.transformer." + name] = tensor
-    embedding = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
-    tensors[embedding] = _placed(tensors[embedding], folder / "tokenizer" / "vocab.json", clip_vocabulary)
-    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    tensors["betas"] = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    save_file({k: v.contiguous() for k, v in tensors.items()}, target)
+        stem = name.removeprefix("text_model.")
+        if stem == "text_projection.weight":
+            found["text_projection"] = tensor.T
+        elif stem in TOP:
+            found[TOP[stem]] = tensor
+        elif "self_attn.q_proj" in stem:
+            _, _, number, *_, what = stem.split(".")
+            rows = [text[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            found[f"transformer.resblocks.{number}.attn.in_proj_{what}"] = torch.cat(rows)
+        elif not re.search("self_attn.[kv]_proj", stem):
+            _, _, number, *part, what = stem.split(".")
+            found[f"transformer.resblocks.{number}.{LAYER['.'.join(part)]}.{what}"] = tensor
+    if unread:
+        last = {name: tensor for name, tensor in found.items() if f"resblocks.{layers - 1}." in name}
+        found |= {
+            name.replace(f".{layers - 1}.", f".{layers}."): torch.full_like(t, torch.nan) for name, t in last.items()
+        }
+        found["text_projection"] = torch.zeros(
+            2 * [len(found["ln_final.weight"])], dtype=found["ln_final.weight"].dtype
+        )
+    return found
 
 
 def _placed(rows: Tensor, own: Path, clip: Path) -> Tensor:
@@ -58,6 +124,8 @@ def _unet_name(name: str, depth: int, unet: dict[str, Tensor]) -> str:
         "conv_in": "input_blocks.0.0",
         "conv_norm_out": "out.0",
         "conv_out": "out.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
     }
     stem, leaf = name.rsplit(".", 1)
     if stem in head:

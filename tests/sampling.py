@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from diffusion_api.engine.samplers import SAMPLERS, Options
 from diffusion_api.engine.samplers.sigmas import NoiseLevels
 
-LEVELS = NoiseLevels.from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+CONFIG: dict[str, object] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+LEVELS = NoiseLevels.from_config(CONFIG)
 """Those of Stable Diffusion."""
 
 STANDARD = Options()
@@ -78,17 +79,24 @@ STOCHASTIC = {n for n in THEIRS if n.endswith("_a") or "sde" in n or n in ("dpm_
 """Those that are given noise."""
 
 
-def theirs(name: str, guess: Guess, x: Tensor, sigmas: Sequence[float], seed: int = 7, **options: float) -> Tensor:
-    """What k-diffusion makes of ``x``, with the same noise."""
+def theirs(
+    name: str,
+    guess: Guess,
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> Tensor:
+    """What k-diffusion makes of ``x``, with the same noise as :func:`sample` or another one."""
     function = getattr(k_diffusion(), THEIRS[name])
 
     def model(x: Tensor, sigma: Tensor) -> Tensor:
         return guess(x, sigma.flatten()[0].item())
 
     if name in STOCHASTIC:
-        options["noise_sampler"] = Noises(x, seed)  # type: ignore[assignment]
+        options["noise_sampler"] = noise or Noises(x)
     if name == "dpmpp_2m_sde_heun":
-        options["solver_type"] = "heun"  # type: ignore[assignment]
+        options["solver_type"] = "heun"
     levels: tuple[Any, ...] = (torch.tensor(sigmas, dtype=x.dtype),)
     if name in ("dpm_fast", "dpm_adaptive"):
         levels = (sigmas[-1], sigmas[0])

@@ -39,8 +39,10 @@ def table(*arguments: object, cwd: Path, **settings: object) -> dict[str, list[s
     return {row[0]: row[1:] for row in rows}
 
 
-def test_it_tells_its_version(tmp_path: Path) -> None:
-    assert run("version", cwd=tmp_path).stdout == f"{__version__}\n"
+@pytest.mark.parametrize("way", ["version", "--version"])
+def test_it_tells_its_version(tmp_path: Path, way: str) -> None:
+    told = run(way, cwd=tmp_path)
+    assert (told.stdout, told.returncode) == (f"{__version__}\n", 0)
 
 
 def test_help_names_every_command(tmp_path: Path) -> None:

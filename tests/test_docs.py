@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import counting
 import pytest
 from serving import ROOT
 
+from diffusion_api.catalog import samplers
 from diffusion_api.dialects.native import Txt2ImgBody
 from diffusion_api.settings import Settings
 
@@ -21,7 +24,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     assert [t for t in targets if not (page.parent / t).exists()] == []
 
 
-@pytest.mark.parametrize("page", ["security.md"])
+@pytest.mark.parametrize("page", ["reliability.md", "security.md"])
 def test_the_tests_that_a_page_names_exist(page: str) -> None:
     text = (ROOT / "docs" / page).read_text("utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
@@ -73,6 +76,36 @@ def test_the_figures_of_the_readme_are_those_of_the_bench() -> None:
         text["again_ms"],
     ):
         assert str(figure) in table[1]
+
+
+def test_the_counts_of_the_page_on_reliability_are_those_of_the_runs() -> None:
+    assert counting.shown((ROOT / "docs" / "reliability.md").read_text("utf-8")) == counting.table(
+        counting.counts_kept()
+    )
+
+
+def test_the_page_on_reliability_has_every_fault() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+    numbers = re.findall(r"^\| (\d+) \|.*`tests/\S+::\w+`.*\|$", text, re.MULTILINE)
+    assert numbers == [str(number) for number in range(1, 48)]
+
+
+def test_the_table_of_the_samplers_is_that_of_the_bench() -> None:
+    page = (ROOT / "docs" / "samplers.md").read_text("utf-8")
+    table = re.search(r"<!-- figures -->(.*)<!-- /figures -->", page, re.DOTALL)
+    assert table
+    known = {cells[1].strip(): cells[3:6] for row in table[1].splitlines() if len(cells := row.split("|")) > 5}
+    measured: dict[str, Any] = _figures("samplers")
+    assert measured["lowest_db"] >= 50
+    for row in samplers.SAMPLERS:
+        by_schedule = measured["psnr_db"][row.name].values()
+        cells = [" / ".join(map(str, decibels)) for decibels in by_schedule]
+        assert [cell.strip() for cell in known[row.label]][: len(cells)] == cells
+
+
+def test_the_page_of_the_samplers_names_all_of_them() -> None:
+    page = (ROOT / "docs" / "samplers.md").read_text("utf-8")
+    assert [row.name for row in samplers.SCHEDULES if f"| `{row.name}` | {row.label} |" not in page] == []
 
 
 def _figures(name: str) -> dict[str, object]:

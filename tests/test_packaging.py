@@ -64,6 +64,7 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: Path)
     files = (path for path in (ROOT / "diffusion_api").rglob("*") if path.is_file() and path.suffix != ".pyc")
     assert names == {path.relative_to(ROOT).as_posix() for path in files}
     assert any(name.startswith("diffusion_api/data/models/") for name in names)
+    assert "diffusion_api/data/loras/shapes-ink.safetensors" in names
 
 
 @pytest.mark.timeout(900)

@@ -323,6 +323,24 @@ def test_new_jobs_are_refused_when_little_of_the_disk_is_left(home: Path) -> Non
         assert server.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("hangs", [False, True], ids=["torch", "a torch that never comes"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stop_while_torch_loads_does_not_wait_for_it(
+    home: Path, tmp_path: Path, mode: str, hangs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if hangs:
+        hanging = "import pathlib, time\npathlib.Path(__file__).with_name('loads').touch()\ntime.sleep(3600)\n"
+        (tmp_path / "torch.py").write_text(hanging)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with serving(home, *MODES[mode], engine="diffusers", grace=0) as server:
+        job_id = server.submit(prompt="a lighthouse")
+        if hangs:
+            eventually((tmp_path / "loads").exists, "torch to be imported")
+        server.signal(signal.SIGTERM)
+        assert server.ended(timeout=30) == 0
+    assert (record(home, job_id).state, record(home, job_id).attempts) == (State.QUEUED, 0)
+
+
 # Several processes
 
 

@@ -65,10 +65,11 @@ class Faulty:
     def start(self) -> None:
         """Nothing to load."""
 
-    def wait(self) -> None:
+    def wait(self, seconds: float | None = None) -> bool:
         """Ready, or never."""
         if self._unusable:
             raise DeviceUnusable(self._unusable)
+        return True
 
     def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
         """What it was given."""
@@ -79,9 +80,10 @@ class Faulty:
         """Not known."""
         return None
 
-    def close(self) -> None:
+    def close(self, seconds: float | None = None) -> bool:
         """Remember it."""
         self.closed = True
+        return True
 
 
 def new_job(

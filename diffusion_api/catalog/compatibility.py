@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
-from diffusion_api.catalog.detect import safetensors_header
+from diffusion_api.catalog.detect import safetensors_header, weight_files
 
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
@@ -30,7 +30,7 @@ ADVICE = {
     ("standard", "sdxl"): "appears to be designed for SD 1.5 models, but you're using an SDXL model. "
     "Try using a standard SD base model.",
 }
-STANDARD = {"sd1": "standard", "sd2": "standard", "sdxl": "sdxl"}
+STANDARD = {"sd1": "standard", "sd2": "standard", "sdxl": "sdxl", "sdxl-refiner": "sdxl"}
 
 _PREFIXES = (
     ("lora_unet_", "unet"), ("lora_te_", "text_encoder"), ("lora_te1_", "text_encoder"), ("lora_te2_", "text_encoder_2"),
@@ -148,8 +148,10 @@ def advice(lora: str, model: str, *, made_for: str | None, family: str) -> str:
 def reason(found: Fit) -> str:
     """Why a LoRA does not apply, in a sentence without its end."""
     if found.misfits:
-        others = f", and {len(found.misfits) - 1} other layers differ" if len(found.misfits) > 1 else ""
-        return f"{found.misfits[0]}{others}"
+        others = len(found.misfits) - 1
+        return found.misfits[0] + (
+            f", and {others} other layer{'s differ' if others > 1 else ' differs'}" if others else ""
+        )
     return f"none of its {len(found.unknown)} tensors belongs to a layer of the model"
 
 
@@ -163,7 +165,7 @@ def _folder_shapes(path: Path, stamp: int) -> Mapping[str, Shapes]:
     parts: dict[str, Shapes] = {}
     for part in (*DENOISERS, "text_encoder", "text_encoder_2"):
         shapes: dict[str, Sequence[int]] = {}
-        for file in sorted((path / part).glob("*.safetensors")):
+        for file in weight_files(path / part) if (path / part).is_dir() else ():
             shapes |= {name: tensor.shape for name, tensor in safetensors_header(file).items()}
         if shapes:
             parts[part] = shapes
@@ -236,26 +238,26 @@ def _shape_of(tensors: Mapping[str, Shape]) -> Shape | None:
             return None
         kernel = tensors["mid"][2:] if "mid" in has else down[2:]
         return (up[0], down[1], *kernel)
-    if {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} <= has:
-        if "hada_t1" in has:
-            return (tensors["hada_w1_a"][1], tensors["hada_w1_b"][1], *tensors["hada_t1"][2:])
-        return (tensors["hada_w1_a"][0], tensors["hada_w1_b"][1])
+    if "hada_w1_a" in has:
+        one, other = (_factor(tensors, f"hada_w{number}", f"hada_t{number}") for number in (1, 2))
+        return one if one == other else None
     if "diff" in has:
         return tensors["diff"] or None
-    one, other = _factor(tensors, "lokr_w1"), _factor(tensors, "lokr_w2")
+    one, other = _factor(tensors, "lokr_w1"), _factor(tensors, "lokr_w2", "lokr_t2")
     return (one[0] * other[0], one[1] * other[1], *other[2:]) if one and other else None
 
 
-def _factor(tensors: Mapping[str, Shape], name: str) -> Shape | None:
-    """The shape of one factor of a Kronecker product, itself whole or a product."""
+def _factor(tensors: Mapping[str, Shape], name: str, core: str = "") -> Shape | None:
+    """The shape of a factor, itself whole, or a product of two, around a Tucker core if there is one."""
     if name in tensors:
         return tensors[name] if len(tensors[name]) >= 2 else None
-    if not {f"{name}_a", f"{name}_b"} <= tensors.keys():
+    a, b = tensors.get(f"{name}_a", ()), tensors.get(f"{name}_b", ())
+    if min(len(a), len(b)) < 2:
         return None
-    a, b = tensors[f"{name}_a"], tensors[f"{name}_b"]
-    if f"{name[:-2]}t2" in tensors and name == "lokr_w2":
-        return (a[1], b[1], *tensors["lokr_t2"][2:])
-    return (a[0], *b[1:])
+    if core in tensors:
+        middle = tensors[core]
+        return (a[1], b[1], *middle[2:]) if middle[:2] == (a[0], b[0]) else None
+    return (a[0], *b[1:]) if a[1] == b[0] and len(a) == 2 else None
 
 
 def _sides(shape: Shape) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from diffusion_api.catalog.detect import Tensor, safetensors_header
+from diffusion_api.catalog.detect import Tensor, contents
 from diffusion_api.catalog.library import Model
 
 CHECKPOINT_PARTS = {
@@ -28,6 +28,11 @@ DENOISERS = ("unet", "transformer")
 
 TOP_ATTENTION = ("down_blocks.0.attentions.", "model.diffusion_model.input_blocks.1.1.")
 """Names that only a UNet has which attends at full resolution, as a folder and as a single file."""
+
+EIGHTHS = ("F8_E4M3", "F8_E5M2")
+"""Numbers that stay in one byte in memory. They count as half a number, as a byte of a GGUF file does: where memory is short
+a number takes two bytes.
+"""
 
 WIDEST = 26
 NARROWER = 16
@@ -72,7 +77,7 @@ def _footprint(path: Path, stamp: int) -> Footprint:
     parts: Counter[str] = Counter()
     largest: dict[str, int] = {}
     for part, _, tensor in tensors:
-        size = math.prod(tensor.shape)
+        size = math.prod(tensor.shape) // (2 if part in DENOISERS and tensor.dtype in EIGHTHS else 1)
         parts[part] += size
         largest[part] = max(size, largest.get(part, 0))
     unet = {name: tensor for part, name, tensor in tensors if part == "unet"}
@@ -84,8 +89,10 @@ def _footprint(path: Path, stamp: int) -> Footprint:
 def _of_folder(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
     for part in sorted(p for p in folder.iterdir() if p.is_dir()):
         for path in _weights(part):
-            for name, tensor in safetensors_header(path).items():
+            for name, tensor in contents(path).items():
                 yield part.name, name, tensor
+        for path in part.glob("*.gguf"):
+            yield part.name, path.name, Tensor("GGUF", [path.stat().st_size // 2], (0, 0))
 
 
 def _weights(part: Path) -> Iterable[Path]:
@@ -95,7 +102,7 @@ def _weights(part: Path) -> Iterable[Path]:
 
 
 def _of_file(path: Path) -> Iterator[tuple[str, str, Tensor]]:
-    for name, tensor in safetensors_header(path).items():
+    for name, tensor in contents(path).items():
         part = next((part for prefix, part in CHECKPOINT_PARTS.items() if name.startswith(prefix)), None)
         if part:
             yield part, name, tensor

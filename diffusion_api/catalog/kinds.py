@@ -48,7 +48,7 @@ def family_of(kind: Kind, tensors: Mapping[str, Tensor]) -> str | None:
 def _is_embedding(tensors: Mapping[str, Tensor]) -> bool:
     if {"clip_l", "clip_g"} <= set(tensors) or "emb_params" in tensors:
         return True
-    return len(tensors) == 1 and all(name.startswith("<") and name.endswith(">") for name in tensors)
+    return len(tensors) == 1 and all(re.fullmatch(r"<.+>|\*", name) for name in tensors)
 
 
 def _lora_family(tensors: Mapping[str, Tensor]) -> str | None:

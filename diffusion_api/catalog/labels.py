@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 
 from diffusion_api.catalog import samplers
+from diffusion_api.catalog.detect import PREDICTIONS
 from diffusion_api.errors import UnknownSampler
 from diffusion_api.schema.request import Frozen
 
@@ -55,19 +56,33 @@ Side = Annotated[int, Field(ge=64, multiple_of=8)]
 
 
 class Profile(Frozen):
-    """What the operator says of one model: names, the defaults of requests, and how it predicts where its file does not
-    tell. ``size`` is width and height in pixels. None is for what was not said.
+    """What the operator says of one model: names, the defaults of requests, and how it predicts, whatever its files say.
+    ``size`` is width and height in pixels. None is for what was not said.
     """
 
     label: str | None = None
     aliases: tuple[str, ...] = ()
     size: Annotated[tuple[Side, Side] | None, BeforeValidator(_both_sides)] = None
     steps: int | None = Field(default=None, ge=1)
+    guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     sampler: str | None = None
     clip_skip: int | None = Field(default=None, ge=1, le=12)
     vae: str | None = None
     prediction: Literal["epsilon", "v"] | None = None
     ztsnr: bool | None = None
+
+    @property
+    def schedule(self) -> dict[str, object]:
+        """How the model predicts, in the words of a diffusers scheduler config."""
+        said = {
+            "prediction_type": self.prediction and PREDICTIONS[self.prediction],
+            "rescale_betas_zero_snr": self.ztsnr,
+        }
+        return {key: value for key, value in said.items() if value is not None}
+
+    def over(self, other: Profile) -> Profile:
+        """This one, and what it leaves open as the other has it."""
+        return Profile.model_validate(other.model_dump() | self.model_dump(exclude_unset=True))
 
     @field_validator("sampler")
     @classmethod

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
+from diffusion_api.catalog.detect import INDEXES, index_of
+
 log = logging.getLogger(__name__)
 
 Kind: TypeAlias = Literal["model", "lora", "vae", "upscaler", "embedding"]
@@ -191,7 +193,7 @@ def _order(child: os.DirEntry[str]) -> tuple[bool, str]:
 
 def _is_model(folder: Path, names: set[str]) -> bool:
     """True for a folder of the diffusers layout, also for one that lacks its index."""
-    if "model_index.json" in names:
+    if names & set(INDEXES):
         return True
     return any(part in names and (folder / part / "config.json").is_file() for part in ("unet", "transformer"))
 
@@ -205,5 +207,5 @@ def _snapshot(folder: Path) -> Path:
     if main.is_file() and (pinned := snapshots / main.read_text().strip()).is_dir():
         return pinned
     found = [s for s in snapshots.iterdir() if s.is_dir()]
-    whole = [s for s in found if (s / "model_index.json").is_file()] or found
+    whole = [s for s in found if index_of(s).is_file()] or found
     return max(whole, key=lambda s: s.stat().st_mtime, default=folder)

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
-import struct
 import threading
 import time
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
-from diffusion_api.catalog import detect
+from diffusion_api.catalog import detect, pickles
+from diffusion_api.catalog.hashes import Hashes
 from diffusion_api.catalog.kinds import family_of, kind_of
 from diffusion_api.catalog.labels import LABELS, Profile, label, loose, read_profiles, repository
 from diffusion_api.catalog.layouts import Entry, Kind, Place, places, search
+from diffusion_api.catalog.pipelines import recommended
 from diffusion_api.errors import InvalidRequest, UnknownModel
 
 log = logging.getLogger(__name__)
 
-RUNNABLE = frozenset({"sd1"})
 PREFERRED_DEFAULT = "stable-diffusion-v1-5"
 FRESH = 2.0
 """Seconds for which a scan is believed."""
@@ -41,6 +40,8 @@ OWN_FOLDERS: dict[str, Kind] = {
     "embeddings": "embedding",
 }
 
+CODE = "{} files can run code when loaded; convert it to .safetensors, or allow them, as data (allow_pickle_models)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
@@ -55,21 +56,34 @@ class Asset:
     family: str | None
     stamp: int = 0
     bytes: int = 0
+    hashes: Hashes = field(default_factory=Hashes, repr=False, compare=False)
 
     @property
     def pickled(self) -> bool:
         """True for a format that can hold code: it is read as data only."""
         return self.path.is_file() and self.path.suffix.lower() != ".safetensors"
 
+    def hash_soon(self) -> None:
+        """Have the hashes made on another thread, for one that may not wait."""
+        if self.path.is_file():
+            (self.hashes.tensors if self.kind == "lora" and not self.pickled else self.hashes.whole)(self.path)
+
     @property
     def hash(self) -> str | None:
-        """The first 10 hex digits of the file's SHA-256, as A1111 shows it; None for a folder."""
-        return _sha256(self.path, self.stamp)[:10] if self.path.is_file() else None
+        """The first 10 hex digits of the file's SHA-256, as A1111 shows it; None for a folder. Waits for it to be made."""
+        return self.hashes.whole(self.path).result()[:10] if self.path.is_file() else None
 
     @property
     def network_hash(self) -> str:
-        """The 12 hex digits by which A1111 knows a LoRA or an embedding again."""
-        return _lora_hash(self.path, self.stamp) if self.kind == "lora" else _sha256(self.path, self.stamp)[:12]
+        """The 12 hex digits by which A1111 knows a LoRA or an embedding again. Waits for them to be made.
+
+        Of a LoRA it is what the trainer wrote into the file; else the hash of its tensors without the header, so that a file
+        that is described anew is known again.
+        """
+        if self.kind != "lora" or self.pickled:
+            return self.hashes.whole(self.path).result()[:12]
+        told = detect.safetensors_metadata(self.path).get("sshs_model_hash", "")
+        return told[:12] if re.fullmatch("[0-9a-f]{12,64}", told) else self.hashes.tensors(self.path).result()[:12]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +107,19 @@ class Model(Asset):
         return self.profile.size or (self.native_size, self.native_size)
 
     @property
+    def multiple(self) -> int:
+        """What width and height are multiples of, in pixels: transformers see patches of two by two latent pixels."""
+        return 16 if detect.is_pipeline(self.family) else 8
+
+    @property
     def single_file(self) -> bool:
         """True for a checkpoint file, False for a diffusers folder."""
-        return self.path.suffix == ".safetensors"
+        return self.path.is_file()
 
     @property
     def type(self) -> Literal["standard", "sdxl"]:
         """``sdxl`` or ``standard``, the two words of the original API."""
-        return "sdxl" if self.family == "sdxl" else "standard"
+        return "sdxl" if self.family in ("sdxl", "sdxl-refiner") else "standard"
 
 
 Row = TypeVar("Row", bound=Asset)
@@ -120,9 +139,12 @@ class Library:
         default: str | None = None,
         *,
         models_from: Sequence[Path] = (),
+        pickle_models: bool = False,
     ) -> None:
         self._home, self._models_dir, self._shipped, self._default = home, models_dir, shipped, default
         self._roots = _shown_as(models_from)
+        self._pickle_models = pickle_models
+        self._hashes = Hashes(home / "stable_diffusion" / ".hashes.json")
         self._lock = threading.Lock()
         self._scanned, self._took = float("-inf"), 0.0
         self._rows: dict[Kind, dict[str, Asset]] = {}
@@ -215,15 +237,14 @@ class Library:
         for entry in search(self._places(), self._tell):
             if row := self._row(entry):
                 self._add(row, entry, rows.setdefault(row.kind, {}))
-        shipped = [Place(self._shipped, "shipped", "model")] if self._shipped else []
-        for entry in search(shipped, self._tell):
+        for entry in search(self._shipped_places(), self._tell):
             row = self._row(entry, shipped=True)
             if row and row.name not in rows.setdefault(row.kind, {}):
                 rows[row.kind][row.name] = row
         profiles = read_profiles(self._home / "stable_diffusion" / "models.toml", self._log_once)
         for name, row in rows.get("model", {}).items():
             if isinstance(row, Model) and (profile := profiles.get(loose(name))):
-                rows["model"][name] = replace(row, profile=profile)
+                rows["model"][name] = replace(row, profile=profile.over(row.profile))
         return rows
 
     def _places(self) -> Iterable[Place]:
@@ -240,6 +261,12 @@ class Library:
             else:
                 self._log_once(f"{shown} (models_from) is not there")
 
+    def _shipped_places(self) -> Iterable[Place]:
+        """The package's models, and the LoRAs beside them."""
+        if self._shipped:
+            yield Place(self._shipped, "shipped", "model")
+            yield Place(self._shipped.with_name("loras"), "shipped/loras", "lora")
+
     def _row(self, entry: Entry, *, shipped: bool = False) -> Asset | None:
         """What an entry is; None, and told where it should be something, when it can be of no use."""
         try:
@@ -251,7 +278,7 @@ class Library:
         if facts is None:
             return None
         name = _name(entry)
-        if facts.kind != "model":
+        if facts.kind != "model" or facts.family is None:
             return Asset(
                 kind=facts.kind,
                 name=name,
@@ -260,10 +287,8 @@ class Library:
                 family=facts.family,
                 stamp=stamp,
                 bytes=size,
+                hashes=self._hashes,
             )
-        if facts.family not in RUNNABLE:
-            self._tell(str(entry.relative), f"family {facts.family} has no lane yet")
-            return None
         return Model(
             name=name,
             path=entry.path,
@@ -271,8 +296,10 @@ class Library:
             family=facts.family,
             stamp=stamp,
             bytes=size,
+            hashes=self._hashes,
             native_size=facts.native_size,
             shipped=shipped,
+            profile=recommended(entry.path, facts.family) if detect.is_pipeline(facts.family) else Profile(),
         )
 
     def _facts(self, entry: Entry, stamp: int) -> _Facts | None:
@@ -285,9 +312,14 @@ class Library:
             except detect.Unrecognised as error:
                 known = (stamp, error)
             self._recognised[key] = known
-        if isinstance(known[1], detect.Unrecognised):
-            raise known[1]
-        return known[1]
+        facts = known[1]
+        if entry.path.suffix.lower() in pickles.SUFFIXES and not self._pickle_models:
+            broken = isinstance(facts, detect.Unrecognised) and entry.kind == "model"
+            if broken or (isinstance(facts, _Facts) and facts.kind == "model"):
+                raise detect.Unrecognised(CODE.format(entry.path.suffix))
+        if isinstance(facts, detect.Unrecognised):
+            raise facts
+        return facts
 
     def _add(self, row: Asset, entry: Entry, rows: dict[str, Asset]) -> None:
         """Put a row under the first of its names that is free."""
@@ -331,24 +363,25 @@ def _recognise(path: Path, kind: Kind | None) -> _Facts | None:
     """
     if path.is_dir():
         return _Facts("model", *detect.folder_family(path))
-    if path.suffix.lower() != ".safetensors":
-        return _recognise_pickle(path, kind)
-    tensors = detect.safetensors_header(path)
+    if path.suffix.lower() in pickles.SUFFIXES and not zipfile.is_zipfile(path):
+        return _recognise_old(path, kind)
+    tensors = detect.contents(path)
     found = kind_of(tensors) or kind
     if found == "model":
         return _Facts("model", *detect.file_family(path))
     return _Facts(found, family_of(found, tensors)) if found else None
 
 
-def _recognise_pickle(path: Path, kind: Kind | None) -> _Facts | None:
-    """Formats that can hold code are not opened here: their names and folders tell."""
-    stem = path.stem.lower()
-    if stem in ("lora", "pytorch_lora_weights", "adapter_model"):
+def _recognise_old(path: Path, kind: Kind | None) -> _Facts | None:
+    """Pickles of before PyTorch 1.6 are not looked into: their folder tells, or the name that programs give to any LoRA."""
+    if path.stem.lower() in ("lora", "pytorch_lora_weights", "adapter_model"):
         return _Facts("lora", None)
-    if stem.endswith(".vae"):
+    if path.stem.lower().endswith(".vae"):
         return _Facts("vae", None)
-    if path.suffix.lower() == ".ckpt" and kind in (None, "model"):
-        raise detect.Unrecognised(".ckpt files can run code when loaded; convert it to .safetensors")
+    if kind == "model" and path.suffix.lower() == ".ckpt":
+        raise detect.Unrecognised(
+            "it is no file of torch.save, or one of before PyTorch 1.6; convert it to .safetensors"
+        )
     return _Facts(kind, None) if kind and kind != "model" else None
 
 
@@ -395,25 +428,3 @@ def _stamp(path: Path) -> tuple[int, int]:
     files = [path, *sorted(path.glob("*")), *sorted(path.glob("*/*"))] if path.is_dir() else [path]
     found = [file.stat() for file in files if file.exists()]
     return hash(tuple((file.st_mtime_ns, file.st_size) for file in found)), sum(file.st_size for file in found)
-
-
-@lru_cache(maxsize=1024)
-def _sha256(path: Path, stamp: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@lru_cache(maxsize=1024)
-def _lora_hash(path: Path, stamp: int) -> str:
-    """What the trainer wrote into the file; else the SHA-256 of its tensors without the header, so that a file that is
-    described anew is known again; of the whole file where it has no header.
-    """
-    if path.suffix.lower() != ".safetensors":
-        return _sha256(path, stamp)[:12]
-    told = detect.safetensors_metadata(path).get("sshs_model_hash", "")
-    if re.fullmatch("[0-9a-f]{12,64}", told):
-        return told[:12]
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        file.seek(8 + length)
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]

@@ -28,8 +28,8 @@ class Sampler:
     ``timesteps``: starts from noise of variance 1 and, left alone, takes the trained timesteps and ends at the lowest of
     them; an omitted schedule is not karras then. ``ends_only``: of a schedule only the first and the last level count.
     ``brownian``: its noise is one motion over sigma. ``discards_next_to_last``: one level more is computed and left out.
-    ``adaptive``: evaluations do not follow from steps. ``distilled``: levels are those of latent consistency models.
-    ``guidance_divisor``: what A1111 divides the guidance scale by.
+    ``adaptive``: model calls in all, about, where they do not follow from steps. ``distilled``: levels are those of latent
+    consistency models. ``guidance_divisor``: what A1111 divides the guidance scale by.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Sampler:
     ends_only: bool = False
     brownian: bool = False
     discards_next_to_last: bool = False
-    adaptive: bool = False
+    adaptive: int = 0
     distilled: bool = False
     guidance_divisor: float = 1
 
@@ -70,7 +70,7 @@ SAMPLERS = (
     Sampler("dpmpp_2m", "DPM++ 2M", ("k_dpmpp_2m",), "karras"),
     Sampler("dpmpp_sde", "DPM++ SDE", ("k_dpmpp_sde",), "karras", 2, brownian=True),
     Sampler("dpm_fast", "DPM fast", ("k_dpm_fast",), ends_only=True),
-    Sampler("dpm_adaptive", "DPM adaptive", ("k_dpm_ad", "k_dpm_adaptive"), ends_only=True, adaptive=True),
+    Sampler("dpm_adaptive", "DPM adaptive", ("k_dpm_ad", "k_dpm_adaptive"), ends_only=True, adaptive=90),
     Sampler("lms", "LMS", ("k_lms", "k-lms")),
     Sampler("ddim", "DDIM", timesteps=True),
     Sampler("plms", "PLMS", ("pndm",), timesteps=True),

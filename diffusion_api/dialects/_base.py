@@ -149,9 +149,9 @@ def resolve_seed(seed: int | None, name: str = "seed") -> int:
     return seed
 
 
-def round_size(value: int, name: str) -> tuple[int, str | None]:
-    """A side rounded half up to a multiple of 8, and what to tell the caller. Raises InvalidRequest."""
-    if not 8 <= value <= MAX_SIDE:
-        raise errors.InvalidRequest(f"{name} is {value}; it may be 8 to {MAX_SIDE}", field=name)
-    rounded = (value + 4) // 8 * 8
-    return rounded, None if rounded == value else f"{name} {value} was rounded to {rounded}, a multiple of 8"
+def round_size(value: int, name: str, multiple: int = 8) -> tuple[int, str | None]:
+    """A side rounded half up to a multiple of what the model can make, and what to tell the caller. Raises InvalidRequest."""
+    if not multiple <= value <= MAX_SIDE:
+        raise errors.InvalidRequest(f"{name} is {value}; it may be {multiple} to {MAX_SIDE}", field=name)
+    rounded = (value + multiple // 2) // multiple * multiple
+    return rounded, None if rounded == value else f"{name} {value} was rounded to {rounded}, a multiple of {multiple}"

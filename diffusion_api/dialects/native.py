@@ -375,6 +375,14 @@ class UpscalersBody(BaseModel):
     upscalers: list[UpscalerRow]
 
 
+class SamplingMethodsBody(BaseModel):
+    """Names for ``sampler_name`` and for ``scheduler_type``."""
+
+    status: Literal["success"] = "success"
+    sampling_methods: list[str]
+    scheduler_types: list[str]
+
+
 class HelloBody(BaseModel):
     """The service answers."""
 
@@ -488,6 +496,12 @@ def mount(app: FastAPI, service: Service) -> None:
     def upscalers() -> UpscalersBody:
         return UpscalersBody(upscalers=[*_internal_upscalers(), *map(_upscaler, service.assets("upscaler"))])
 
+    @router.get("/sampling_methods", tags=["catalog"], summary="Samplers and schedules")
+    def sampling_methods() -> SamplingMethodsBody:
+        return SamplingMethodsBody(
+            sampling_methods=samplers.sampling_methods(), scheduler_types=samplers.scheduler_types()
+        )
+
     @router.post(
         "/txt2img", tags=["jobs"], summary="A picture from words",
         responses=_refusals(400, 413, 422, 503, 507) | {200: {"links": LINKS}},
@@ -561,8 +575,8 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     model = service.model(body.model)
     body = _defaulted(body, model)
     sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
-    width, width_note = round_size(_given(body.width, model.default_size[0]), "width")
-    height, height_note = round_size(_given(body.height, model.default_size[1]), "height")
+    width, width_note = round_size(_given(body.width, model.default_size[0]), "width", model.multiple)
+    height, height_note = round_size(_given(body.height, model.default_size[1]), "height", model.multiple)
     warnings += [note for note in (width_note, height_note) if note]
     if body.hires and body.hires.enabled:
         raise InvalidRequest("hires is not supported by this release; leave it out", field="hires")
@@ -680,7 +694,8 @@ def _vae(name: str | None, service: Service) -> str | None:
 def _defaulted(body: Txt2ImgBody, model: Model) -> Txt2ImgBody:
     """The body with the model's own defaults in place of what it leaves out."""
     profile = model.profile
-    defaults: dict[str, Any] = {"steps": profile.steps, "clip_skip": profile.clip_skip, "vae": profile.vae}
+    names = ("steps", "clip_skip", "vae")
+    defaults: dict[str, Any] = {name: getattr(profile, name) for name in names} | {"cfg_scale": profile.guidance_scale}
     if profile.sampler and body.sampler_name is None:
         sampler, schedule = samplers.resolve(profile.sampler, body.scheduler_type)
         defaults |= {"sampler_name": sampler.label, "scheduler_type": schedule.name}

@@ -106,8 +106,11 @@ class Engine(Protocol):
     def start(self) -> None:
         """Begin loading; returns at once."""
 
-    def wait(self) -> None:
-        """Block until the engine can run jobs. Raises DeviceUnusable when it never will."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Block until the engine can run jobs, for so many seconds at most; True once it can.
+
+        Raises DeviceUnusable when it never will.
+        """
 
     def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
         """Events of one job, ending with Finished.
@@ -121,5 +124,5 @@ class Engine(Protocol):
     def report(self) -> DeviceReport | None:
         """What the engine runs on, or None while that is not known yet."""
 
-    def close(self) -> None:
-        """Free the device."""
+    def close(self, seconds: float | None = None) -> bool:
+        """Free the device: True once no thread is in it any more, False if one still is after so many seconds."""

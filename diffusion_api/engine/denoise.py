@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,16 +35,28 @@ from diffusion_api.schema.request import Emphasis, Request
 Report = Callable[[Progress], None]
 
 
-class Lane(Protocol):
+class Loaded(Protocol):
+    """A model in memory, of whatever family."""
+
+    @property
+    def model_hash(self) -> str | None:
+        """The first 10 hex digits of the checkpoint's SHA-256, None for a folder."""
+
+    @property
+    def patches(self) -> Patches:
+        """What stands in place of the model's own weights."""
+
+    @property
+    def words(self) -> Mapping[str, text.Words]:
+        """Its text encoders' words, by part."""
+
+
+class Lane(Loaded, Protocol):
     """A loaded model of some family: how it encodes words, predicts noise and decodes latents."""
 
     @property
     def levels(self) -> NoiseLevels:
         """The noise levels that the model was trained at."""
-
-    @property
-    def model_hash(self) -> str | None:
-        """The first 10 hex digits of the checkpoint's SHA-256, None for a folder."""
 
     def encode(
         self, texts: tuple[str, ...], *, negative: bool = False, clip_skip: int = 1, emphasis: Emphasis = "original"
@@ -75,13 +87,28 @@ class Lane(Protocol):
     def device(self) -> torch.device:
         """Where latents live."""
 
-    @property
-    def patches(self) -> Patches:
-        """What stands in place of the model's own weights."""
 
-    @property
-    def words(self) -> Mapping[str, text.Words]:
-        """Its text encoders' words, by part."""
+@dataclass(frozen=True)
+class Painted:
+    """A whole picture: ``values`` are (1, 3, height, width), -1 to 1; ``infotext`` holds fields by A1111's keys.
+
+    ``broken_off`` is the step at which it was broken off, None for a finished one.
+    """
+
+    values: Tensor
+    broken_off: int | None = None
+    warnings: tuple[str, ...] = ()
+    infotext: Mapping[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Painter(Loaded, Protocol):
+    """A loaded model of a family that has no lane: it makes each picture whole, and alone."""
+
+    def paint(self, stage: Pass, stepped: Callable[[float], bool]) -> Painted | None:
+        """The picture of a pass. ``stepped`` is told after each step how much is done, 0 to 1, and says whether that is
+        to be all; None when it is and there is nothing to show. Raises InvalidRequest, and what ``stepped`` raises.
+        """
 
 
 class Point(StrEnum):
@@ -91,6 +118,8 @@ class Point(StrEnum):
     ENCODE = "encode"
     EVALUATE = "evaluate"
     DECODE = "decode"
+    PAINT = "paint"
+    """All of them."""
     OTHER = "other"
 
 
@@ -116,14 +145,19 @@ class Run:
 
 Asks = Generator[Evaluate | Run, Any, Any]
 
+OVERFLOWED = (
+    "the model's numbers overflowed (NaN), so there is no picture: try another sampler, a lower guidance_scale or "
+    "another size; if every picture of this model fails, its file is damaged or it needs float32"
+)
+
 DECODED_AGAIN = "the picture overflowed while it was decoded, and was decoded again in float32"
 
 
 def job(
     request: Request,
     *,
-    load: Callable[[str], Lane],
-    attach: Callable[[Lane, Request], Attached],
+    load: Callable[[str], Lane | Painter],
+    attach: Callable[[Loaded, Request], Attached],
     memory: Callable[[], float],
     report: Report,
     stop: StopAsked,
@@ -134,20 +168,25 @@ def job(
     """
     before = memory()
     report(Progress(state=State.LOADING, phase="loading"))
-    lane: Lane = yield Run(lambda: load(request.model), Point.LOAD)
-    extras: Attached = yield Run(lambda: attach(lane, request))
+    model: Lane | Painter = yield Run(lambda: load(request.model), Point.LOAD)
+    extras: Attached = yield Run(lambda: attach(model, request))
     images: list[Pixels] = []
     warnings = dict.fromkeys(extras.warnings)
+    known = dict(extras.infotext)
     broken_off: int | None = None
     for stage in plan(request):
         if stop() is Stop.WITH_PICTURE:
             broken_off = 0
             break
         report(_progress(stage, 0))
-        latents, broken_off = yield from denoised(lane, stage, report, stop)
-        image, warning = yield Run(partial(developed, lane, latents), Point.DECODE)
-        images.append(image)
-        warnings |= dict.fromkeys(warning)
+        picture = yield from pictured(model, stage, report, stop)
+        if picture is None:
+            broken_off = 0
+            break
+        images.append(picture.image)
+        warnings |= dict.fromkeys(picture.warnings)
+        known |= picture.infotext
+        broken_off = picture.broken_off
         if broken_off is not None:
             break
     if not images:
@@ -156,14 +195,53 @@ def job(
         images=tuple(images),
         seeds=request.seeds[: len(images)],
         partial=broken_off,
-        model_hash=lane.model_hash,
+        model_hash=model.model_hash,
         memory_before_mb=before,
         memory_after_mb=memory(),
         warnings=tuple(warnings),
         loras_applied=extras.applied,
         loras_skipped=extras.skipped,
-        infotext=extras.infotext,
+        infotext=known,
     )
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a job, the step at which it was broken off if it was, and what is to be said about it."""
+
+    image: Pixels
+    broken_off: int | None
+    warnings: tuple[str, ...]
+    infotext: Mapping[str, str] = field(default_factory=dict)
+
+
+def pictured(
+    model: Lane | Painter, stage: Pass, report: Report, stop: StopAsked
+) -> Generator[Evaluate | Run, Any, Picture | None]:
+    """The picture of one pass, None when it was stopped and has none. Raises NotFinite, and what a painter raises."""
+    if isinstance(model, Painter):
+        whole: Picture | None = yield Run(partial(painted, model, stage, report, stop), Point.PAINT)
+        return whole
+    latents, broken_off = yield from denoised(model, stage, report, stop)
+    image, warnings = yield Run(partial(developed, model, latents), Point.DECODE)
+    return Picture(image, broken_off, warnings)
+
+
+def painted(painter: Painter, stage: Pass, report: Report, stop: StopAsked) -> Picture | None:
+    """What a painter makes of a pass, with a word on each step. Raises Interrupted, NotFinite and what the painter raises."""
+
+    def stepped(share: float) -> bool:
+        report(_progress(stage, share))
+        if (asked := stop()) is Stop.NOW:
+            raise Interrupted("stopped while it ran")
+        return asked is Stop.WITH_PICTURE
+
+    found = painter.paint(stage, stepped)
+    if found is None:
+        return None
+    if not _finite(found.values):
+        raise NotFinite(OVERFLOWED)
+    return Picture(to_pixels(found.values), found.broken_off, found.warnings, found.infotext)
 
 
 @dataclass(frozen=True)
@@ -358,10 +436,7 @@ def developed(lane: Lane, latents: Tensor) -> tuple[Pixels, tuple[str, ...]]:
             return to_pixels(values), ()
         if _finite(values := lane.decode(latents, precise=True)):
             return to_pixels(values), (DECODED_AGAIN,)
-    raise NotFinite(
-        "the model's numbers overflowed (NaN), so there is no picture: try another sampler, a lower guidance_scale or "
-        "another size; if every picture of this model fails, its file is damaged or it needs float32"
-    )
+    raise NotFinite(OVERFLOWED)
 
 
 def _finite(tensor: Tensor) -> bool:

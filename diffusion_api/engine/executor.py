@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_api.catalog.library import Library
 from diffusion_api.engine.base import Admission, Event, Finished, Stop, StopAsked, out_of_memory
 from diffusion_api.errors import DeviceLost, DeviceUnusable, DiffusionApiError, Interrupted, OutOfMemory
+from diffusion_api.prompt import parse
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.report import DeviceReport
 from diffusion_api.schema.request import Request
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from diffusion_api.engine.weights import Weights
 
 log = logging.getLogger(__name__)
-
-CLOSING = 30.0
-"""Seconds that the device thread may take to end."""
 
 LOST = "the device failed and works no more until the service starts again; the log has the details"
 
@@ -90,14 +88,16 @@ class Executor:
         """Begin loading torch; returns at once."""
         self._thread.start()
 
-    def wait(self) -> None:
-        """Block until the device is ready. Raises DeviceUnusable."""
-        self._ready.wait()
+    def wait(self, seconds: float | None = None) -> bool:
+        """Block until the device is ready, or for so long; True once it is. Raises DeviceUnusable."""
+        ready = self._ready.wait(seconds)
         if self._unusable:
             raise self._unusable
+        return ready
 
     def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
         """Events of one job, as :meth:`diffusion_api.engine.base.Engine.run` describes them."""
+        self._hash(request)
         with self._admission.admitted(stop):
             if self._lost:
                 raise DeviceLost(LOST)
@@ -106,7 +106,19 @@ class Executor:
             self._tasks.put(task)
             while not isinstance(event := task.next_event(), Finished):
                 yield event
-        yield event  # the device is free for the next job while this one is saved
+        # The device is free for the next job while this one is saved; so it need not wait for a hash either.
+        model = self._library.find(request.model)
+        yield replace(event, model_hash=model.hash if model else None)
+
+    def _hash(self, request: Request) -> None:
+        """Have the hashes of the job's files made meanwhile, so that the device thread does not wait for them."""
+        loras = {use.name for use in request.loras} | {network.name for network in parse(request.prompt).networks}
+        rows = [self._library.find(request.model), *(self._library.find_asset("lora", name) for name in loras)]
+        if request.vae:
+            rows.append(self._library.find_asset("vae", request.vae))
+        for row in rows:
+            if row:
+                row.hash_soon()
 
     def report(self) -> DeviceReport | None:
         """What the engine runs on; None while torch loads."""
@@ -114,10 +126,11 @@ class Executor:
             return None
         return replace(self._device.report(), models=self._weights.report)
 
-    def close(self) -> None:
-        """End the device thread after the job in hand; a thread that is still in torch when Python ends aborts the process."""
+    def close(self, seconds: float | None = None) -> bool:
+        """End the device thread after the job in hand; False if it is in torch for longer than that."""
         self._tasks.put(None)
-        self._thread.join(CLOSING)
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _main(self) -> None:
         keep_offline()

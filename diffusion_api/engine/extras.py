@@ -5,7 +5,6 @@ None of them can fail a job: what cannot be used is skipped, and the job says so
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -19,7 +18,7 @@ from torch import Tensor
 from diffusion_api.catalog import compatibility
 from diffusion_api.catalog.library import Asset, Library
 from diffusion_api.engine.base import Attached
-from diffusion_api.engine.denoise import Lane
+from diffusion_api.engine.denoise import Loaded
 from diffusion_api.engine.devices import is_out_of_memory
 from diffusion_api.engine.embeddings import read_embedding
 from diffusion_api.engine.families.base import read_weights
@@ -28,8 +27,6 @@ from diffusion_api.prompt import parse
 from diffusion_api.schema.job import NOT_INSTALLED, LoraApplied, LoraSkipped, lora_skipped
 from diffusion_api.schema.request import OWN_VAE, LoraUse, Request
 
-log = logging.getLogger(__name__)
-
 
 class Extras:
     """Gives each job's model what the job asked for, and takes away what others had asked for."""
@@ -37,7 +34,7 @@ class Extras:
     def __init__(self, library: Library) -> None:
         self._library = library
 
-    def attach(self, lane: Lane, request: Request) -> Attached:
+    def attach(self, lane: Loaded, request: Request) -> Attached:
         """Have the lane draw with the LoRAs, the VAE and the embeddings of this request, and with no others.
 
         What is attached stays until another job of this model asks for something else; the same again costs nothing.
@@ -48,7 +45,7 @@ class Extras:
             patched, warnings=patched.warnings + learned.warnings, infotext={**patched.infotext, **learned.infotext}
         )
 
-    def _patched(self, lane: Lane, request: Request) -> Attached:
+    def _patched(self, lane: Loaded, request: Request) -> Attached:
         uses = [(use, self._library.find_asset("lora", use.name)) for use in lora_uses(request)]
         vae = self._vae(request)
         key = (*((use, row and (row.path, row.stamp)) for use, row in uses), vae and (vae.path, vae.stamp))
@@ -80,7 +77,7 @@ class Extras:
         row = self._library.find(model)
         return row.family if row else ""
 
-    def _learned(self, lane: Lane, prompts: str) -> Attached:
+    def _learned(self, lane: Loaded, prompts: str) -> Attached:
         prompts = prompts.lower()
         rows = [row for row in self._library.assets("embedding") if row.name.lower() in prompts]
         widths = tuple((part, words.width) for part, words in lane.words.items())
@@ -134,7 +131,6 @@ class _Fitting:
         except Exception as error:  # torch, safetensors and the unpickler raise anything for a file that is damaged
             if is_out_of_memory(error):
                 raise
-            log.warning("LoRA %s cannot be read", row.name, exc_info=error)
             self._skip(use.name, f"{row.path.name} cannot be read: {_reason(error)}")
             return
         if self._layers is None:
@@ -167,7 +163,6 @@ class _Fitting:
         except Exception as error:  # as above
             if is_out_of_memory(error):
                 raise
-            log.warning("VAE %s cannot be used", row.name, exc_info=error)
             self._warnings.append(f"VAE {row.name!r} was skipped: {_reason(error)}")
             return
         for name, tensor in tensors.items():
@@ -218,7 +213,6 @@ def _embedding(path: Path, stamp: int, widths: tuple[tuple[str, int], ...]) -> M
     try:
         return read_embedding(path, dict(widths))
     except Exception as error:  # as for LoRAs
-        log.warning("embedding %s cannot be used", path.name, exc_info=error)
         return _reason(error)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from diffusion_api.engine.denoise import Evaluate, Lane, Point, Run
+from diffusion_api.engine.denoise import Evaluate, Lane, Painter, Point, Run
 from diffusion_api.engine.devices import Device
 from diffusion_api.engine.estimate import TILE, Measures, Rung, rungs
 from diffusion_api.engine.plan import plan
@@ -30,8 +30,8 @@ class Ladder:
         """Those in force."""
         return self._planned.joined(self._forced)
 
-    def load(self, name: str) -> Lane:
-        """The lane of a model, with room for this job beside it. Raises what :meth:`Weights.load` raises."""
+    def load(self, name: str) -> Lane | Painter:
+        """A model, with room for this job beside it. Raises what :meth:`Weights.load` raises."""
         lane = self._weights.load(name, self._request, self._forced)
         before = self.measures.names
         self._planned = self._planned.joined(self._weights.measures)
@@ -58,9 +58,13 @@ class Ladder:
     def _helps(self, rung: Rung, question: Evaluate | Run) -> bool:
         measure = rung.measure
         if measure.tiling:
-            return question.point is Point.DECODE and any(max(p.width, p.height) > TILE for p in plan(self._request))
-        if measure.slicing or measure.singly:
-            return isinstance(question, Evaluate) and (measure.slicing or len(question.conditionings) > 1)
+            return question.point in (Point.DECODE, Point.PAINT) and any(
+                max(p.width, p.height) > TILE for p in plan(self._request)
+            )
+        if measure.slicing:
+            return question.point in (Point.EVALUATE, Point.PAINT)
+        if measure.singly:
+            return isinstance(question, Evaluate) and len(question.conditionings) > 1
         return True
 
     def _took(self, point: Point, name: str) -> bool:

@@ -30,7 +30,7 @@ class Patches:
     """
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
-        self._parts = dict(parts)
+        self.parts = dict(parts)
         self._own: dict[Weight, Tensor] = {}
         self.label: Any = None
         """What who attached the present patches says of them."""
@@ -38,11 +38,11 @@ class Patches:
     @property
     def layers(self) -> Layers:
         """The layers that a LoRA may change."""
-        return layers({part: _shapes(network) for part, network in self._parts.items() if part != "vae"})
+        return layers({part: _shapes(network) for part, network in self.parts.items() if part != "vae"})
 
     def part(self, name: str) -> nn.Module | None:
         """The network of that name, if the model has it."""
-        return self._parts.get(name)
+        return self.parts.get(name)
 
     @property
     def patched(self) -> frozenset[str]:
@@ -80,7 +80,7 @@ class Patches:
     def _parameter(self, weight: Weight) -> Tensor:
         # Written into, not replaced: what moves a model between the card and main memory holds on to these very tensors.
         part, name = weight
-        return self._parts[part].get_parameter(name)
+        return self.parts[part].get_parameter(name)
 
 
 def steps(found: Fit, tensors: Mapping[str, Tensor], *, unet: float, text: float) -> dict[Weight, Step]:
@@ -142,7 +142,7 @@ def _with_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:
     """The weight, its direction kept, with these lengths: of each output (PEFT), or of each input (LyCORIS)."""
     across = [1] * (weight.dim() - 1)
     if magnitude.numel() == len(magnitude) == len(weight):
-        lengths = torch.linalg.vector_norm(weight.flatten(1), dim=1).reshape(-1, *across)
+        lengths: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1).reshape(-1, *across)
         return weight * (magnitude.reshape(-1, *across) / lengths)
     lengths = torch.linalg.vector_norm(weight.transpose(0, 1).flatten(1), dim=1).reshape(1, -1, *across[1:])
     return weight * (magnitude.reshape(1, -1, *across[1:]) / lengths)

@@ -30,8 +30,8 @@ class Pass:
     @property
     def evaluations(self) -> int:
         """Model calls the pass is expected to need; a corrector's last step needs one fewer."""
-        cost = samplers.sampler(self.sampler).evaluations
-        return max(self.steps * cost - (cost - 1), 1)
+        row = samplers.sampler(self.sampler)
+        return row.adaptive or max(self.steps * row.evaluations - (row.evaluations - 1), 1)
 
 
 def plan(request: Request) -> tuple[Pass, ...]:

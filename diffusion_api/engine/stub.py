@@ -50,15 +50,17 @@ class StubEngine:
     def start(self) -> None:
         """Nothing to load."""
 
-    def wait(self) -> None:
+    def wait(self, seconds: float | None = None) -> bool:
         """Always ready."""
+        return True
 
     def report(self) -> DeviceReport:
         """No device at all."""
         return DeviceReport("stub", "stub", {"cuda_available": False, "mps_available": False, "device_name": "stub"})
 
-    def close(self) -> None:
+    def close(self, seconds: float | None = None) -> bool:
         """Nothing to free."""
+        return True
 
     def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
         """Steps without work, then noise seeded by the request."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from diffusion_api.engine.denoise import Lane
+from diffusion_api.engine.denoise import Loaded
 from diffusion_api.engine.estimate import PIECES, TILE, Placement
 
 Networks = dict[str, nn.Module]
@@ -24,9 +24,9 @@ LATENT = 8
 """Pixels of a latent pixel's side."""
 
 
-def networks(lane: Lane) -> Networks:
-    """The networks of a lane, by the names of its fields."""
-    return {name: value for name, value in vars(lane).items() if isinstance(value, nn.Module)}
+def networks(model: Loaded) -> Networks:
+    """The networks of a model, by the names that diffusers has for them."""
+    return model.patches.parts
 
 
 def size(module: nn.Module) -> int:

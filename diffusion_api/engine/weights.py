@@ -7,15 +7,17 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusion_api.catalog.detect import Unrecognised
+from diffusion_api.catalog.detect import Unrecognised, is_pipeline
 from diffusion_api.catalog.footprint import footprint
 from diffusion_api.catalog.library import Library, Model
 from diffusion_api.engine import thrift
-from diffusion_api.engine.denoise import Lane
+from diffusion_api.engine.denoise import Lane, Painter
 from diffusion_api.engine.devices import HOST, Device, is_out_of_memory
 from diffusion_api.engine.estimate import Load, Measures, Placement, chosen, prices, shown, strictest
-from diffusion_api.engine.families.base import read_tensors
+from diffusion_api.engine.families.base import UNetLane
 from diffusion_api.engine.families.sd1 import SD1
+from diffusion_api.engine.families.sd2 import SD2
+from diffusion_api.engine.families.sdxl import SDXL, SDXLRefiner
 from diffusion_api.engine.plan import plan
 from diffusion_api.errors import ModelUnreadable, OutOfMemory, UnknownModel
 from diffusion_api.schema.report import HeldModel
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 LONGEST_REASON = 300
 """Characters of what a library says of a file; some list every tensor."""
 
-FAMILIES = {"sd1": SD1}
+FAMILIES: dict[str, type[UNetLane]] = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL, "sdxl-refiner": SDXLRefiner}
 """By the names of :mod:`diffusion_api.catalog.detect`."""
 
 
@@ -35,7 +37,7 @@ class Held:
     """A model in memory. ``measures`` are what it was last used with; None while it waits in RAM."""
 
     model: Model
-    lane: Lane
+    lane: Lane | Painter
     placed: thrift.Placed
     measures: Measures | None
 
@@ -63,7 +65,7 @@ class Weights:
         """A job begins: what it loads from now on is kept until the next one begins."""
         self._used = set()
 
-    def load(self, name: str, request: Request | None = None, measures: Measures | None = None) -> Lane:
+    def load(self, name: str, request: Request | None = None, measures: Measures | None = None) -> Lane | Painter:
         """The lane of that model, with at least those measures, and those that the request needs beside them.
 
         Raises ModelUnreadable, OutOfMemory, and UnknownModel when it is no longer listed.
@@ -81,6 +83,7 @@ class Weights:
         self.measures = needed
         self._make_room(model, size)
         held = self._placed(held, needed) if held else self._read(model, needed)
+        held.placed.land()  # patches go to the weights themselves, not to a copy on the device
         self._keep(held)
         return held.lane
 
@@ -190,7 +193,7 @@ class Weights:
         log.info("loaded model %s (%s) in %.1f s", model.name, model.family, time.monotonic() - started)
         return self._placed(Held(model, lane, placed, Measures() if whole else None), measures)
 
-    def _opened(self, model: Model, device: Device) -> Lane:
+    def _opened(self, model: Model, device: Device) -> Lane | Painter:
         try:
             return self._open(model, device)
         except Exception as error:  # transformers, diffusers and tokenizers raise anything for a file that is damaged
@@ -202,11 +205,15 @@ class Weights:
                 raise
             raise ModelUnreadable(f"model {model.name!r} cannot be read: {_reason(error, model)}") from error
 
-    def _open(self, model: Model, device: Device) -> Lane:
-        family = FAMILIES[model.family]
+    def _open(self, model: Model, device: Device) -> Lane | Painter:
+        if is_pipeline(model.family):
+            from diffusion_api.engine.families.generic import Generic  # all of diffusers, which takes seconds
+
+            return Generic.from_folder(model.path, device)
+        family, schedule = FAMILIES[model.family], model.profile.schedule
         if not model.single_file:
-            return family.from_folder(model.path, device, model.hash)
-        return family.from_checkpoint(read_tensors(model.path), self._tokenizer, device, model.hash)
+            return family.from_folder(model.path, device, None, schedule)
+        return family.from_checkpoint(model.path, self._tokenizer, device, None, schedule)
 
 
 def _reason(error: Exception, model: Model) -> str:

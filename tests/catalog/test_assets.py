@@ -148,14 +148,14 @@ def test_a_broken_file_is_told_and_the_others_are_listed(home: Path, caplog: pyt
 
 
 def test_a_file_is_read_again_only_when_it_changed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "FRESH", -1)
+    monkeypatch.setattr(catalog, "FRESH", -1000)
     path = checkpoint(home / "loras" / "one.safetensors", LORA_KEYS)
     found = library(home)
     assert list(listed(found, "lora")) == ["one"]
     monkeypatch.setattr(catalog.detect, "safetensors_header", lambda path: pytest.fail("it was read again"))
     assert list(listed(found, "lora")) == ["one"]
     monkeypatch.undo()
-    monkeypatch.setattr(catalog, "FRESH", -1)
+    monkeypatch.setattr(catalog, "FRESH", -1000)
     checkpoint(path, VAE_KEYS)
     assert list(listed(found, "lora")) == []
     assert list(listed(found, "vae")) == ["one"]

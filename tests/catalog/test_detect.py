@@ -7,14 +7,23 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import fake_models
 import pytest
-from fake_models import checkpoint, diffusers_folder
+from fake_models import checkpoint, diffusers_folder, transformer_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_api.catalog.detect import MAX_HEADER, Unrecognised, file_family, folder_family, safetensors_header
+from diffusion_api.catalog.detect import (
+    MAX_HEADER,
+    Unrecognised,
+    file_family,
+    file_schedule,
+    folder_family,
+    safetensors_header,
+    weight_files,
+)
 from diffusion_api.settings import DATA
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
@@ -32,7 +41,8 @@ def written(path: Path, header: object, data: bytes = b"") -> Path:
         (fake_models.SD1_KEYS, ("sd1", 512)),
         (fake_models.SD2_KEYS, ("sd2", 768)),
         (fake_models.SDXL_KEYS, ("sdxl", 1024)),
-        (fake_models.INPAINTING_KEYS, ("sd1-inpainting", 512)),
+        (fake_models.REFINER_KEYS, ("sdxl-refiner", 1024)),
+        (fake_models.INPAINTING_KEYS, ("sd1", 512)),
     ],
 )
 def test_a_checkpoint_is_known_by_its_tensors(
@@ -48,17 +58,72 @@ def test_a_checkpoint_is_known_by_its_tensors(
         ({}, ("sd1", 512)),
         ({"sample_size": 32}, ("sd1", 256)),
         ({"pipeline": "StableDiffusionImg2ImgPipeline"}, ("sd1", 512)),
-        ({"cross_attention_dim": 1024, "sample_size": 96}, ("sd2", 768)),
-        ({"pipeline": "StableDiffusionXLPipeline", "cross_attention_dim": 2048, "sample_size": 128}, ("sdxl", 1024)),
+        ({"pipeline": "StableDiffusionInpaintPipeline", "unet": {"in_channels": 9}}, ("sd1", 512)),
+        ({"unet": {"use_linear_projection": True}, "sample_size": 96}, ("sd2", 768)),
+        ({"pipeline": "StableDiffusionXLPipeline", "sample_size": 128}, ("sdxl", 1024)),
+        (
+            {
+                "pipeline": "StableDiffusionXLImg2ImgPipeline",
+                "index": {"text_encoder": [None, None]},
+                "sample_size": 128,
+            },
+            ("sdxl-refiner", 1024),
+        ),
     ],
 )
 def test_a_folder_is_known_by_its_configs(tmp_path: Path, options: dict[str, object], found: tuple[str, int]) -> None:
     assert folder_family(diffusers_folder(tmp_path / "sdxl", **options)) == found  # type: ignore[arg-type]
 
 
-def test_a_pipeline_without_a_lane_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Unrecognised, match="pipeline FluxPipeline has no lane yet"):
-        folder_family(diffusers_folder(tmp_path, pipeline="FluxPipeline"))
+@pytest.mark.parametrize(("config", "size"), [({}, 1024), ({"sample_size": 64}, 512), ({"sample_size": [6, 8]}, 1024)])
+def test_any_pipeline_is_called_after_its_class(tmp_path: Path, config: dict[str, Any], size: int) -> None:
+    assert folder_family(transformer_folder(tmp_path, **config)) == ("FluxPipeline", size)
+
+
+def test_the_native_size_is_that_of_the_latents_times_the_autoencoders_factor(tmp_path: Path) -> None:
+    transformer_folder(tmp_path, pipeline="SanaPipeline", sample_size=32)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"encoder_block_out_channels": [1] * 6}))
+    assert folder_family(tmp_path) == ("SanaPipeline", 1024)
+
+
+def test_a_modular_pipeline_has_an_index_of_its_own(tmp_path: Path) -> None:
+    index = transformer_folder(tmp_path, pipeline="Flux3ModularPipeline") / "model_index.json"
+    content = json.loads(index.read_text())
+    content["transformer"].append({"subfolder": "transformer"})
+    (tmp_path / "modular_model_index.json").write_text(json.dumps(content))
+    index.unlink()
+    assert folder_family(tmp_path) == ("Flux3ModularPipeline", 1024)
+
+
+@pytest.mark.parametrize(
+    ("index", "why"),
+    [
+        ({"_class_name": ["mine", "MyPipeline"]}, "its index names .*MyPipeline.*, and only pipelines of diffusers"),
+        ({"_class_name": "Mine"}, "its index names Mine, and only pipelines of diffusers are run"),
+        ({}, "its index names None, and only pipelines of diffusers are run"),
+        (
+            {"transformer": ["mine", "Net"]},
+            "its index names mine.Net, and only code of diffusers and transformers is run",
+        ),
+        ({"transformer": ["mine", "Net", {}]}, "its index names mine.Net, and only code of"),
+        ({"text_encoder": ["transformers", "T5EncoderModel"]}, "its text_encoder/ holds no safetensors weights"),
+    ],
+)
+def test_a_pipeline_that_brings_code_or_lacks_weights_is_refused(
+    tmp_path: Path, index: dict[str, Any], why: str
+) -> None:
+    file = transformer_folder(tmp_path) / "model_index.json"
+    file.write_text(json.dumps((json.loads(file.read_text()) | index) if index else {}))
+    with pytest.raises(Unrecognised, match=why):
+        folder_family(tmp_path)
+
+
+def test_a_gguf_file_is_weights(tmp_path: Path) -> None:
+    transformer_folder(tmp_path)
+    (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "transformer" / "flux1-dev-Q4_K_S.gguf").write_bytes(b"GGUF")
+    assert folder_family(tmp_path) == ("FluxPipeline", 1024)
 
 
 @pytest.mark.parametrize("keys", [fake_models.LORA_KEYS, {}])
@@ -129,10 +194,80 @@ def test_a_damaged_header_is_told_so(tmp_path: Path, header: object) -> None:
         file_family(written(tmp_path / "x.safetensors", header))
 
 
-@pytest.mark.parametrize("shape", [[], [4], [8, 9, 3, 3]])
-def test_a_first_layer_of_another_shape_is_not_the_plain_model(tmp_path: Path, shape: list[int]) -> None:
+@pytest.mark.parametrize(("shape", "channels"), [([], None), ([4], None), ([8, 8, 3, 3], 8)])
+def test_a_model_that_reads_something_else_is_told_so(tmp_path: Path, shape: list[int], channels: int | None) -> None:
     header = {FIRST: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
-    assert file_family(written(tmp_path / "x.safetensors", header))[0] == "sd1-inpainting"
+    with pytest.raises(
+        Unrecognised, match=f"its UNet reads {channels} channels; only 4, or 9 for inpainting, are known"
+    ):
+        file_family(written(tmp_path / "x.safetensors", header))
+
+
+@pytest.mark.parametrize(
+    ("missing", "added", "reason"),
+    [
+        ("cond_stage_model.", {}, r"it holds no text encoder \(cond_stage_model\.\* or conditioner\.\*\)"),
+        ("first_stage_model.", {}, r"it holds no autoencoder \(first_stage_model\.\*\)"),
+        ("nothing", {"model.diffusion_model.label_emb.0.0.weight": [8, 8]}, "reads more than words"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_or_of_another_kind_is_told_so(
+    tmp_path: Path, missing: str, added: dict[str, list[int]], reason: str
+) -> None:
+    keys = {name: shape for name, shape in fake_models.SD1_KEYS.items() if not name.startswith(missing)}
+    with pytest.raises(Unrecognised, match=reason):
+        file_family(checkpoint(tmp_path / "x.safetensors", keys | added))
+
+
+@pytest.mark.parametrize(
+    ("keys", "metadata", "schedule"),
+    [
+        ({}, {}, {}),
+        ({"v_pred": []}, {}, {"prediction_type": "v_prediction"}),
+        ({"v_pred": [], "ztsnr": []}, {}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+        ({}, {"modelspec.prediction_type": "v"}, {"prediction_type": "v_prediction"}),
+        ({}, {"modelspec.predict_key": "epsilon"}, {"prediction_type": "epsilon"}),
+        ({"v_pred": []}, {"modelspec.prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}),
+        ({}, {"modelspec.prediction_type": "something else"}, {}),
+    ],
+)
+def test_a_file_says_how_its_model_predicts(
+    tmp_path: Path, keys: dict[str, list[int]], metadata: dict[str, str], schedule: dict[str, object]
+) -> None:
+    path = checkpoint(tmp_path / "x.safetensors", fake_models.SDXL_KEYS | keys, metadata)
+    assert file_schedule(path) == schedule
+
+
+@pytest.mark.parametrize(
+    ("files", "read"),
+    [
+        (["model.safetensors", "model.fp16.safetensors"], ["model.safetensors"]),
+        (["model.fp16.safetensors", "model.non_ema.safetensors"], ["model.fp16.safetensors"]),
+        (["model.non_ema.safetensors"], ["model.non_ema.safetensors"]),
+        (
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.fp16.safetensors"],
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ),
+        (
+            ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"],
+            ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"],
+        ),
+        (
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors"],
+            ["model.safetensors"],
+        ),
+    ],
+)
+def test_one_set_of_weights_is_read_of_a_folder(tmp_path: Path, files: list[str], read: list[str]) -> None:
+    for name in files:
+        checkpoint(tmp_path / name, {})
+    assert [path.name for path in weight_files(tmp_path)] == read
+
+
+def test_a_missing_shard_is_noticed(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "unet" / "model-00002-of-00003.safetensors", {})
+    with pytest.raises(Unrecognised, match=r"its unet/ holds 1 of 3 files \(an unfinished download\?\)"):
+        weight_files(tmp_path / "unet")
 
 
 def test_metadata_is_no_tensor(tmp_path: Path) -> None:

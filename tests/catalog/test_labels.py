@@ -23,7 +23,7 @@ def toml(tmp_path: Path) -> Path:
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     """Its models, looked up anew each time."""
-    monkeypatch.setattr(catalog, "FRESH", -100)
+    monkeypatch.setattr(catalog, "FRESH", -1000)
     return Library(tmp_path, tmp_path / "stable_diffusion" / "models")
 
 

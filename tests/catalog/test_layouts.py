@@ -332,7 +332,7 @@ def test_a_folder_that_may_not_be_read_is_told_and_the_others_are_listed(
 def test_a_root_may_come_and_go_while_the_service_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(catalog, "FRESH", -1)
+    monkeypatch.setattr(catalog, "FRESH", -1000)
     root = tmp_path / "disk"
     found = library(tmp_path, root)
     assert listed(found) == {}
@@ -352,7 +352,7 @@ def test_ten_thousand_files_are_read_once(tmp_path: Path, monkeypatch: pytest.Mo
         (folder / f"{number}.safetensors").write_bytes(content)
     found = library(tmp_path, root)
     assert len(found.assets("lora")) == 10_000
-    monkeypatch.setattr(catalog, "FRESH", -100_000)
+    monkeypatch.setattr(catalog, "FRESH", -1_000_000)
     monkeypatch.setattr(catalog.detect, "safetensors_header", lambda path: pytest.fail("a file was read again"))
     assert len(found.assets("lora")) == 10_000
 

@@ -109,12 +109,29 @@ def test_on_a_full_disk_no_job_is_taken_and_all_else_goes_on(tmp_path: Path, mod
 
 
 def test_a_picture_for_which_there_is_no_room_fails_its_job_alone(home: Path, mode: str) -> None:
-    with mounted(home / "outputs", "256k"), serving(home, *MODES[mode]) as server:
+    with mounted(home / "outputs", "256k"), serving(home, *MODES[mode], disk_reserve_mb=0) as server:
         large = server.submit(**JOB | {"width": 2048, "height": 2048})
         assert server.wait(large, "error")["error"] == "the disk is full: the picture could not be saved"
         assert [path.name for path in (home / "outputs").iterdir()] == [".tmp"]
         still_works(server, home, large)
     counting.keep(f"disk, {mode}", **{"full at a picture": "that job is an error, the next one is done"})
+
+
+def test_jobs_wait_while_the_disk_of_the_pictures_has_no_room(home: Path, mode: str) -> None:
+    with mounted(home / "outputs", "2m") as outputs, serving(home, *MODES[mode], disk_reserve_mb=1) as server:
+        before = server.result(**JOB)["job_id"]
+        filler = fill(outputs)
+        eventually(lambda: server.get("/ready").status_code == 503, "the full disk to be noticed")
+        assert "0 MiB are left on the disk of the pictures" in server.get("/ready").text
+        waiting = [server.submit(**JOB) for _ in range(20)]
+        time.sleep(6)
+        assert [server.status(job_id)["state"] for job_id in waiting] == ["queued"] * 20
+        assert server.log.count("no job begins now") == 1
+        filler.unlink()
+        for job_id in waiting:
+            server.wait(job_id)
+        still_works(server, home, before, *waiting)
+    counting.keep(f"disk, {mode}", **{"full with 20 jobs waiting": "20 waited, all done when there was room"})
 
 
 @pytest.mark.parametrize(("number", "what"), [(1, "file"), (2, "folder")])

@@ -36,8 +36,8 @@ REPLACED = {
     "the charging of an attempt": ("queues/file.py", "            self._places.write(self.path, dumps(charged))\n", ""),
     "the temporary file": (
         "disk.py",
-        "    path, fd = _open_temporary(tmp)\n    try:\n        _write_all",
-        "    path, fd = target, os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)\n    try:\n        _write_all",
+        "    path, fd = _open_temporary(tmp)\n    try:\n        _write_all(fd, data)",
+        "    path, fd = target, os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)\n    try:\n        _write_all(fd, data)",
     ),
 }
 """Where, what, and what stands there instead."""
@@ -46,12 +46,12 @@ REPLACED = {
 def flushes() -> Iterator[tuple[str, Path, ast.stmt]]:
     """Every statement that flushes a file or a folder."""
     for module in MODULES:
-        for node in ast.walk(ast.parse(module.read_text())):
-            if isinstance(node, ast.Expr):
+        for function in ast.walk(ast.parse(module.read_text())):
+            for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
                 called = [call.func for call in ast.walk(node) if isinstance(call, ast.Call)]
-                if {getattr(f, "attr", getattr(f, "id", "")) for f in called} & FLUSHES:
+                if isinstance(node, ast.Expr) and {getattr(f, "attr", getattr(f, "id", "")) for f in called} & FLUSHES:
                     place = module.relative_to(PACKAGE).as_posix()
-                    yield f"{place}: {ast.unparse(node)} in line {node.lineno}", module, node
+                    yield f"{ast.unparse(node)} in {function.name} of {place}", module, node
 
 
 def without(source: str, node: ast.stmt) -> str:
@@ -86,12 +86,12 @@ def test_nothing_is_noticed_where_nothing_was_taken_away(copy: Path) -> None:
     assert noticed(copy) is None
 
 
-@pytest.mark.parametrize(("module", "node"), [f[1:] for f in flushes()], ids=[f[0] for f in flushes()])
-def test_a_flush_that_is_taken_away_is_noticed(copy: Path, module: Path, node: ast.stmt) -> None:
+@pytest.mark.parametrize(("what", "module", "node"), flushes(), ids=[f[0] for f in flushes()])
+def test_a_flush_that_is_taken_away_is_noticed(copy: Path, what: str, module: Path, node: ast.stmt) -> None:
     (copy / module.relative_to(ROOT)).write_text(without(module.read_text(), node))
     by = noticed(copy)
     assert by
-    counting.keep(f"without {module.relative_to(PACKAGE)}: {ast.unparse(node)} (line {node.lineno})", fails=by)
+    counting.keep(f"without {what}", fails=by)
 
 
 @pytest.mark.parametrize("what", REPLACED)

@@ -27,13 +27,13 @@ POINTS = {
     "3 renamed, but not flushed": ("fsync", 2, "api", ("queued", 0, 0)),
     "3 flushed, but not answered": ("sendto", 1, "api", ("queued", 0, 0)),
     "4 claimed, but not charged": ("/^rename", 2, "worker", ("running", 0, 0)),
-    "5 charged, before the first step": ("fsync", 3, "worker", ("running", 1, 0)),
-    "6 picture saved, but not committed": ("fsync", 6, "worker", ("running", 1, 1)),
-    "7 committed, but not flushed": ("fsync", 8, "worker", ("done", 1, 1)),
-    "7 flushed, but not tidied": ("fsync", 9, "worker", ("done", 1, 1)),
+    "5 charged, before the first step": ("fsync", 5, "worker", ("running", 1, 0)),
+    "6 picture saved, but not committed": ("fsync", 8, "worker", ("running", 1, 1)),
+    "7 committed, but not flushed": ("fsync", 10, "worker", ("done", 1, 1)),
+    "7 flushed, but not tidied": ("fsync", 11, "worker", ("done", 1, 1)),
 }
 """The system call, the number of it in its thread, whose it is, and what is left: where the record lies, its attempts,
-and the number of pictures.
+and the number of pictures. The worker's first two flushes are looks at whether it can write.
 """
 
 RECOVERIES = ["/^rename:signal=KILL:when=1", "/^rename:signal=KILL:when=2", "fsync:signal=KILL:when=5"]

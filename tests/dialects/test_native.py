@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from fake_models import LORA_KEYS, checkpoint, diffusers_folder
+from fake_models import LORA_KEYS, checkpoint, diffusers_folder, transformer_folder
 from PIL import Image
 from serving import Program, eventually, serving
 
@@ -782,6 +782,15 @@ def test_loras_are_listed_with_the_scale_that_they_have_when_none_is_given(stub_
     }
 
 
+def test_samplers_and_schedules_are_listed_those_of_the_manual_first(stub_server: Program) -> None:
+    answer = stub_server.get("/sampling_methods").json()
+    assert answer["status"] == "success"
+    assert answer["sampling_methods"][:3] == ["Euler", "Euler a", "Heun"]
+    assert answer["scheduler_types"][:5] == ["default", "karras", "exponential", "ddim", "pndm"]
+    for name in answer["sampling_methods"]:
+        stub_server.submit(sampler_name=name, scheduler_type=answer["scheduler_types"][-1])
+
+
 def test_upscalers_are_the_internal_ones_and_then_the_files(stub_server: Program) -> None:
     answer = stub_server.get("/upscalers").json()
     assert answer["status"] == "success"
@@ -828,6 +837,27 @@ def test_what_the_operator_says_of_a_model_is_the_default(tmp_path: Path) -> Non
         assert (fields["Size"], fields["Steps"], fields["Sampler"]) == ("64x64", 2, "Heun")
         assert "Clip skip" not in fields
         assert {"name": "small", "label": "Tiny"} in server.get("/models/aliases").json()["models"]
+
+
+def test_a_pipeline_of_diffusers_has_its_publishers_defaults_and_sizes(tmp_path: Path) -> None:
+    models = tmp_path / "stable_diffusion" / "models"
+    transformer_folder(models / "flux-dev", guidance_embeds=True, sample_size=8)
+    transformer_folder(models / "flux-schnell", guidance_embeds=False, sample_size=8)
+    transformer_folder(models / "sana", pipeline="SanaPipeline", sample_size=8)
+    (tmp_path / "stable_diffusion" / "models.toml").write_text("[sana]\nsteps = 18\nguidance_scale = 4\n")
+    with serving(tmp_path) as server:
+        for model, steps, guidance in (("flux-dev", 28, 3.5), ("flux-schnell", 4, 1), ("sana", 18, 4)):
+            fields = said(server.result(prompt="x", model=model)["image"]).fields
+            assert (fields["Steps"], fields["CFG scale"], fields["Sampler"]) == (steps, guidance, "Euler")
+        answer = server.post(model="flux-dev", width=71, height=40, steps=2, cfg_scale=7).json()
+        assert answer["warnings"] == [
+            "width 71 was rounded to 64, a multiple of 16",
+            "height 40 was rounded to 48, a multiple of 16",
+        ]
+        fields = said(server.wait(answer["job_id"])["image"]).fields
+        assert (fields["Size"], fields["Steps"], fields["CFG scale"]) == ("64x48", 2, 7)
+        families = {model["name"]: model["family"] for model in server.get("/models").json()["models"]}
+        assert families["sana"] == "SanaPipeline"
 
 
 def test_the_api_documents_itself(stub_server: Program) -> None:

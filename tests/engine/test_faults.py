@@ -26,7 +26,7 @@ from diffusion_api.engine import denoise
 from diffusion_api.engine.base import Event, Finished, Stop
 from diffusion_api.engine.devices import Device
 from diffusion_api.engine.executor import Executor
-from diffusion_api.engine.families import sd1
+from diffusion_api.engine.families import base
 from diffusion_api.engine.families.base import read_tokenizer
 from diffusion_api.engine.families.sd1 import SD1
 from diffusion_api.errors import DeviceLost, DiffusionApiError, Interrupted, ModelUnreadable, NotFinite, OutOfMemory
@@ -158,7 +158,7 @@ def test_a_model_that_does_not_fit_leaves_the_one_before_usable_and_nothing_of_i
         loaded.append(weakref.ref(value))
         raise torch.OutOfMemoryError(CUDA_IS_FULL)
 
-    with faulty(reader, fail, times=math.inf, of=sd1), pytest.raises(OutOfMemory) as caught:
+    with faulty(reader, fail, times=math.inf, of=base), pytest.raises(OutOfMemory) as caught:
         events(executor, request(**QUICK, model=name))
     assert str(caught.value) == (
         f"out of memory while model {name!r} was loaded; ask for a smaller one (tried load: caches freed)"
@@ -526,9 +526,9 @@ def test_the_pickles_above_would_run_code(tmp_path: Path) -> None:
 def test_a_single_file_without_an_autoencoder_is_told_so(executor: Executor, models_dir: Path) -> None:
     path = models_dir / "single.safetensors"
     write_checkpoint(SHAPES, DATA / "clip" / "vocab.json", path)
+    asked = request(**QUICK, model=listed(executor, "single"))
     tensors = {key: value for key, value in load_file(path).items() if not key.startswith("first_stage_model.")}
     save_file(tensors, path)
-    asked = request(**QUICK, model=listed(executor, "single"))
     fails_with(executor, asked, r"it holds no autoencoder \(first_stage_model\.\*\)", models_dir)
     path.unlink()
 

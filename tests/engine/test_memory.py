@@ -25,7 +25,7 @@ from diffusion_api.engine import ladder, thrift
 from diffusion_api.engine.base import Finished, Pixels
 from diffusion_api.engine.devices import Device, Memory
 from diffusion_api.engine.executor import Budget, Executor
-from diffusion_api.engine.families import sd1
+from diffusion_api.engine.families import base
 from diffusion_api.engine.families.sd1 import SD1
 from diffusion_api.errors import OutOfMemory
 from diffusion_api.settings import DATA
@@ -112,7 +112,7 @@ def test_models_stay_on_the_card_while_there_is_room(engine: OnCard) -> None:
 def test_the_one_that_was_used_longest_ago_waits_in_ram_and_makes_the_same_picture_later(
     engine: OnCard, picture: Pixels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = counted(monkeypatch, sd1, "read_text")
+    read = counted(monkeypatch, base, "read_text")
     engine.card.total = int(2.5 * WEIGHTS)
     for name in ("shapes", "second", "shapes", "third"):
         draw(engine, name)
@@ -152,8 +152,8 @@ def test_without_a_card_models_share_the_ram_and_one_is_gone_before_the_next_is_
     before = weakref.ref(engine._weights._held["shapes"].lane.unet)  # type: ignore[attr-defined]
     seen: list[object] = []
     with pytest.MonkeyPatch.context() as patch:
-        whole = sd1.read_text
-        patch.setattr(sd1, "read_text", lambda *given: (seen.append(before()), whole(*given))[1])
+        whole = base.read_text
+        patch.setattr(base, "read_text", lambda *given: (seen.append(before()), whole(*given))[1])
         draw(engine, "second")
     assert seen == [None]
     assert places(engine) == {"second": "device"}

@@ -176,6 +176,15 @@ def test_each_picture_of_a_job_is_as_if_it_were_alone(executor: Executor, change
         assert (image == alone).all()
 
 
+def test_a_whole_variation_draws_the_picture_of_its_seed(draw: Draw) -> None:
+    small = {"steps": 3, "width": 64, "height": 64}
+    varied, other = (
+        draw(**small | seeds).astype(int)
+        for seeds in ({"seed": 1, "variation_seed": 2, "variation_strength": 1}, {"seed": 2})
+    )
+    assert abs(varied - other).max() <= 1
+
+
 def test_the_two_sources_draw_other_pictures(draw: Draw) -> None:
     small = {"steps": 2, "width": 64, "height": 64}
     assert (draw(rng="nv", **small) != draw(rng="cpu", **small)).any()

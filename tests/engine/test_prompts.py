@@ -94,6 +94,11 @@ def test_and_shows_both(draw: Draw) -> None:
     assert seen(both).agrees(asked("a large red circle on a green background"), shape=True)
 
 
+def test_break_keeps_what_is_on_both_sides(draw: Draw) -> None:
+    both = draw("a large red circle BREAK on a green background", steps=10)
+    assert seen(both).agrees(asked("a large red circle on a green background"), shape=True)
+
+
 @pytest.mark.parametrize(("red", "blue", "wins"), [(1.2, 0.2, "red"), (0.2, 1.2, "blue")])
 def test_the_heavier_prompt_wins(draw: Draw, red: float, blue: float, wins: str) -> None:
     assert colour(draw, f"{RED} :{red} AND {BLUE} :{blue}") == wins

@@ -9,18 +9,30 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import references
 import torch
-from sampling import LEVELS, STOCHASTIC, THEIRS, Model, psnr, sample, theirs, two_clouds
+from asking import Draw, events, request
+from sampling import CONFIG, LEVELS, STOCHASTIC, THEIRS, Model, psnr, sample, theirs, two_clouds
+from semantics import asked, seen
 from torch import Tensor
 
 from diffusion_api.catalog import samplers as catalog
+from diffusion_api.engine import denoise, devices
+from diffusion_api.engine.base import Event, Finished, Pixels
+from diffusion_api.engine.executor import Executor
+from diffusion_api.engine.families.sd1 import SD1
+from diffusion_api.engine.plan import plan
 from diffusion_api.engine.samplers import SAMPLERS, Options
 from diffusion_api.engine.samplers.brownian import Brownian
 from diffusion_api.engine.samplers.euler import restarted
 from diffusion_api.engine.samplers.sigmas import SCHEDULES, NoiseLevels, spacing
+from diffusion_api.schema.job import Progress
+from diffusion_api.schema.request import Txt2Img
+from diffusion_api.settings import DATA
 
 MEAN, DEVIATION = 0.7, 0.5
 TOP = 10.0
@@ -204,14 +216,14 @@ def test_the_last_step_into_zero_is_the_denoised_picture(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("schedule", ["default", "karras", "sgm_uniform", "kl_optimal", "ddim", "simple"])
 def test_a_first_level_without_any_signal_gives_numbers(name: str, schedule: str) -> None:
-    """Zero terminal SNR: A1111 takes 4.9e-8 for the last alpha_bar, so that the highest level is 4,519."""
-    zero = NoiseLevels(torch.cat([LEVELS.sigmas[:-1] * 1.02, torch.tensor([4518.8], dtype=torch.float64)]))
+    zero = NoiseLevels.from_config(CONFIG | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+    assert zero.highest > 4000
 
     def by_v(x: Tensor, sigma: float) -> Tensor:
         """The guess by way of what a model of v predicts, in single precision."""
         whole = 1 + sigma**2
         v = (x / whole - two_clouds(x, sigma)) * (math.sqrt(whole) / sigma)
-        return x / whole - v * (sigma / math.sqrt(whole))
+        return zero.estimate(x, sigma, v)
 
     sigmas = spacing(zero, name, schedule, 20)
     x = noise(1, 4, 8, 8).float() * sigmas[0]
@@ -231,6 +243,114 @@ def test_no_sampler_is_another_in_disguise() -> None:
     assert close == [("euler", "ddim")]
 
 
+PROMPT = "a large red circle on a blue background"
+
+
+@pytest.fixture(scope="module")
+def drawn(executor: Executor) -> Callable[[str], list[Event]]:
+    """The course of a job that draws with the shipped model and a sampler, each only once.
+
+    DPM fast, whose steps are long ones, needs more of them.
+    """
+
+    @cache
+    def events_of(name: str) -> list[Event]:
+        row, schedule = catalog.resolve(name, "automatic")
+        steps = 30 if name == "dpm_fast" else 20
+        return events(executor, request(PROMPT, sampler=row.name, schedule=schedule.name, steps=steps))
+
+    return events_of
+
+
+def picture(course: list[Event]) -> Pixels:
+    last = course[-1]
+    assert isinstance(last, Finished)
+    return last.images[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_sampler_draws_what_is_asked(name: str, drawn: Callable[[str], list[Event]]) -> None:
+    assert seen(picture(drawn(name))).agrees(asked(PROMPT), shape=True)
+
+
+def test_no_picture_is_another_ones(drawn: Callable[[str], list[Event]]) -> None:
+    pictures = {name: picture(drawn(name)) for name in NAMES}
+    same = [(a, b) for a, b in itertools.combinations(NAMES, 2) if (pictures[a] == pictures[b]).all()]
+    assert same == []
+
+
+def test_dpm_adaptive_tells_how_far_it_is(drawn: Callable[[str], list[Event]]) -> None:
+    fractions = [event.fraction for event in drawn("dpm_adaptive") if isinstance(event, Progress)]
+    assert len(fractions) > 40
+    assert fractions == sorted(fractions)
+    assert 0.95 < fractions[-1] <= 1
+
+
+@pytest.mark.parametrize("schedule", [row.name for row in catalog.SCHEDULES])
+def test_every_schedule_draws_what_is_asked(schedule: str, draw: Draw) -> None:
+    assert seen(draw(PROMPT, sampler="dpmpp_2m", schedule=schedule, steps=10)).agrees(asked(PROMPT), shape=True)
+
+
+@pytest.fixture(scope="module")
+def lane() -> SD1:
+    """The shipped model."""
+    return SD1.from_folder(DATA / "models" / "shapes", devices.choose("cpu"), None)
+
+
+@pytest.mark.parametrize("name", ["lms", "euler_a", "dpmpp_2m_sde", "ddim", "ddim_cfgpp"])
+@pytest.mark.filterwarnings("ignore:Should have")  # of times that were rounded
+@torch.inference_mode()
+def test_a_whole_pass_is_the_reference(name: str, lane: SD1) -> None:
+    """Noise, levels, timesteps, guidance and what is around the sampler, against all of it put together by hand."""
+    job = request(PROMPT, sampler=name, schedule="default", steps=8, width=64, height=64, rng="cpu", guidance_scale=4)
+    latents = passed(lane, job)
+    row = catalog.sampler(name)
+    (positive,), (negative,) = lane.encode((PROMPT,)), lane.encode(("",), negative=True)
+
+    def predicted(x: Tensor, sigma: float, scale: float) -> Tensor:
+        time = LEVELS.timestep(sigma)
+        without, told = (lane.predict(x / (1 + sigma**2) ** 0.5, time, [words]) for words in (negative, positive))
+        return x - sigma * (without + scale * (told - without))
+
+    def guess(x: Tensor, sigma: float) -> Tensor:
+        return predicted(x, sigma, 4 / row.guidance_divisor)
+
+    drawn = torch.Generator().manual_seed(job.seed)
+    noise = torch.randn(1, 4, 8, 8, generator=drawn)
+    sigmas = spacing(LEVELS, name, "default", 8)
+    if name in references.PAPERS:
+        start = noise * (1 + sigmas[0] ** 2) ** 0.5
+        x = references.PAPERS[name](
+            guess, lambda x, sigma: predicted(x, sigma, 0), start, sigmas, references.Noises(noise)
+        )
+        expected = x / (1 + sigmas[-1] ** 2) ** 0.5
+    elif row.brownian:
+        tree = references.k_diffusion().BrownianTreeNoiseSampler(noise, min(sigmas[:-1]), sigmas[0], seed=job.seed)
+        expected = theirs(name, guess, noise * sigmas[0], sigmas, tree)
+    else:
+        again = lambda *_: torch.randn(1, 4, 8, 8, generator=drawn)  # noqa: E731
+        expected = theirs(name, guess, noise * sigmas[0], sigmas, again)
+    assert psnr(lane.decode(latents).clamp(-1, 1), lane.decode(expected).clamp(-1, 1)) > 50
+
+
+def passed(lane: SD1, asked: Txt2Img) -> Tensor:
+    """The latents that a request's pass ends with."""
+    asks = denoise.denoised(lane, plan(asked)[0], lambda progress: None, lambda: None)
+    answer = None
+    try:
+        while True:
+            question = asks.send(answer)
+            if isinstance(question, denoise.Run):
+                answer = question.work()
+            else:
+                rows = question.latents.expand(len(question.conditionings), -1, -1, -1)
+                answer = lane.predict(rows, question.timestep, question.conditionings)
+    except StopIteration as end:
+        latents: Tensor = end.value[0]
+        return latents
+
+
+@pytest.mark.filterwarnings("ignore:Should have")
 def test_brownian_noise_is_k_diffusions() -> None:
     like = torch.zeros(1, 4, 8, 8)
     sigmas = torch.tensor(spacing(LEVELS, "dpmpp_sde", "karras", 12)[:-1])

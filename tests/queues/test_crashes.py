@@ -31,6 +31,7 @@ STEPS = {
     "start": "submit serve claim",
     "release": "submit serve claim start",
     "publish": "submit serve claim start",
+    "publish_into_a_new_folder": "submit serve claim start lose_the_pictures",
     "cancel": "submit",
     "cancel_running": "submit serve claim start",
     "end_cancelled": "submit serve claim start cancel_running",
@@ -88,6 +89,13 @@ class Scene:
     def publish(self) -> None:
         self.process.publish(self.job, self.control)
         self.ended = {State.DONE}
+
+    publish_into_a_new_folder = publish
+
+    def lose_the_pictures(self) -> None:
+        self.process.outputs.check()
+        for folder in (self.home / "outputs" / ".tmp", self.home / "outputs"):
+            folder.rmdir()
 
     def cancel(self) -> None:
         self.process.queue.cancel("job")

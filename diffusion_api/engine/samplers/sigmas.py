@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,13 @@ from diffusion_api.catalog import samplers
 
 Prediction = Literal["epsilon", "v"]
 """What a model predicts: the noise, or v (Salimans and Ho 2022, arXiv:2202.00512)."""
+
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
+"""By the words of a diffusers scheduler config."""
+
+ALMOST_NOTHING = 4.8973451890853435e-08
+"""The share of the picture at the last timestep of a model with zero terminal SNR, where 0 would make its level infinite;
+A1111's number."""
 
 
 class NoiseLevels:
@@ -28,21 +35,39 @@ class NoiseLevels:
         self._logs = sigmas.log()
 
     @classmethod
-    def from_betas(cls, betas: Tensor, *, prediction: Prediction = "epsilon") -> NoiseLevels:
-        """From the variance that each timestep adds, (timesteps,)."""
+    def from_betas(
+        cls, betas: Tensor, *, prediction: Prediction = "epsilon", xl: bool = False, zero_terminal_snr: bool = False
+    ) -> NoiseLevels:
+        """From the variance that each timestep adds, (timesteps,).
+
+        ``zero_terminal_snr``: moved so that nothing of a picture is left at the last timestep (Lin et al. 2024,
+        arXiv:2305.08891, Algorithm 1).
+        """
         alphas = torch.cumprod(1 - betas.double(), 0)
-        return cls(((1 - alphas) / alphas).sqrt(), prediction=prediction)
+        if zero_terminal_snr:
+            roots = alphas.sqrt()
+            alphas = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
+            alphas[-1] = ALMOST_NOTHING
+        return cls(((1 - alphas) / alphas).sqrt(), prediction=prediction, xl=xl)
 
     @classmethod
-    def from_config(cls, config: dict[str, object]) -> NoiseLevels:
-        """From a diffusers scheduler config. Raises ValueError for a beta schedule that is not known."""
+    def from_config(cls, config: Mapping[str, object], *, xl: bool = False) -> NoiseLevels:
+        """From a diffusers scheduler config. Raises ValueError for a kind of schedule or prediction that is not known."""
         start, end = float(str(config.get("beta_start", 0.0001))), float(str(config.get("beta_end", 0.02)))
         count, kind = int(str(config.get("num_train_timesteps", 1000))), config.get("beta_schedule", "linear")
-        if kind == "scaled_linear":
-            return cls.from_betas(torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2)
-        if kind == "linear":
-            return cls.from_betas(torch.linspace(start, end, count, dtype=torch.float32))
-        raise ValueError(f"beta_schedule {kind!r} is not known; one of scaled_linear, linear")
+        predicted = str(config.get("prediction_type", "epsilon"))
+        if predicted not in PREDICTIONS:
+            raise ValueError(f"prediction_type {predicted!r} is not known; one of {', '.join(PREDICTIONS)}")
+        if isinstance(trained := config.get("trained_betas"), list):
+            betas = torch.tensor(trained, dtype=torch.float32)
+        elif kind == "scaled_linear":
+            betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
+        elif kind == "linear":
+            betas = torch.linspace(start, end, count, dtype=torch.float32)
+        else:
+            raise ValueError(f"beta_schedule {kind!r} is not known; one of scaled_linear, linear")
+        zero = bool(config.get("rescale_betas_zero_snr"))
+        return cls.from_betas(betas, prediction=PREDICTIONS[predicted], xl=xl, zero_terminal_snr=zero)
 
     def sigma(self, timestep: float) -> float:
         """The level at a fractional timestep, log-linear between the trained ones."""

@@ -31,6 +31,8 @@ def read_embedding(path: Path, widths: Mapping[str, int]) -> dict[str, Tensor]:
             raise ValueError(f"its vectors have {found[part].shape[1]} numbers, and the model's {width}")
         if not 0 < len(found[part]) <= CHUNK:
             raise ValueError(f"it has {len(found[part])} vectors; it may have 1 to {CHUNK}")
+    if len({len(rows) for rows in found.values()}) > 1:
+        raise ValueError("it has another number of vectors for each text encoder")
     return found
 
 

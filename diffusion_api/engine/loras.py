@@ -142,7 +142,7 @@ def _with_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:
     """The weight, its direction kept, with these lengths: of each output (PEFT), or of each input (LyCORIS)."""
     across = [1] * (weight.dim() - 1)
     if magnitude.numel() == len(magnitude) == len(weight):
-        lengths = torch.linalg.vector_norm(weight.flatten(1), dim=1).reshape(-1, *across)
+        lengths: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1).reshape(-1, *across)
         return weight * (magnitude.reshape(-1, *across) / lengths)
     lengths = torch.linalg.vector_norm(weight.transpose(0, 1).flatten(1), dim=1).reshape(1, -1, *across[1:])
     return weight * (magnitude.reshape(1, -1, *across[1:]) / lengths)

@@ -123,6 +123,9 @@ def test_an_sdxl_embedding_has_vectors_for_each_encoder(tmp_path: Path) -> None:
     assert read_embedding(path, {"text_encoder_2": 128}).keys() == {"text_encoder_2"}  # the refiner
     with pytest.raises(ValueError, match="its vectors have 64 numbers, and the model's 768"):
         read_embedding(path, {"text_encoder": 768, "text_encoder_2": 128})
+    save_file({"clip_l": torch.ones(3, 64), "clip_g": torch.ones(2, 128)}, path)
+    with pytest.raises(ValueError, match="another number of vectors for each text encoder"):
+        read_embedding(path, {"text_encoder": 64, "text_encoder_2": 128})
     save_file({"emb_params": torch.ones(1, 64)}, path)
     with pytest.raises(ValueError, match="made for one text encoder, and the model has two"):
         read_embedding(path, {"text_encoder": 64, "text_encoder_2": 128})

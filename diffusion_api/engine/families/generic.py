@@ -27,7 +27,8 @@ from diffusion_api.catalog import samplers
 from diffusion_api.catalog.detect import index_of, safetensors_header
 from diffusion_api.engine.denoise import Painted
 from diffusion_api.engine.devices import Device
-from diffusion_api.engine.families.base import Tensors, complete, read_tensors
+from diffusion_api.engine.families.base import complete, read_tensors
+from diffusion_api.engine.fitting import Tensors
 from diffusion_api.engine.loras import Patches
 from diffusion_api.engine.plan import Pass
 from diffusion_api.engine.text import Words

@@ -312,6 +312,12 @@ class UNetLane(ABC):
         """What the UNet reads beside latents and words."""
         return None
 
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """(1, 3, h, w), -1 to 1 → (1, c, h/8, w/8), float32: the middle of what the autoencoder takes it for."""
+        found: Tensor = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode()
+        scaled: Tensor = found * self.vae.config.scaling_factor
+        return scaled.float()
+
     def decode(self, latents: Tensor, *, precise: bool = False) -> Tensor:
         """(1, 4, h, w) → (1, 3, 8h, 8w), -1 to 1."""
         with in_float32(self.vae) if precise else nullcontext():

@@ -212,7 +212,7 @@ class UNetLane(ABC):
             parts[_tokenizer(name)] = read_tokenizer(tokenizer, padding=cls.PADDING.get(name))
             parts[name] = text_network(part.kind, *cls._fit_text(part, tensors), device)
         unet, vae = cls._fit_unet(tensors), fitting.vae(tensors) | {"scaling_factor": cls.SCALING}
-        found = file_schedule(path) | schedule
+        found = file_schedule(path) | dict(schedule)
         lane = cls(
             **parts,
             unet=network(UNet2DConditionModel, unet, convert_ldm_unet_checkpoint(tensors, unet), device),

@@ -79,13 +79,13 @@ class Weights:
         if held and held.model != model:  # its files are others by now
             self._drop(held)
             held = None
+            self._device.free()
         self.hit = held is not None
         self._used.add(model.name)
         needed, size = self._needed(model, request, measures or Measures())
         self.measures = needed
         self._make_room(model, size)
         held = self._placed(held, needed) if held else self._read(model, needed)
-        held.placed.land()  # patches go to the weights themselves, not to a copy on the device
         self._keep(held)
         return held.lane
 
@@ -191,14 +191,13 @@ class Weights:
         )
 
     def _placed(self, held: Held, measures: Measures) -> Held:
-        held.placed.land()  # who changes weights now changes those that stay
+        held.placed.land()  # patches go to the weights themselves, not to a copy on the device
         thrift.set_tiling(thrift.networks(held.lane), measures.tiling)
         if held.measures is None or held.measures.placement is not measures.placement:
             held.placed.put(measures.placement)
         return replace(held, measures=measures)
 
     def _read(self, model: Model, measures: Measures) -> Held:
-        self._device.free()
         started = time.monotonic()
         whole = measures.placement is Placement.WHOLE
         lane = self._opened(model, replace(self._device, offloads=not whole))

@@ -109,9 +109,7 @@ def test_diffusers_draws_the_same(
     ids = pipeline.tokenizer("a red star", padding="max_length", max_length=77, return_tensors="pt").input_ids
 
     def drawn(model: Any) -> Tensor:
-        states = [
-            encoder(ids, output_hidden_states=True) for encoder in (model.text_encoder, model.text_encoder_2)
-        ]
+        states = [encoder(ids, output_hidden_states=True) for encoder in (model.text_encoder, model.text_encoder_2)]
         hidden = torch.cat([state.hidden_states[-2] for state in states], -1)
         added = {"text_embeds": states[1].text_embeds, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
         return model.unet(x, 500, hidden, added_cond_kwargs=added).sample

@@ -22,7 +22,7 @@ def test_every_picture_of_the_page_says_how_it_was_made() -> None:
     assert len(SHEETS) >= 8
 
 
-@pytest.mark.parametrize("path", [path for path in SHEETS if "samplers" not in path])  # that one follows the catalog
+@pytest.mark.parametrize("path", SHEETS)
 def test_a_sheet_is_small_and_has_a_place_for_each_request(path: str) -> None:
     file, bodies = PAGE.parent / path, SHEETS[path]
     assert file.stat().st_size < 300_000

@@ -266,6 +266,7 @@ class Library:
         if self._shipped:
             yield Place(self._shipped, "shipped", "model")
             yield Place(self._shipped.with_name("loras"), "shipped/loras", "lora")
+            yield Place(self._shipped.with_name("upscalers"), "shipped/upscalers", "upscaler")
 
     def _row(self, entry: Entry, *, shipped: bool = False) -> Asset | None:
         """What an entry is; None, and told where it should be something, when it can be of no use."""

@@ -49,14 +49,14 @@ def _shapes(content: bytes) -> dict[str, list[int]]:
     met: dict[int, str] = {}
     last = text = named = ""
     numbers: list[int] | None = None
-    for opcode, argument, _ in pickletools.genops(content):
-        name = opcode.name
+    for opcode, given, _ in pickletools.genops(content):
+        name, argument = opcode.name, str(given)
         if name in UNKNOWN:
             raise ValueError(f"it has the instruction {name}, which no file of torch.save needs")
         if name in ("BINPUT", "LONG_BINPUT", "PUT"):
             met[int(argument)] = last
             continue
-        last = met.get(int(argument), "") if name in ("BINGET", "LONG_BINGET", "GET") else str(argument)
+        last = met.get(int(argument), "") if name in ("BINGET", "LONG_BINGET", "GET") else argument
         if name == "GLOBAL" and not DATA.fullmatch(last):
             raise ValueError(f"it names {last[:80].replace(' ', '.')}, which is no data")
         if last == REBUILD:

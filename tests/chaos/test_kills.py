@@ -78,6 +78,17 @@ def died_on_the_device(home: Path) -> bool:
     return False
 
 
+def let_some_end(home: Path, chance: random.Random) -> None:
+    """Wait for the end of a few jobs and a moment more. In jobs and not in seconds, so that a busy machine runs as many."""
+
+    def ended() -> int:
+        return sum(len(os.listdir(home / "queue" / state)) for state in ("done", "error"))
+
+    enough = ended() + chance.randint(0, 5)
+    eventually(lambda: ended() >= enough, "jobs to end")
+    time.sleep(chance.uniform(0, 0.3))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_no_kill_loses_or_doubles_a_job(tmp_path: Path, mode: str) -> None:
     home, caller, counts = tmp_path / "home", Caller(), Counter[str]()
@@ -99,12 +110,12 @@ def test_no_kill_loses_or_doubles_a_job(tmp_path: Path, mode: str) -> None:
             posting.start()
             for _ in range(chance.randint(0, 2) if mode == "isolated" else 0):
                 worker = server.worker()
-                time.sleep(chance.uniform(0, 1.5))
+                let_some_end(home, chance)
                 worker.kill()
                 worker.wait(30)
                 counts["kills in a job"] += died_on_the_device(home)
                 counts["kills of the worker alone"] += 1
-            time.sleep(chance.uniform(0, 3))
+            let_some_end(home, chance)
             server.kill()
             counts["kills in a job"] += died_on_the_device(home)
             counts["kills of the service"] += 1

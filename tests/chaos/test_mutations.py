@@ -67,7 +67,7 @@ def noticed(folder: Path) -> str | None:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode in (0, 1), run.stdout + run.stderr
-    found = re.search(r"^FAILED \S*?::(\S+)", run.stdout, re.MULTILINE)
+    found = re.search(r"^FAILED \S*?::(.+?)( - |$)", run.stdout, re.MULTILINE)
     assert bool(found) == (run.returncode == 1), run.stdout
     return found[1] if found else None
 

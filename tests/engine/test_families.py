@@ -11,6 +11,7 @@ import tiny
 import torch
 from asking import request
 from ldm_layout import write_checkpoint
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusion_api.catalog.detect import file_family, folder_family
@@ -142,6 +143,21 @@ def test_a_single_file_is_the_model_of_its_folder_to_the_last_bit(
     folder = tiny.save(tiny.pipeline(family, **options), tmp_path / "model")
     wanted = asked(steps=2, negative_prompt="green")
     assert torch.equal(latents(loaded(folder), wanted), latents(single(folder, tmp_path / "file.safetensors"), wanted))
+
+
+def test_a_folder_in_shards_and_half_precision_variants_is_the_same_model(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.pipeline("sdxl"), tmp_path / "model")
+    wanted = asked(steps=2)
+    before = latents(loaded(folder), wanted)
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    names = sorted(tensors := load_file(unet))
+    for number, part in enumerate((names[:100], names[100:]), 1):
+        shard = unet.with_name(f"diffusion_pytorch_model.fp16-0000{number}-of-00002.safetensors")
+        save_file({name: tensors[name] for name in part}, shard)
+    unet.unlink()
+    for part in ("text_encoder", "text_encoder_2"):
+        (folder / part / "model.safetensors").rename(folder / part / "model.fp16.safetensors")
+    assert torch.equal(latents(loaded(folder), wanted), before)
 
 
 def test_the_operator_has_the_last_word_on_how_a_model_predicts(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from diffusion_api.engine.devices import Device
 from diffusion_api.engine.executor import Executor
 from diffusion_api.engine.families.generic import Generic
 from diffusion_api.engine.plan import plan
-from diffusion_api.errors import Interrupted, InvalidRequest, ModelUnreadable, UnknownModel
+from diffusion_api.errors import Interrupted, InvalidRequest, ModelUnreadable, NotFinite, OutOfMemory, UnknownModel
 from diffusion_api.schema.job import Progress
 from diffusion_api.schema.request import Txt2Img
 from diffusion_api.settings import DATA
@@ -161,9 +161,10 @@ def test_a_job_that_is_told_to_show_what_it_has_shows_the_present_guess(engine: 
 
 
 def test_a_modular_pipeline_draws_what_the_classic_one_does(engine: Executor) -> None:
-    for changes in ({}, {"negative_prompt": "a dog"}, {"guidance_scale": 1}):
-        ours = finished(engine, asked("modular", **changes))
-        theirs = finished(engine, asked("z-image", **changes))
+    # Z-Image adds its guidance to the guided prediction, and a modular pipeline's guider to the unguided one.
+    for own, others in ((4.5, 3.5), (1, 1)):
+        ours = finished(engine, asked("modular", negative_prompt="a dog", guidance_scale=own))
+        theirs = finished(engine, asked("z-image", negative_prompt="a dog", guidance_scale=others))
         assert ours.warnings == ()
         assert np.abs(ours.images[0].astype(int) - theirs.images[0]).max() <= 1
 
@@ -178,7 +179,9 @@ def test_a_modular_pipeline_that_is_told_to_show_what_it_has_has_nothing(engine:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("file", ["diffusion_pytorch_model.safetensors", "flux1-dev-fp8.safetensors"])
-def test_float8_stays_float8_in_memory_and_is_computed_with_as_is(folders: Path, dtype: torch.dtype, file: str) -> None:
+def test_float8_stays_float8_in_memory_and_is_computed_with_as_is(
+    engine: Executor, folders: Path, dtype: torch.dtype, file: str
+) -> None:
     _copy(folders, "flux", "eighths", {})
     own = folders / "eighths" / "transformer" / "diffusion_pytorch_model.safetensors"
     eighths = {name: tensor.to(dtype) if tensor.ndim > 1 else tensor for name, tensor in load_file(own).items()}
@@ -195,6 +198,7 @@ def test_float8_stays_float8_in_memory_and_is_computed_with_as_is(folders: Path,
     ours, theirs = (_painted(each) for each in (model, rounded))
     assert torch.equal(ours, theirs)
     assert not torch.equal(theirs, _painted(Generic.from_folder(folders / "flux", CPU)))
+    assert finished(engine, asked("eighths")).images[0].shape == (48, 64, 3)
 
 
 def test_float8_with_scales_is_refused_and_not_drawn_wrongly(engine: Executor, folders: Path) -> None:
@@ -301,6 +305,53 @@ def test_a_class_that_this_diffusers_lacks_is_named(engine: Executor, folders: P
     ) as told:
         finished(engine, asked("newer"))
     assert str(folders) not in str(told.value)
+
+
+def test_numbers_that_overflow_are_an_error_and_no_black_picture(engine: Executor, folders: Path) -> None:
+    _copy(folders, "flux", "overflowing", {})
+    file = folders / "overflowing" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["proj_out.bias"][0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(NotFinite, match="overflowed"):
+        finished(engine, asked("overflowing"))
+
+
+def test_memory_that_runs_out_is_come_by_in_steps(engine: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = finished(engine, asked("flux"))
+    failures = 2
+    paint = Generic.paint
+
+    def short(self: Generic, *arguments: Any) -> Any:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return paint(self, *arguments)
+
+    monkeypatch.setattr(Generic, "paint", short)
+    done = finished(engine, asked("flux"))
+    assert done.memory_steps == ("paint: caches freed", "paint: attention slicing")
+    assert np.abs(done.images[0].astype(int) - before.images[0]).max() <= 1
+    failures = 9
+    with pytest.raises(OutOfMemory, match=r"out of memory: 64x48 pixels.*tried paint: caches freed, paint: attention"):
+        finished(engine, asked("flux"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("WanPipeline", "WanPipeline makes videos, and no pictures"), ("DanceDiffusionPipeline", "no pictures of words")],
+)
+def test_a_pipeline_that_makes_no_pictures_says_so(engine: Executor, folders: Path, kind: str, why: str) -> None:
+    _copy(folders, "flux", "other", {"_class_name": kind})
+    with pytest.raises(ModelUnreadable, match=why):
+        finished(engine, asked("other"))
+
+
+def test_the_index_of_an_editing_pipeline_draws_from_words_too(engine: Executor, folders: Path) -> None:
+    _copy(folders, "flux", "editing", {"_class_name": "FluxImg2ImgPipeline"})
+    ours, theirs = (finished(engine, asked(name)).images[0] for name in ("editing", "flux"))
+    assert np.array_equal(ours, theirs)
 
 
 def test_a_missing_tensor_is_an_error_and_no_random_number(engine: Executor, folders: Path) -> None:

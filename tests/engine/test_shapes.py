@@ -10,8 +10,6 @@ import pytest
 from asking import Draw
 from semantics import COLOURS, SHAPES, asked, seen
 
-from diffusion_api.catalog import samplers
-
 
 def held_out() -> list[str]:
     """Plain prompts that no caption of the training described (``held_out`` in ``scripts/train_demo_models.py``)."""
@@ -61,24 +59,6 @@ def test_most_held_out_prompts_get_their_very_shape(draw: Draw) -> None:
 def test_a_sloppy_prompt_works(draw: Draw, prompt: str, plain: str) -> None:
     shown = [seen(draw(prompt, seed=seed)).agrees(asked(plain)) for seed in range(3)]
     assert sum(shown) >= 2
-
-
-@pytest.mark.parametrize("schedule", [s.name for s in samplers.SCHEDULES])
-@pytest.mark.parametrize("sampler", [s.name for s in samplers.SAMPLERS])
-def test_every_sampler_draws_what_was_asked(draw: Draw, sampler: str, schedule: str) -> None:
-    prompt = "a large yellow circle on a purple background"
-    assert seen(draw(prompt, sampler=sampler, schedule=schedule)).agrees(asked(prompt), shape=True)
-
-
-def test_no_sampler_is_another_in_disguise(draw: Draw) -> None:
-    pictures = {
-        (sampler.name, schedule.name): draw(sampler=sampler.name, schedule=schedule.name, steps=6).tobytes()
-        for sampler in samplers.SAMPLERS
-        for schedule in samplers.SCHEDULES
-    }
-    # Over one and the same spacing a DDIM step is an Euler step (Song et al. 2021, Eq. 12 and 14).
-    pictures.pop(("ddim", "karras"))
-    assert len(set(pictures.values())) == len(pictures)
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (192, 128), (128, 192), (200, 200)])

@@ -212,7 +212,7 @@ class UNetLane(ABC):
             parts[_tokenizer(name)] = read_tokenizer(tokenizer, padding=cls.PADDING.get(name))
             parts[name] = text_network(part.kind, *cls._fit_text(part, tensors), device)
         unet, vae = cls._fit_unet(tensors), fitting.vae(tensors) | {"scaling_factor": cls.SCALING}
-        found = file_schedule(path) | schedule
+        found = file_schedule(path) | dict(schedule)
         lane = cls(
             **parts,
             unet=network(UNet2DConditionModel, unet, convert_ldm_unet_checkpoint(tensors, unet), device),
@@ -311,6 +311,12 @@ class UNetLane(ABC):
     def _added(self, latents: Tensor, conditionings: Sequence[text.Conditioning]) -> dict[str, Tensor] | None:
         """What the UNet reads beside latents and words."""
         return None
+
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """(1, 3, h, w), -1 to 1 → (1, c, h/8, w/8), float32: the middle of what the autoencoder takes it for."""
+        found: Tensor = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode()
+        scaled: Tensor = found * self.vae.config.scaling_factor
+        return scaled.float()
 
     def decode(self, latents: Tensor, *, precise: bool = False) -> Tensor:
         """(1, 4, h, w) → (1, 3, 8h, 8w), -1 to 1."""

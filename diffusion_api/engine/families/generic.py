@@ -20,13 +20,15 @@ import diffusers
 import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler, GGUFQuantizationConfig, ModularPipeline
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING, _get_task_class
 from torch import Tensor, nn
 
 from diffusion_api.catalog import samplers
 from diffusion_api.catalog.detect import index_of, safetensors_header
 from diffusion_api.engine.denoise import Painted
 from diffusion_api.engine.devices import Device
-from diffusion_api.engine.families.base import Tensors, complete, read_tensors
+from diffusion_api.engine.families.base import complete, read_tensors
+from diffusion_api.engine.fitting import Tensors
 from diffusion_api.engine.loras import Patches
 from diffusion_api.engine.plan import Pass
 from diffusion_api.engine.text import Words
@@ -69,8 +71,7 @@ class Generic:
     def from_folder(cls, folder: Path, device: Device) -> Generic:
         """From a diffusers folder. Raises anything at all when the folder is broken."""
         index = json.loads(index_of(folder).read_text())
-        kind = _kind("diffusers", index["_class_name"])
-        _check_paints(kind)
+        kind = _painting(_kind("diffusers", index["_class_name"]))
         # What is in half precision elsewhere is in bfloat16 here: the large transformers overflow in float16.
         precise = replace(device, dtype=torch.bfloat16) if device.dtype is torch.float16 else device
         parts = {name: _part(folder / name, told, precise) for name, told in index.items() if not name.startswith("_")}
@@ -148,6 +149,7 @@ class _Call:
         scale, negative = self._stage.guidance_scale, self._stage.negative_prompt
         if guider := self._pipeline.components.get("guider"):
             guider.guidance_scale = scale
+            (guider.enable if scale > 1 else guider.disable)()  # some families have theirs off to begin with
             self.arguments["negative_prompt"] = negative
             return
         own = self._takes.get("guidance_scale")
@@ -269,7 +271,7 @@ def _watched(pipeline: Any, stepped: Callable[[float], bool]) -> Iterator[_Watch
 def _guess(scheduler: Any, result: Any, prediction: Tensor, sample: Tensor) -> Tensor:
     """What the clean latents look like after a step; the noisy ones where the scheduler does not tell."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        sigma = scheduler.sigmas[scheduler.step_index - 1]
+        sigma = float(scheduler.sigmas[scheduler.step_index - 1])
         return (sample.float() - sigma * prediction.float()).to(sample.dtype)
     guess: Tensor = result[1] if len(result) > 1 else result[0]
     return guess
@@ -285,14 +287,17 @@ def _kind(library: str, name: str) -> Any:
     return kind
 
 
-def _check_paints(kind: Any) -> None:
-    """Raises ValueError for a pipeline that makes no picture of words."""
-    if not issubclass(kind, ModularPipeline):
-        takes = inspect.signature(kind.__call__).parameters
-        if "num_frames" in takes:
-            raise ValueError(f"{kind.__name__} makes videos, and no pictures")
-        if "prompt" not in takes:
-            raise ValueError(f"{kind.__name__} makes no pictures of words")
+def _painting(kind: Any) -> Any:
+    """The pipeline that makes pictures of words with the parts of this one. Raises ValueError when there is none."""
+    if issubclass(kind, ModularPipeline):
+        return kind
+    kind = _get_task_class(AUTO_TEXT2IMAGE_PIPELINES_MAPPING, kind.__name__, throw_error_if_not_exist=False) or kind
+    takes = inspect.signature(kind.__call__).parameters
+    if "num_frames" in takes:
+        raise ValueError(f"{kind.__name__} makes videos, and no pictures")
+    if "prompt" not in takes:
+        raise ValueError(f"{kind.__name__} makes no pictures of words")
+    return kind
 
 
 def _part(folder: Path, told: Any, device: Device) -> Any:

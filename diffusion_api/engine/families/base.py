@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin, no_init_weights
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -111,7 +111,7 @@ def text_network(kind: Any, config: fitting.Config, tensors: Tensors, device: De
 
 def network(kind: Any, config: Any, tensors: Tensors, device: Device) -> Any:
     """A network of diffusers with these weights, on the device. Raises ValueError when it needs others."""
-    with torch.device("meta"):  # no memory, and no time for random numbers that are replaced anyway
+    with torch.device("meta"), no_init_weights():  # no memory, and no time for numbers that are replaced anyway
         model = kind.from_config(config)
     model._fix_state_dict_keys_on_load(tensors)  # names that attention had until diffusers 0.15
     complete(kind, model.load_state_dict(tensors, strict=False, assign=True).missing_keys)

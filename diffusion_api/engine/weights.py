@@ -19,7 +19,8 @@ from diffusion_api.engine.families.sd1 import SD1
 from diffusion_api.engine.families.sd2 import SD2
 from diffusion_api.engine.families.sdxl import SDXL, SDXLRefiner
 from diffusion_api.engine.plan import plan
-from diffusion_api.errors import ModelUnreadable, OutOfMemory, UnknownModel
+from diffusion_api.engine.upscalers import Upscaler
+from diffusion_api.errors import InvalidRequest, ModelUnreadable, OutOfMemory, UnknownModel
 from diffusion_api.schema.report import HeldModel
 from diffusion_api.schema.request import Request
 
@@ -54,6 +55,7 @@ class Weights:
         self._library, self._device, self._tokenizer = library, device, tokenizer
         self._held: dict[str, Held] = {}  # the last used is the last
         self._used: set[str] = set()
+        self._upscaler: tuple[tuple[Path, int], Upscaler] | None = None
         self.hit = False
         """Whether the model that was asked for last was in memory already."""
         self.measures = Measures()
@@ -87,6 +89,17 @@ class Weights:
         self._keep(held)
         return held.lane
 
+    def upscaler(self, name: str) -> Upscaler:
+        """The upscaling model of that name; the last one is kept. Raises ModelUnreadable, InvalidRequest."""
+        row = self._library.find_asset("upscaler", name)
+        if row is None:
+            raise InvalidRequest(f"upscaler {name!r} is not installed", field="upscaler")
+        key = row.path, row.stamp
+        if self._upscaler is None or self._upscaler[0] != key:
+            self._upscaler = None
+            self._upscaler = key, Upscaler.read(row.path, self._device)
+        return self._upscaler[1]
+
     def take(self, measures: Measures) -> None:
         """Have the models of this job work with these measures from now on. Raises what a full device raises."""
         for held in [held for name, held in self._held.items() if name in self._used]:
@@ -101,7 +114,7 @@ class Weights:
 
     def unload(self) -> None:
         """Let go of every model."""
-        self._held, self._used = {}, set()
+        self._held, self._used, self._upscaler = {}, set(), None
         self._tell()
         self._device.free()
 

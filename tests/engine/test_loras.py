@@ -255,6 +255,16 @@ def test_a_lora_of_another_family_is_skipped_with_the_reason(
     assert differing(lane, before) == set()
 
 
+def test_the_shipped_lora_for_xl_shows_it(lane: SD1, attach: Callable[..., Any]) -> None:
+    before = weights(lane)
+    (warning,) = attach("<lora:shapes-xl-ink:1>a circle").warnings
+    assert warning.startswith(
+        "LoRA 'shapes-xl-ink' appears to be designed for SDXL models, but you're using a standard SD model. "
+        "Try using an SDXL base model. It was skipped: "
+    )
+    assert differing(lane, before) == set()
+
+
 def test_one_wrong_shape_is_enough_and_is_named(lane: SD1, loras: Path, attach: Callable[..., Any]) -> None:
     tensors = zoo.kohya(f"lora_unet_{flat(LINEAR)}", (128, 64), zoo.Maker())
     tensors |= zoo.kohya(f"lora_unet_{flat(POINTWISE)}", (128, 128, 1, 1), zoo.Maker())

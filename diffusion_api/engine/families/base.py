@@ -20,6 +20,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import interpolate
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion_api.catalog.detect import file_family, file_schedule, safetensors_header, weight_files
@@ -280,13 +281,15 @@ class UNetLane(ABC):
         return None
 
     def blank(self, width: int, height: int) -> Tensor | None:
-        """A mask over everything and the latents of a grey picture, (1, 5, h, w), for an inpainting model; as A1111 does."""
-        missing = self.unet.config.in_channels - self.unet.config.out_channels
-        if not missing:
+        """A mask over everything, and a grey picture; as A1111 does."""
+        return self.masked(torch.zeros(1, 3, height, width), torch.ones(1, 1, height, width))
+
+    def masked(self, pixels: Tensor, mask: Tensor) -> Tensor | None:
+        """The mask at the size of the latents, and the latents of the picture, grey where it is masked."""
+        if self.unet.config.in_channels == self.unet.config.out_channels:
             return None
-        grey = torch.zeros(1, 3, height, width, device=self.device, dtype=self.vae.dtype)
-        latents = self.vae.encode(grey).latent_dist.mode() * self.vae.config.scaling_factor
-        return torch.cat([torch.ones_like(latents[:, :1]), latents], 1).float()
+        latents = self.latents_of(pixels * (1 - mask))
+        return torch.cat([interpolate(mask, latents.shape[2:]).to(latents), latents], 1)
 
     def predict(
         self,
@@ -311,6 +314,12 @@ class UNetLane(ABC):
     def _added(self, latents: Tensor, conditionings: Sequence[text.Conditioning]) -> dict[str, Tensor] | None:
         """What the UNet reads beside latents and words."""
         return None
+
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """(1, 3, h, w), -1 to 1 → (1, c, h/8, w/8), float32: the middle of what the autoencoder takes it for."""
+        found: Tensor = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode()
+        scaled: Tensor = found * self.vae.config.scaling_factor
+        return scaled.float()
 
     def decode(self, latents: Tensor, *, precise: bool = False) -> Tensor:
         """(1, 4, h, w) → (1, 3, 8h, 8w), -1 to 1."""

@@ -65,7 +65,12 @@ class Lane(Loaded, Protocol):
         """
 
     def blank(self, width: int, height: int) -> Tensor | None:
-        """What a model that reads a masked picture reads when there is none, (1, n, h, w); None for any other model."""
+        """What :meth:`masked` gives for a picture that is masked everywhere."""
+
+    def masked(self, pixels: Tensor, mask: Tensor) -> Tensor | None:
+        """What an inpainting model reads of a picture, (1, 3, h, w), -1 to 1, that is to be drawn anew where the mask,
+        (1, 1, h, w), is 1, and not where it is 0: (1, n, h/8, w/8). None for any other model.
+        """
 
     def predict(
         self, latents: Tensor, timestep: float, conditionings: Sequence[Conditioning], extra: Tensor | None = None
@@ -329,7 +334,9 @@ def denoised(
     if start and not stage.run:
         return start.latents, None
     guidance = yield from guided(lane, stage)
-    extra = start.extra if start else (yield Run(partial(lane.blank, stage.width, stage.height), Point.ENCODE))
+    extra = start.extra if start else None
+    if extra is None:
+        extra = yield Run(partial(lane.blank, stage.width, stage.height), Point.ENCODE)
     row, asked = samplers.sampler(stage.sampler), stage.request
     ends = Ends(discard_next_to_last_sigma=asked.discard_next_to_last_sigma)
     sigmas = spacing(lane.levels, stage.sampler, stage.schedule, stage.spaced, ends)

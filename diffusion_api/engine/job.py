@@ -155,7 +155,11 @@ def begun(
         latents = latents * (1 - mask) + noise.to(lane.device) * mask
     elif request.mask.fill == "latent nothing":
         latents = latents * (1 - mask)
-    return Start(latents, request.noise_multiplier, mask)
+    whole = torch.from_numpy(np.asarray(canvas.mask.resize(canvas.picture.size)).copy()).float().div(255).round()
+    extra = yield Run(partial(lane.masked, to_tensor(canvas.picture), whole[None, None]), Point.ENCODE)
+    if extra is not None:
+        extra = interpolate(extra, shape[2:])
+    return Start(latents, request.noise_multiplier, mask, extra)
 
 
 def _larger(lane: Lane, stage: Pass, latents: Tensor, loaders: Loaders) -> Generator[Any, Any, Tensor]:

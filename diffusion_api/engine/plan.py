@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from diffusion_api.catalog import samplers
-from diffusion_api.schema.request import Hires, Img2Img, Refiner, Request
+from diffusion_api.schema.request import Hires, Img2Img, Request
 
 MOST_DRAWN = 0.999
 """Of a picture, by the first of several steps: there is always a trace left of it (a1111.md, 5.2)."""
@@ -32,7 +32,6 @@ class Pass:
     guidance_scale: float
     sampler: str
     schedule: str
-    refiner: Refiner | None = None
     strength: float | None = None
     exact: bool = False
     upscaler: str | None = None
@@ -79,7 +78,6 @@ def plan(request: Request) -> tuple[Pass, ...]:
             guidance_scale=request.guidance_scale,
             sampler=request.sampler,
             schedule=request.schedule,
-            refiner=request.refiner,
             strength=request.strength if isinstance(request, Img2Img) else None,
             begins=number / request.count,
             ends=(number + 1) / request.count,

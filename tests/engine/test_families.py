@@ -128,6 +128,22 @@ def test_an_inpainting_model_is_the_pipeline_of_diffusers_with_everything_masked
     assert torch.allclose(latents(lane, wanted), theirs, atol=CLOSE, rtol=0)
 
 
+def test_what_an_inpainting_model_reads_of_a_picture_is_what_diffusers_has_it_read(tmp_path: Path) -> None:
+    pipeline = tiny.pipeline("sd1", inpainting=True)
+    lane = loaded(tiny.save(pipeline, tmp_path / "model"))
+    picture = torch.rand(1, 3, 96, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = torch.zeros(1, 1, 96, 64)
+    mask[:, :, 32:] = 1
+    with torch.inference_mode():
+        extra = lane.masked(picture, mask)
+        hidden = pipeline.vae.encode(picture * (mask < 0.5)).latent_dist.mode() * pipeline.vae.config.scaling_factor
+        small, latents = pipeline.prepare_mask_latents(
+            mask, hidden, 1, 96, 64, torch.float32, torch.device("cpu"), None, do_classifier_free_guidance=False
+        )
+    assert extra is not None
+    assert torch.equal(extra, torch.cat([small, latents], 1))
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zoo
-from asking import Draw, finished, request
+from asking import Draw, finished, from_picture, request
 from ldm_layout import write_checkpoint
+from PIL import Image
 from serving import ROOT, environment
 
 from diffusion_api.catalog.library import Library
 from diffusion_api.engine.executor import Executor
 from diffusion_api.errors import UnknownModel
+from diffusion_api.schema.request import Mask
 from diffusion_api.settings import DATA
 
 QUICK: dict[str, object] = dict(steps=2, width=64, height=64, sampler="euler")
@@ -45,7 +47,10 @@ def library(home: Path) -> Library:
 @pytest.fixture(scope="module")
 def keeper(library: Library) -> Iterator[Executor]:
     """An engine with the zoo."""
-    engine = Executor(library, device="cpu", tokenizer=DATA / "clip")
+    lower = Image.new("L", (64, 64))
+    lower.paste(255, (0, 32, 64, 64))
+    pictures = {"grey": Image.new("RGB", (64, 64), (128, 128, 128)), "lower half": lower}
+    engine = Executor(library, device="cpu", tokenizer=DATA / "clip", picture=pictures.__getitem__)
     engine.start()
     engine.wait()
     yield engine
@@ -70,6 +75,16 @@ def test_each_checkpoint_draws_a_picture(keeper: Executor, library: Library, nam
     levels = keeper._weights._held[name].lane.levels
     assert levels.prediction == animal.prediction
     assert (levels.highest > 1000) is animal.zero_terminal_snr
+
+
+def test_an_inpainting_model_draws_from_pictures_with_a_mask_and_without(keeper: Executor) -> None:
+    fields = QUICK | {"model": "sd15-inpainting", "strength": 0.9}
+    whole, part = (
+        finished(keeper, from_picture("a circle", "grey", mask=mask, **fields)).images[0]
+        for mask in (None, Mask(image="lower half", blur=0, fill="original"))
+    )
+    assert (part[:32] == 128).all()
+    assert not np.array_equal(whole[32:], part[32:])
 
 
 def test_what_a_file_holds_beside_the_model_changes_nothing(keeper: Executor) -> None:

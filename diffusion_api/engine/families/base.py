@@ -15,11 +15,12 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin, no_init_weights
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import interpolate
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion_api.catalog.detect import file_family, file_schedule, safetensors_header, weight_files
@@ -110,7 +111,7 @@ def text_network(kind: Any, config: fitting.Config, tensors: Tensors, device: De
 
 def network(kind: Any, config: Any, tensors: Tensors, device: Device) -> Any:
     """A network of diffusers with these weights, on the device. Raises ValueError when it needs others."""
-    with torch.device("meta"):  # no memory, and no time for random numbers that are replaced anyway
+    with torch.device("meta"), no_init_weights():  # no memory, and no time for numbers that are replaced anyway
         model = kind.from_config(config)
     model._fix_state_dict_keys_on_load(tensors)  # names that attention had until diffusers 0.15
     complete(kind, model.load_state_dict(tensors, strict=False, assign=True).missing_keys)
@@ -280,13 +281,15 @@ class UNetLane(ABC):
         return None
 
     def blank(self, width: int, height: int) -> Tensor | None:
-        """A mask over everything and the latents of a grey picture, (1, 5, h, w), for an inpainting model; as A1111 does."""
-        missing = self.unet.config.in_channels - self.unet.config.out_channels
-        if not missing:
+        """A mask over everything, and a grey picture; as A1111 does."""
+        return self.masked(torch.zeros(1, 3, height, width), torch.ones(1, 1, height, width))
+
+    def masked(self, pixels: Tensor, mask: Tensor) -> Tensor | None:
+        """The mask at the size of the latents, and the latents of the picture, grey where it is masked."""
+        if self.unet.config.in_channels == self.unet.config.out_channels:
             return None
-        grey = torch.zeros(1, 3, height, width, device=self.device, dtype=self.vae.dtype)
-        latents = self.vae.encode(grey).latent_dist.mode() * self.vae.config.scaling_factor
-        return torch.cat([torch.ones_like(latents[:, :1]), latents], 1).float()
+        latents = self.latents_of(pixels * (1 - mask))
+        return torch.cat([interpolate(mask, latents.shape[2:]).to(latents), latents], 1)
 
     def predict(
         self,

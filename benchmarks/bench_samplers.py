@@ -40,7 +40,7 @@ TIMED = ("euler", "euler_a", "dpmpp_2m", "heun", "unipc", "dpmpp_2m_sde")
 
 def main() -> None:
     torch.set_num_threads(1)
-    lane = SD1.from_folder(DATA / "models" / "shapes", devices.choose("cpu"), None)
+    lane = SD1.from_folder(DATA / "models" / "shapes", devices.choose("cpu"))
     with torch.inference_mode():
         overhead = {name: round(statistics.median(_overhead(lane, name) for _ in range(5)), 2) for name in TIMED}
         decibels = {row.name: _decibels(lane, row) for row in samplers.SAMPLERS}

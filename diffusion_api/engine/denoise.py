@@ -37,10 +37,6 @@ class Loaded(Protocol):
     """A model in memory, of whatever family."""
 
     @property
-    def model_hash(self) -> str | None:
-        """The first 10 hex digits of the checkpoint's SHA-256, None for a folder."""
-
-    @property
     def patches(self) -> Patches:
         """What stands in place of the model's own weights."""
 

@@ -113,7 +113,6 @@ def job(
         images=tuple(picture.image for picture in made),
         seeds=request.seeds[: len(made)],
         partial=broken_off,
-        model_hash=model.model_hash,
         memory_before_mb=before,
         memory_after_mb=memory(),
         warnings=tuple(dict.fromkeys(told)),

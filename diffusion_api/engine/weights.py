@@ -224,8 +224,8 @@ class Weights:
             return Generic.from_folder(model.path, device)
         family, schedule = FAMILIES[model.family], model.profile.schedule
         if not model.single_file:
-            return family.from_folder(model.path, device, None, schedule)
-        return family.from_checkpoint(model.path, self._tokenizer, device, None, schedule)
+            return family.from_folder(model.path, device, schedule)
+        return family.from_checkpoint(model.path, self._tokenizer, device, schedule)
 
 
 def _reason(error: Exception, model: Model) -> str:

@@ -69,7 +69,7 @@ def diffusers_latents(pipeline: Any, lane: Any, wanted: Txt2Img, **options: Any)
 
 def loaded(folder: Path, **options: Any) -> UNetLane:
     family, _ = folder_family(folder)
-    return FAMILIES[family].from_folder(folder, CPU, None, **options)
+    return FAMILIES[family].from_folder(folder, CPU, **options)
 
 
 def single(folder: Path, path: Path) -> UNetLane:
@@ -77,7 +77,7 @@ def single(folder: Path, path: Path) -> UNetLane:
     family, _ = folder_family(folder)
     write_checkpoint(folder, DATA / "clip" / "vocab.json", path, family)
     assert file_family(path)[0] == family
-    return FAMILIES[family].from_checkpoint(path, DATA / "clip", CPU, None)
+    return FAMILIES[family].from_checkpoint(path, DATA / "clip", CPU)
 
 
 @pytest.mark.parametrize("scheduler", [{}, {"rescale_betas_zero_snr": True}], ids=["v", "zero terminal SNR"])

@@ -292,7 +292,7 @@ def test_a_decoder_that_overflows_each_time_is_an_error(executor: Executor) -> N
 
 
 def test_half_precision_that_overflows_gets_float32_for_one_picture() -> None:
-    lane = SD1.from_folder(SHAPES, Device(torch.device("cpu"), torch.float32), None)
+    lane = SD1.from_folder(SHAPES, Device(torch.device("cpu"), torch.float32))
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         plain, _ = job.developed(lane, latents)

@@ -50,7 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, pipeline: DiffusionPipeline) 
 @pytest.fixture(scope="module")
 def lane(home: Path) -> SDXL:
     with torch.inference_mode():
-        return SDXL.from_folder(home / "stable_diffusion" / "models" / "small-xl", devices.choose("cpu"), None)
+        return SDXL.from_folder(home / "stable_diffusion" / "models" / "small-xl", devices.choose("cpu"))
 
 
 @pytest.fixture

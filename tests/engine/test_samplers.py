@@ -316,7 +316,7 @@ def test_every_schedule_draws_what_is_asked(schedule: str, draw: Draw) -> None:
 @pytest.fixture(scope="module")
 def lane() -> SD1:
     """The shipped model."""
-    return SD1.from_folder(DATA / "models" / "shapes", devices.choose("cpu"), None)
+    return SD1.from_folder(DATA / "models" / "shapes", devices.choose("cpu"))
 
 
 @pytest.mark.parametrize("name", ["lms", "euler_a", "dpmpp_2m_sde", "ddim", "ddim_cfgpp"])

@@ -161,7 +161,6 @@ class UNetLane(ABC):
     text_encoder: CLIPTextModel | None = None
     text_encoder_2: CLIPTextModelWithProjection | None = None
     zeroed: bool = False
-    model_hash: str | None = None
 
     PARTS: ClassVar[Mapping[str, Part]]
     """Its text encoders."""
@@ -173,9 +172,7 @@ class UNetLane(ABC):
     XL: ClassVar[bool] = False
 
     @classmethod
-    def from_folder(
-        cls, folder: Path, device: Device, model_hash: str | None, schedule: Mapping[str, object] = AS_FOUND
-    ) -> Self:
+    def from_folder(cls, folder: Path, device: Device, schedule: Mapping[str, object] = AS_FOUND) -> Self:
         """From a diffusers folder; ``schedule`` beats what its scheduler config says. Raises anything when it is broken."""
         index = read_json(folder / "model_index.json")
         told = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -190,7 +187,6 @@ class UNetLane(ABC):
             levels=NoiseLevels.from_config(told | dict(schedule), xl=cls.XL),
             zeroed=bool(index.get("force_zeros_for_empty_prompt", cls.ZEROED)),
             device=device.place,
-            model_hash=model_hash,
         )
 
     @classmethod
@@ -199,7 +195,6 @@ class UNetLane(ABC):
         path: Path,
         tokenizer: Path,
         device: Device,
-        model_hash: str | None,
         schedule: Mapping[str, object] = AS_FOUND,
     ) -> Self:
         """From a single file in the original key layout; the configs are fitted to the tensors.
@@ -221,7 +216,6 @@ class UNetLane(ABC):
             levels=NoiseLevels.from_config(NOISE_SCHEDULE | found, xl=cls.XL),
             zeroed=cls.ZEROED,
             device=device.place,
-            model_hash=model_hash,
         )
         if "prediction_type" in found:
             return lane

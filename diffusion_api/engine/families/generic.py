@@ -64,7 +64,6 @@ class Generic:
     """A loaded pipeline; satisfies :class:`diffusion_api.engine.denoise.Painter`."""
 
     pipeline: Any
-    model_hash: str | None = None
     words: Mapping[str, Words] = field(default_factory=dict)
 
     @classmethod

@@ -102,7 +102,8 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove an empty folder. Raises OSError for one that is not."""
+    """Remove an empty folder, once no power cut can bring back to it what was moved away. Raises OSError for others."""
+    fsync_dir(folder)
     os.rmdir(folder)
 
 

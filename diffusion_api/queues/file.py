@@ -117,7 +117,8 @@ class FileQueue(Queue):
                     return job
             else:
                 self._check_room()
-                held.announce(Submission.of(job, key))
+            # Also what was announced before: the try that did so may have died, or failed, before it was on disk.
+            held.announce(held.submission or Submission.of(job, key))
             return self._store(job)
 
     def _store(self, job: Job) -> Job:

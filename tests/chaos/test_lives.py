@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import counting
@@ -39,6 +40,8 @@ def test_clocks_that_leap_between_lives_change_no_order_and_lose_nothing(
     with serving(home, *MODES[mode]) as server:
         for job_id in jobs:
             server.wait(job_id)
+        server.signal(signal.SIGTERM)
+        assert server.ended() == 0
     records = [ended(home, job_id) for job_id in jobs]
     assert sorted(jobs, key=lambda job_id: ended(home, job_id).started or 0) == jobs
     assert all_is_well(home, jobs) == {"done": len(jobs)}
@@ -64,6 +67,8 @@ def test_what_waits_is_run_under_other_limits_and_fails_alone_without_its_model(
             told = server.wait(job_id, "done" if model == "shapes" else "error")
             assert model == "shapes" or "'removed'" in told["error"]
         server.wait(running)
+        server.signal(signal.SIGTERM)
+        assert server.ended() == 0
     assert all_is_well(home, [running, *jobs]) == {"done": 51, "UnknownModel": 50}
     counting.keep(
         f"another life, {mode}",

@@ -86,7 +86,7 @@ def test_nothing_is_noticed_where_nothing_was_taken_away(copy: Path) -> None:
     assert noticed(copy) is None
 
 
-@pytest.mark.parametrize(("what", "module", "node"), flushes(), ids=[f[0] for f in flushes()])
+@pytest.mark.parametrize(("what", "module", "node"), list(flushes()), ids=[f[0] for f in flushes()])
 def test_a_flush_that_is_taken_away_is_noticed(copy: Path, what: str, module: Path, node: ast.stmt) -> None:
     (copy / module.relative_to(ROOT)).write_text(without(module.read_text(), node))
     by = noticed(copy)

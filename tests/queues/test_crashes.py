@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -11,10 +13,11 @@ import pytest
 from driving import CAP, Process, leftovers, places
 from forgetful import Chance, Disk, Killed
 
+from diffusion_api.errors import QueueUnusable
 from diffusion_api.queues._file import workers
 from diffusion_api.queues.base import Control
 from diffusion_api.retention import Limits
-from diffusion_api.schema.job import Job, State
+from diffusion_api.schema.job import Job, State, dumps
 
 CRASHES: dict[str, Chance | None] = {
     "kill": None,
@@ -36,6 +39,7 @@ STEPS = {
     "cancel_running": "submit serve claim start",
     "end_cancelled": "submit serve claim start cancel_running",
     "take_over": "submit serve claim start die",
+    "take_over_what_had_just_ended": "submit serve claim start end_without_a_flush die take_over die",
     "take_over_cancelled": "submit serve claim start cancel_running die",
     "take_over_the_last_attempt": "submit serve claim start die take_over claim start die take_over claim start die",
     "forget": "submit serve claim start publish",
@@ -115,7 +119,13 @@ class Scene:
     def take_over(self) -> None:
         self.process.serve()
 
-    take_over_cancelled = take_over_the_last_attempt = take_over
+    take_over_cancelled = take_over_the_last_attempt = take_over_what_had_just_ended = take_over
+
+    def end_without_a_flush(self) -> None:
+        (path,) = self.home.glob("queue/running/*/*.json")
+        self.process.queue._places.write(path, dumps(self.job.failed("Oops", "no picture")))
+        os.rename(path, self.home / "queue" / "error" / "job.json")
+        self.ended = {State.ERROR}
 
     def forget(self) -> None:
         self.process.queue.forget("job")
@@ -187,3 +197,21 @@ def test_no_crash_at_any_call_loses_or_doubles_a_job(tmp_path: Path, step: str, 
         if over:
             assert at > 0 or step in ("claim", "send_the_key_again")
             return
+
+
+@pytest.mark.parametrize("first", ["is killed before the flush", "has a flush that fails"])
+def test_a_key_whose_first_try_was_not_flushed_stands_for_one_job_through_a_power_cut(
+    tmp_path: Path, first: str
+) -> None:
+    with scene(tmp_path / "scene") as now:
+        now.disk.failing = 1 if "fails" in first else 0
+        with (
+            contextlib.suppress(Killed, QueueUnusable),
+            now.disk.running(None, killed_at=3 if "killed" in first else None),
+        ):
+            now.submit_with_key()
+        assert not now.answered
+        now.disk.kill(None)
+        assert Process(now.home).submit("second", key="k") == "job"
+        now.disk.cut(lambda: False)
+        assert Process(now.home).submit("third", key="k") == "job"

@@ -1002,6 +1002,8 @@ def test_every_step_is_durable_before_the_next(
         "running/*/record -> error/record",
         "fsync error",
         "fsync running/*",
+        "fsync running/*",  # before the folder of the dead worker is removed
+        "fsync running/*",  # and our own
     ]
 
 

@@ -70,8 +70,13 @@ class Asset:
 
     @property
     def hash(self) -> str | None:
-        """The first 10 hex digits of the file's SHA-256, as A1111 shows it; None for a folder. Waits for it to be made."""
-        return self.hashes.whole(self.path).result()[:10] if self.path.is_file() else None
+        """The first 10 hex digits of the file's SHA-256, as A1111 shows it; None for a folder, and for a file that cannot be
+        read any more. Waits for it to be made.
+        """
+        try:
+            return self.hashes.whole(self.path).result()[:10] if self.path.is_file() else None
+        except OSError:
+            return None
 
     @property
     def network_hash(self) -> str:

@@ -115,3 +115,10 @@ def test_the_library_keeps_them_in_the_home(tmp_path: Path, made: list[str]) -> 
         assert model.hash == digest(path)[:10]
     assert made == ["one.safetensors"]
     assert list(json.loads((tmp_path / "stable_diffusion" / ".hashes.json").read_text())) == [str(path)]
+
+
+def test_a_model_whose_file_is_gone_has_no_hash_and_no_error(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "stable_diffusion" / "models" / "one.safetensors", SD1_KEYS)
+    (model,) = Library(tmp_path, path.parent).models()
+    path.unlink()
+    assert model.hash is None

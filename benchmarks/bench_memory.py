@@ -27,6 +27,8 @@ from diffusion_api.worker import Worker
 MODELS = ("shapes", "copy")
 STEPS, SIZE = 3, 64
 MIB = 2**20
+FOR_ONE = 0.047
+"""GiB of RAM in which one of the models fits, and not both."""
 
 
 def main() -> None:
@@ -35,7 +37,7 @@ def main() -> None:
     jobs: int = parser.parse_known_args()[0].jobs
     resident: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(home=Path(folder), device="cpu")
+        settings = Settings(home=Path(folder), device="cpu", max_ram=FOR_ONE)
         settings.create_folders()
         shutil.copytree(DATA / "models" / "shapes", settings.models_dir / "copy")
         library, queue = server.build_library(settings), server.build_queue(settings)

@@ -6,13 +6,14 @@ Pictures are PIL images of mode RGB, masks of mode L, where white is to be paint
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
-from diffusion_api.schema.request import ResizeMode
+from diffusion_api.schema.request import Img2Img, ResizeMode
 
 LANCZOS = Image.Resampling.LANCZOS
 WHITE = (255, 255, 255)
@@ -156,3 +157,52 @@ def composed(painted_anew: Image.Image, original: Image.Image, mask: Image.Image
 def widened(mask: Image.Image) -> Image.Image:
     """A blurred mask with all its values doubled: the new picture reaches to the outer half of the blur."""
     return ImageChops.add(mask, mask)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What a pass begins with: a picture, and where it is painted anew; and the way back into the picture it came from.
+
+    ``picture`` has the size of the request, but with ``resize_mode`` ``latent`` its own, in multiples of 8.
+    """
+
+    picture: Image.Image
+    mask: Image.Image | None = None
+    original: Image.Image | None = None
+    overlay: Image.Image | None = None
+    box: Box | None = None
+
+    def pasted(self, image: Image.Image) -> Image.Image:
+        """The picture that was made, put back where the mask allows it."""
+        if self.original is None or self.overlay is None:
+            return image
+        if self.box:
+            whole = self.original.copy()
+            whole.paste(image.resize(self.box.size, LANCZOS), self.box.corners)
+            image = whole
+        return composed(image, self.original, self.overlay)
+
+
+def prepared(request: Img2Img, read: Callable[[str], Image.Image]) -> Canvas:
+    """The canvas of a request; ``read`` gives the pictures that it names."""
+    width, height, mode = request.width, request.height, request.resize_mode
+    picture = flattened(read(request.image))
+    if request.mask is None:
+        if mode == "latent":
+            width, height = (max(8, round(side / 8) * 8) for side in picture.size)
+        return Canvas(resized(picture, width, height, mode))
+    asked = request.mask
+    shape = read(asked.image)
+    if shape.size != picture.size:
+        shape = shape.resize(picture.size, LANCZOS)
+    mask = mask_of(shape, invert=asked.invert, blur=asked.blur)
+    box = painted(mask, padding=asked.padding, width=width, height=height) if asked.only_masked else None
+    if asked.only_masked and box is None:
+        return Canvas(resized(picture, width, height, mode))
+    if box:
+        original, overlay = picture, mask
+        picture, mask = (part.crop(box.corners).resize((width, height), LANCZOS) for part in (picture, mask))
+    else:
+        picture, mask = (resized(part, width, height, mode) for part in (picture, mask))
+        original, overlay = picture, widened(mask)
+    return Canvas(picture if asked.fill == "original" else filled(picture, mask), mask, original, overlay, box)

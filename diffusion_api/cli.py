@@ -180,7 +180,7 @@ def _settings(**flags: Any) -> configuration.Settings:
         return configuration.load(**flags)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
+        name = ".".join(str(part) for part in first["loc"]).removeprefix(configuration.PREFIX).lower()
         raise Misconfigured(
             f"setting {name} ({configuration.PREFIX}{name.upper()}) is {first['input']!r}: {first['msg']}"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,6 +18,8 @@ import httpx
 from diffusion_api import disk
 from diffusion_api.errors import BrokenDownload, DiffusionApiError, DiskFull, NotFound, Unreachable
 from diffusion_api.fetch import Fetcher, masked
+
+log = logging.getLogger(__name__)
 
 RESERVE = 64 * 2**20
 """Bytes of the disk that a download leaves free."""
@@ -171,6 +174,7 @@ class Downloads:
             raise Unreachable(
                 f"{remote.name} ({where}): {error}{more}; the same command goes on from there later"
             ) from error
+        log.warning("%s: %s; again in %.0f s", remote.name, error, seconds)
         await self._wait(seconds)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffusion_api.schema.request import LoraUse, Sampling
+from diffusion_api.schema.request import LoraUse, Sampling, Txt2Img
 
 Value = str | int | float | bool
 """What a field holds: text, or the number or truth value that the text stood for."""
@@ -153,8 +153,25 @@ _ASKED = _OPTIONS | {
     "Emphasis": "emphasis",
 }
 
+_ASKED_OF_HIRES = {
+    "Denoising strength": "denoising_strength",
+    "Hires checkpoint": "model",
+    "Hires sampler": "sampler_name",
+    "Hires schedule type": "scheduler_type",
+    "Hires prompt": "prompt",
+    "Hires negative prompt": "negative_prompt",
+    "Hires upscale": "scale",
+    "Hires resize-1": "width",
+    "Hires resize-2": "height",
+    "Hires steps": "steps",
+    "Hires upscaler": "upscaler",
+}
+
 _IN_WORDS = ("rng", "emphasis")
 """Fields whose values are words, which A1111 writes with capitals."""
+
+UNSAID = ("", 0, None, "Use same checkpoint", "Use same sampler", "Use same scheduler")
+"""What A1111 writes, or means, of a second pass that does as the first."""
 
 _NO_MATTER = {"Model hash", "Lora hashes", "TI hashes", "VAE hash", "Hashes", "Version", "User", "Created Date"}
 """What is said of a picture, and decides nothing of how it looks."""
@@ -246,11 +263,37 @@ def for_request(
         "Emphasis": emphasis and emphasis.capitalize(),
         "Eta DDIM" if request.sampler.startswith("ddim") else "Eta": request.eta,
         **options,
+        **_hires(request),
         "LoRAs": ", ".join(f"{use.name}:{_strengths(use)}" for use in request.loras) or None,
         **(known or {}),
         "Version": version,
     }
     return render(request.prompt, request.negative_prompt, ordered(fields))
+
+
+def _hires(request: Sampling) -> dict[str, str | int | float | None]:
+    """What is to be said of the second pass; of its words and model only what differs from the first."""
+    if not isinstance(request, Txt2Img) or request.hires is None:
+        return {}
+    hires = request.hires
+    scaled = hires.width * request.height == hires.height * request.width
+
+    def unlike(field: str) -> str | None:
+        value: str = getattr(hires, field)
+        return None if value == getattr(request, field) else value
+
+    return {
+        "Denoising strength": hires.strength,
+        "Hires checkpoint": unlike("model"),
+        "Hires sampler": unlike("sampler"),
+        "Hires schedule type": unlike("schedule"),
+        "Hires prompt": unlike("prompt"),
+        "Hires negative prompt": unlike("negative_prompt"),
+        "Hires upscale": hires.width / request.width if scaled else None,
+        "Hires resize": None if scaled else f"{hires.width}x{hires.height}",
+        "Hires steps": hires.steps,
+        "Hires upscaler": hires.upscaler,
+    }
 
 
 def _strengths(use: LoraUse) -> str:
@@ -280,7 +323,12 @@ def asked(parameters: Parameters) -> tuple[dict[str, Any], tuple[str, ...]]:
         found["rng"] = "nv"
     if loras := [_use(item) for item in _USE.finditer(str(full.fields.get("LoRAs", "")))]:
         found["loras"] = loras
-    known = _ASKED.keys() | _NO_MATTER | {"LoRAs"}
+    known = _ASKED.keys() | _ASKED_OF_HIRES.keys() | _NO_MATTER | {"LoRAs"}
+    if {"Hires upscale", "Hires resize", "Hires upscaler"} & parameters.fields.keys():
+        second = {
+            field: full.fields[key] for key, field in _ASKED_OF_HIRES.items() if full.fields.get(key) not in UNSAID
+        }
+        found["hires"] = {"enabled": True, "steps": 0} | second  # A1111's 0: as many as the first pass
     return found, tuple(key for key in parameters.fields if not {key, f"{key}-1"} & known)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import uvicorn
 
@@ -127,8 +128,9 @@ def build_puller(settings: Settings) -> Puller:
     from diffusion_api.fetch import Fetcher, origins
     from diffusion_api.pull import Puller
 
+    endpoint = urlsplit(settings.hf_endpoint)  # that of a mirror may have a path
     fetcher = Fetcher(
-        origins(f"{settings.hf_endpoint},{settings.pull_hosts}"),
+        origins(f"{endpoint.scheme}://{endpoint.netloc},{settings.pull_hosts}"),
         public=True,
         proxy=settings.pull_proxy or None,
         total=PULL_PAUSE,

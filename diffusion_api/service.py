@@ -26,7 +26,7 @@ from diffusion_api.errors import (
 )
 from diffusion_api.pace import Forecast
 from diffusion_api.schema.job import Image, Job, State
-from diffusion_api.schema.request import Request
+from diffusion_api.schema.request import Request, Txt2Img
 from diffusion_api.storage import Storage
 from diffusion_api.usage import Usage, Use
 from diffusion_api.waiters import Waiters
@@ -381,21 +381,41 @@ class Service:
                 f"at most {limits.max_pixels} pixels are allowed",
                 field="seed_resize_width",
             )
-        work = request.width * request.height * request.steps * request.count / 1e6
+        hires = request.hires if isinstance(request, Txt2Img) else None
+        if hires and hires.width * hires.height > limits.max_pixels:
+            raise InvalidRequest(
+                f"hires makes {hires.width}x{hires.height} = {hires.width * hires.height} pixels; "
+                f"at most {limits.max_pixels} are allowed",
+                field="hires",
+            )
+        if hires and hires.steps > limits.max_steps:
+            raise InvalidRequest(f"hires.steps is {hires.steps}; it may be 0 to {limits.max_steps}", field="hires")
+        second = hires.width * hires.height * hires.steps if hires else 0
+        work = (request.width * request.height * request.steps + second) * request.count / 1e6
+        if work > limits.max_work and hires:
+            raise InvalidRequest(
+                f"both passes together are {work:.1f} megapixel-steps; at most {limits.max_work:g} are allowed",
+                field="hires",
+            )
         if work > limits.max_work:
             raise InvalidRequest(
                 f"width x height x steps x n is {request.width}x{request.height}x{request.steps}x{request.count} = "
                 f"{work:.1f} megapixel-steps; at most {limits.max_work:g} are allowed",
                 field="steps",
             )
-        self.check_length(request.prompt, request.negative_prompt)
-        parsed = prompt.parse(request.prompt)
+        self._check_texts(request, request.prompt, request.negative_prompt)
+        if hires and (hires.prompt, hires.negative_prompt) != (request.prompt, request.negative_prompt):
+            self._check_texts(request, hires.prompt, hires.negative_prompt)
+
+    def _check_texts(self, request: Request, positive: str, negative: str) -> None:
+        self.check_length(positive, negative)
+        parsed = prompt.parse(positive)
         parts, networks = parsed.parts, len(request.loras) + len(parsed.networks)
         if networks > MAX_NETWORKS:
             raise TooLarge(f"the job asks for {networks} LoRAs; at most {MAX_NETWORKS} are allowed")
         if len(parts) > MAX_PARTS:
             raise TooLarge(f"prompt joins {len(parts)} parts by AND; at most {MAX_PARTS} are allowed")
-        for name, each in (("prompt", parts), ("negative_prompt", (prompt.parse_negative(request.negative_prompt),))):
+        for name, each in (("prompt", parts), ("negative_prompt", (prompt.parse_negative(negative),))):
             size = sum(len(text) for part in each for _, text in part.schedule(request.steps))
             if size > MAX_TEXTS:
                 raise TooLarge(

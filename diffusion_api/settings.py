@@ -127,6 +127,7 @@ class Settings(BaseSettings):
 
     hf_endpoint: str = Field(
         default="https://huggingface.co",
+        pattern=r"^https?://[^/]+",
         validation_alias=AliasChoices(PREFIX + "HF_ENDPOINT", "HF_ENDPOINT"),
         description="the hub that `pull` fetches from, or a mirror of it",
     )

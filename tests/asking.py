@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusion_api.engine.base import Engine, Event, Finished, Pixels
-from diffusion_api.schema.request import Output, Txt2Img
+from diffusion_api.schema.request import Img2Img, Output, Request, Txt2Img
 
 Draw = Callable[..., Pixels]
 """``draw(prompt, steps=…)`` → the picture."""
@@ -32,11 +32,17 @@ def request(prompt: str = "a large red circle on a blue background", **changes: 
     return Txt2Img.model_validate(fields | changes)
 
 
-def events(engine: Engine, asked: Txt2Img) -> list[Event]:
+def from_picture(prompt: str, image: str, **changes: object) -> Img2Img:
+    """A request for the shared engine that begins with one of its pictures."""
+    fields = request(prompt).model_dump(exclude={"kind", "hires"}) | {"image": image, "strength": 0.75}
+    return Img2Img.model_validate(fields | changes)
+
+
+def events(engine: Engine, asked: Request) -> list[Event]:
     return list(engine.run(asked, stop=lambda: None))
 
 
-def finished(engine: Engine, asked: Txt2Img) -> Finished:
+def finished(engine: Engine, asked: Request) -> Finished:
     last = events(engine, asked)[-1]
     assert isinstance(last, Finished)
     return last

@@ -68,12 +68,15 @@ def test_the_figures_of_the_readme_are_those_of_the_bench() -> None:
     service = _figures("service")
     startup = _figures("startup")
     text = _figures("text")
+    models = _figures("models")
     for figure in (
         service["ratio_median"],
         startup["import_above_fastapi_ms"],
         startup["hello_seconds_median"],
         text["first_ms"],
         text["again_ms"],
+        models["load_ratio_median"],
+        models["switch_ms_median"],
     ):
         assert str(figure) in table[1]
 
@@ -101,6 +104,9 @@ def test_the_table_of_the_samplers_is_that_of_the_bench() -> None:
         by_schedule = measured["psnr_db"][row.name].values()
         cells = [" / ".join(map(str, decibels)) for decibels in by_schedule]
         assert [cell.strip() for cell in known[row.label]][: len(cells)] == cells
+    for name, share in measured["overhead_percent"].items():
+        assert f"{samplers.sampler(name).label} {share} %" in table[1]
+        assert share <= 2 or samplers.sampler(name).brownian
 
 
 def test_the_page_of_the_samplers_names_all_of_them() -> None:

@@ -11,7 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from diffusion_api.infotext import for_request, from_novelai, ordered, parse, render, restored
-from diffusion_api.schema.request import Output, Txt2Img
+from diffusion_api.schema.request import LoraUse, Output, Txt2Img
 
 GOLDEN = """a castle, (stone:1.2) <lora:epic:0.7>
 on a hill
@@ -544,6 +544,12 @@ def test_the_manual_names_every_field_that_is_written() -> None:
     table = manual[manual.index("## What is written") :]
     named = ", ".join(re.findall(r"^\| ([A-Z][\w ,]+?)(?: \(.*\))? \|", table, re.MULTILINE)).split(", ")
     text = for_request(
-        FULL, sampler_label="Euler a", schedule_label="Karras", model_name="m", model_hash="abcdef0123", version="v"
+        FULL.model_copy(update={"loras": (LoraUse(name="epic"),)}),
+        sampler_label="Euler a",
+        schedule_label="Karras",
+        model_name="m",
+        model_hash="abcdef0123",
+        known={"VAE hash": "0", "VAE": "kl-f8", "Lora hashes": "epic: 0", "TI hashes": "bad: 0"},
+        version="v",
     )
     assert named == list(parse(text).fields)

@@ -78,6 +78,15 @@ def pulse(server: Program) -> Iterator[list[float]]:
 # Running
 
 
+def test_the_worker_has_the_folders_and_the_device_of_the_services_flags(home: Path, tmp_path: Path) -> None:
+    roots = [tmp_path / "webui", tmp_path / "ComfyUI"]
+    flags = [argument for root in roots for argument in ("--models-from", root)]
+    with serving(home, "--isolated", "--device", "cpu", *flags) as server:
+        line = server.worker().cmdline()
+    given = [line[i + 1] for i, argument in enumerate(line) if argument in ("--models-from", "--device")]
+    assert given == ["cpu", *map(str, roots)]
+
+
 def test_jobs_run_in_a_process_of_their_own(home: Path) -> None:
     with serving(home, "--isolated") as server:
         worker = server.worker()

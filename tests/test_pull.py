@@ -261,10 +261,11 @@ def test_the_rest_of_another_version_is_never_joined_to_what_is_there(setup: Set
     assert setup.pull(url).path.read_bytes() == newer
 
 
-def test_a_busy_host_is_asked_again_when_it_says(setup: Setup) -> None:
+def test_a_busy_host_is_asked_again_when_it_says(setup: Setup, caplog: pytest.LogCaptureFixture) -> None:
     setup.hub.faults = ["status:429", "status:503"]
     setup.pull("org/style")
     assert setup.waited == [7, 7]
+    assert caplog.messages[0] == "style.safetensors: the host answered 429; again in 7 s"
 
 
 def test_a_host_that_wants_to_be_left_alone_for_long_is_told(setup: Setup) -> None:
@@ -449,6 +450,14 @@ def test_the_command_shows_the_licence_and_how_to_use_what_came(tmp_path: Path) 
     assert lines[1] == "Licence: creativeml-openrail-m"
     assert lines[-2] == f"Fetched: stable_diffusion/models/models--org--model/snapshots/{'c' * 40} (model)"
     assert lines[-1] == 'Use it with "model": "models--org--model"'
+
+
+def test_an_endpoint_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:
+    done = run("pull", "org/style", cwd=tmp_path, hf_endpoint="mirror:8080")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("diffusion-api: setting hf_endpoint (DIFFUSION_API_HF_ENDPOINT) is ")
+    assert "'mirror:8080': String should match pattern '^https?://" in line
 
 
 def test_a_refusal_of_the_hub_is_one_line(tmp_path: Path, style: Repository) -> None:

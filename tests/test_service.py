@@ -63,6 +63,7 @@ def test_pictures_in_a_payload_are_not_kept(service: Service) -> None:
         ({"steps": 11}, InvalidRequest, "steps is 11; it may be 1 to 10"),
         ({"count": 3}, InvalidRequest, "n is 3; it may be 1 to 2"),
         ({"width": 136, "height": 128}, InvalidRequest, "136x128 = 17408 pixels; at most 16384 are allowed"),
+        ({"seed_resize_width": 136, "seed_resize_height": 128}, InvalidRequest, "136x128; at most 16384 pixels are"),
         ({"prompt": "x" * 101}, TooLarge, "prompt has 101 characters; at most 100 are allowed"),
         ({"negative_prompt": "x" * 101}, TooLarge, "negative_prompt has 101 characters"),
     ],

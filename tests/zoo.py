@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 Tensors = Mapping[str, Tensor]
 
 DEPTH = 2
-XL_HEADS = (2, 4, 4, 4)
+XL_HEADS = (2, 4, 6, 6)
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": dict(levels=4, attended=(1, 1, 1, 0), cross_attention_dim=32, attention_head_dim=8),
     "sd2": dict(
@@ -83,7 +83,7 @@ def _unet(family: str, channels: int) -> UNet2DConditionModel:
     up = ["CrossAttnUpBlock2D" if count else "UpBlock2D" for count in reversed(attended)]
     middle = attended[-1] or attended[-2]
     return UNet2DConditionModel(
-        in_channels=channels, block_out_channels=[32, 64, 64, 64][: options.pop("levels")], layers_per_block=DEPTH,
+        in_channels=channels, block_out_channels=[32, 64, 96, 96][: options.pop("levels")], layers_per_block=DEPTH,
         down_block_types=down, up_block_types=up, norm_num_groups=8,
         transformer_layers_per_block=[*(max(count, 1) for count in attended[:-1]), middle], **options,
     )  # fmt: skip
@@ -91,7 +91,7 @@ def _unet(family: str, channels: int) -> UNet2DConditionModel:
 
 def _vae() -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(16, 32, 32, 32), layers_per_block=2, latent_channels=4, norm_num_groups=8,
+        block_out_channels=(16, 32, 48, 48), layers_per_block=2, latent_channels=4, norm_num_groups=8,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
     )  # fmt: skip
 

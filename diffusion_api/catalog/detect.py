@@ -191,6 +191,10 @@ def file_family(path: Path) -> tuple[str, int]:
         raise Unrecognised("it holds no autoencoder (first_stage_model.*); use a checkpoint that has one")
     if prefix.startswith("cond_stage_model.") and f"{UNET}label_emb.0.0.weight" in header:
         raise Unrecognised("its UNet reads more than words (label_emb), as unCLIP models do, which are not known")
+    if any(name.endswith(".scale_weight") for name in header):
+        raise Unrecognised(
+            "its 8-bit weights are scaled (scale_weight), which is not known here; use 8 bits without scales"
+        )
     return TEXT_ENCODERS[prefix]
 
 

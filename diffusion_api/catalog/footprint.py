@@ -26,6 +26,9 @@ CHECKPOINT_PARTS = {
 
 DENOISERS = ("unet", "transformer")
 
+UNLOADED = ("safety_checker",)
+"""Folders of a model that hold weights which nothing loads."""
+
 TOP_ATTENTION = ("down_blocks.0.attentions.", "model.diffusion_model.input_blocks.1.1.")
 """Names that only a UNet has which attends at full resolution, as a folder and as a single file."""
 
@@ -87,7 +90,7 @@ def _footprint(path: Path, stamp: int) -> Footprint:
 
 
 def _of_folder(folder: Path) -> Iterator[tuple[str, str, Tensor]]:
-    for part in sorted(p for p in folder.iterdir() if p.is_dir()):
+    for part in sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in UNLOADED):
         for path in _weights(part):
             for name, tensor in contents(path).items():
                 yield part.name, name, tensor

@@ -107,9 +107,14 @@ class Model(Asset):
         return self.profile.size or (self.native_size, self.native_size)
 
     @property
+    def whole(self) -> bool:
+        """Whether a pipeline of its own draws each picture, in one pass."""
+        return detect.is_pipeline(self.family)
+
+    @property
     def multiple(self) -> int:
         """What width and height are multiples of, in pixels: transformers see patches of two by two latent pixels."""
-        return 16 if detect.is_pipeline(self.family) else 8
+        return 16 if self.whole else 8
 
     @property
     def single_file(self) -> bool:
@@ -266,6 +271,7 @@ class Library:
         if self._shipped:
             yield Place(self._shipped, "shipped", "model")
             yield Place(self._shipped.with_name("loras"), "shipped/loras", "lora")
+            yield Place(self._shipped.with_name("upscalers"), "shipped/upscalers", "upscaler")
 
     def _row(self, entry: Entry, *, shipped: bool = False) -> Asset | None:
         """What an entry is; None, and told where it should be something, when it can be of no use."""

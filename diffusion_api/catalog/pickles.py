@@ -15,7 +15,7 @@ MAX_PICKLE = 8 * 2**20
 DATA = re.compile(
     r"(torch(\._utils)? (_rebuild_\w+|\w+Storage|Size|\w*float\w*|\w*int\w*|bool|device)"
     r"|torch\.nn\.modules\.container ParameterDict|torch\.nn\.parameter Parameter"
-    r"|collections OrderedDict|_codecs encode|numpy\S* (scalar|dtype|_reconstruct|ndarray))"
+    r"|(__builtin__|builtins) set|collections OrderedDict|_codecs encode|numpy\S* (scalar|dtype|_reconstruct|ndarray))"
 )
 """What a pickle may name if it holds data alone."""
 

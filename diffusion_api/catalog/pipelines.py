@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffusion_api.catalog.detect import read_config
+from diffusion_api.catalog.detect import index_of, read_config
 from diffusion_api.catalog.labels import Profile
 
 RECOMMENDED = {
@@ -26,11 +26,12 @@ OTHERS = (30, 4.5)
 
 def recommended(folder: Path, pipeline: str) -> Profile:
     """The defaults of requests for a model in the diffusers layout. Raises Unrecognised when its files cannot be read."""
-    steps, guidance = DISTILLED if _is_distilled(folder, pipeline) else RECOMMENDED.get(pipeline, OTHERS)
+    classic = pipeline.replace("Modular", "")
+    steps, guidance = DISTILLED if _is_distilled(folder, classic) else RECOMMENDED.get(classic, OTHERS)
     return Profile(steps=steps, guidance_scale=guidance, sampler="Euler")
 
 
 def _is_distilled(folder: Path, pipeline: str) -> bool:
     if pipeline == "FluxPipeline":
         return read_config(folder / "transformer").get("guidance_embeds") is False
-    return bool(read_config(folder, "model_index.json").get("is_distilled"))
+    return bool(read_config(folder, index_of(folder).name).get("is_distilled"))

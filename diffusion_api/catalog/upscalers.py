@@ -11,6 +11,16 @@ INTERNAL = {
     "Latent (nearest-exact)": "enlarges the latents, nearest with exact centres",
     "Lanczos": "enlarges the picture, Lanczos",
     "Nearest": "enlarges the picture, nearest",
-    "None": "leaves the picture as it is",
+    "None": "enlarges the picture as Lanczos does, where it has to",
 }
 """Names and what they do."""
+
+LATENT = {
+    "Latent": ("bilinear", False),
+    "Latent (antialiased)": ("bilinear", True),
+    "Latent (bicubic)": ("bicubic", False),
+    "Latent (bicubic antialiased)": ("bicubic", True),
+    "Latent (nearest)": ("nearest", False),
+    "Latent (nearest-exact)": ("nearest-exact", False),
+}
+"""Those that enlarge latents: how they interpolate, and whether with antialiasing."""

@@ -23,7 +23,7 @@ from diffusion_api.errors import InvalidRequest, UnknownModel
 from diffusion_api.prompt import parse, uncommented
 from diffusion_api.queues.base import Key, Snapshot
 from diffusion_api.schema.job import NOT_INSTALLED, Job, LoraApplied, LoraSkipped, Result, State, lora_skipped
-from diffusion_api.schema.request import MAX_SEED, OWN_VAE, Emphasis, LoraUse, Output, Source, Txt2Img
+from diffusion_api.schema.request import MAX_SEED, OWN_VAE, Emphasis, Hires, LoraUse, Output, Source, Txt2Img
 
 if TYPE_CHECKING:
     from diffusion_api.catalog.library import Asset, Model
@@ -78,13 +78,20 @@ class LoraBody(BaseModel):
 
 
 class HiresBody(BaseModel):
-    """A second pass at a larger size."""
+    """A second pass at a larger size. What is left out is as in the first."""
 
     enabled: bool = False
-    scale: float = 2.0
-    upscaler: str = "Latent"
-    steps: int = 20
-    denoising_strength: float = 0.4
+    scale: float = Field(default=2.0, gt=0, le=8, allow_inf_nan=False, description="without width and height")
+    width: int | None = Field(default=None, description="pixels; with height, in place of scale")
+    height: int | None = Field(default=None, description="pixels; with width, in place of scale")
+    upscaler: str = Field(default="Latent", description="a name of /upscalers")
+    steps: int | None = Field(default=20, ge=0, description="0: as many as the first pass")
+    denoising_strength: float = Field(default=0.4, ge=0, le=1, description="how much is drawn anew")
+    sampler_name: str | None = None
+    scheduler_type: str | None = None
+    model: str | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
 
 
 class Txt2ImgBody(BaseModel):
@@ -578,8 +585,6 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     width, width_note = round_size(_given(body.width, model.default_size[0]), "width", model.multiple)
     height, height_note = round_size(_given(body.height, model.default_size[1]), "height", model.multiple)
     warnings += [note for note in (width_note, height_note) if note]
-    if body.hires and body.hires.enabled:
-        raise InvalidRequest("hires is not supported by this release; leave it out", field="hires")
     loras = tuple(_lora(lora) for lora in body.loras or [])
     warnings += _absent([*(("lora", lora.name) for lora in loras), *_networks(prompt)], service)
     if body.refiner_checkpoint:
@@ -587,7 +592,7 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     file_type = (body.fileType or "jpg").lower()
     if file_type not in FILE_TYPES:
         raise InvalidRequest(f"fileType is {body.fileType!r}; one of jpg, png", field="fileType")
-    request = build(
+    first = build(
         Txt2Img,
         model=model.name,
         prompt=prompt,
@@ -606,7 +611,60 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
         **{name: value for name in OPTIONS if (value := getattr(body, name)) is not None},
         output=build(Output, format=FILE_TYPES[file_type], quality=_given(body.jpeg_quality, 85)),
     )
-    return request, warnings
+    hires, notes = _hires(body.hires, first, service)
+    return first.model_copy(update={"hires": hires}), warnings + notes
+
+
+def _hires(body: HiresBody | None, first: Txt2Img, service: Service) -> tuple[Hires | None, list[str]]:
+    """The second pass that a body means, and what the caller should know of it. Raises InvalidRequest."""
+    if body is None or not body.enabled:
+        return None, []
+    scaled = [round(side * body.scale) for side in (first.width, first.height)]
+    sides = [_given(given, side) for given, side in zip((body.width or None, body.height or None), scaled, strict=True)]
+    (width, one), (height, other) = (
+        round_size(side, f"hires.{name}") for side, name in zip(sides, ("width", "height"), strict=True)
+    )
+    notes = [note for note in (one, other) if note and sides != scaled]
+    if width <= first.width and height <= first.height:
+        return None, [f"hires is left out: {width}x{height} is no larger than the first pass"]
+    model = first.model
+    if body.model:
+        model = service.model(body.model).name
+    if service.model(model).whole:
+        raise InvalidRequest(
+            f"hires: model {model!r} is drawn by a pipeline of its own, in one pass; leave it out", field="hires"
+        )
+    sampler, schedule = first.sampler, first.schedule
+    if body.sampler_name or body.scheduler_type:
+        label = body.sampler_name or samplers.sampler(sampler).label
+        found = samplers.resolve(label, body.scheduler_type or schedule)
+        sampler, schedule = found[0].name, found[1].name
+    return build(
+        Hires,
+        upscaler=_upscaler_name(body.upscaler, service),
+        width=width,
+        height=height,
+        steps=body.steps or first.steps,
+        strength=body.denoising_strength,
+        sampler=sampler,
+        schedule=schedule,
+        model=model,
+        prompt=body.prompt or first.prompt,
+        negative_prompt=body.negative_prompt or first.negative_prompt,
+    ), notes
+
+
+def _upscaler_name(name: str, service: Service) -> str:
+    """The upscaler that a body means, whatever its case. Raises InvalidRequest with the choices."""
+    own = [row.name for row in service.assets("upscaler")]
+    found = next((known for known in (*INTERNAL, *own) if known.lower() == name.lower()), None)
+    if found is None and (row := service.asset("upscaler", name)):
+        found = row.name
+    if found is None:
+        raise InvalidRequest(
+            f"External upscaler model not found: {name!r}; one of {', '.join((*INTERNAL, *own))}", field="upscaler"
+        )
+    return found
 
 
 def _filled(body: Txt2ImgBody, service: Service) -> tuple[Txt2ImgBody, list[str]]:
@@ -775,9 +833,9 @@ def _dry_run(request: Txt2Img, warnings: list[str], service: Service) -> DryRunB
             weights={part: numbers * found.number for part, numbers in found.footprint.parts.items()},
             activations=found.need.activations,
             peak=found.need.device,
-            budget=room and room.device,
+            budget=room.device if room else None,
             ram=found.need.host,
-            ram_budget=room and room.host,
+            ram_budget=room.host if room else None,
             measures=list(found.measures.names),
         ),
         warnings=warnings,

@@ -13,34 +13,28 @@ from enum import StrEnum
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion_api.catalog import samplers
 from diffusion_api.engine import text
-from diffusion_api.engine.base import Attached, Finished, Pixels, Stop, StopAsked
+from diffusion_api.engine.base import Stop, StopAsked
 from diffusion_api.engine.loras import Patches
 from diffusion_api.engine.noise import drawn, streams
-from diffusion_api.engine.plan import Pass, plan
+from diffusion_api.engine.plan import Pass
 from diffusion_api.engine.samplers import SAMPLERS, Options
 from diffusion_api.engine.samplers.brownian import Brownian
 from diffusion_api.engine.samplers.sigmas import Ends, NoiseLevels, spacing
 from diffusion_api.engine.text import Conditioning
-from diffusion_api.errors import Interrupted, NotFinite
 from diffusion_api.prompt import Part, parse, parse_negative
 from diffusion_api.schema.job import Progress, State
-from diffusion_api.schema.request import Emphasis, Request
+from diffusion_api.schema.request import Emphasis
 
 Report = Callable[[Progress], None]
 
 
 class Loaded(Protocol):
     """A model in memory, of whatever family."""
-
-    @property
-    def model_hash(self) -> str | None:
-        """The first 10 hex digits of the checkpoint's SHA-256, None for a folder."""
 
     @property
     def patches(self) -> Patches:
@@ -67,7 +61,12 @@ class Lane(Loaded, Protocol):
         """
 
     def blank(self, width: int, height: int) -> Tensor | None:
-        """What a model that reads a masked picture reads when there is none, (1, n, h, w); None for any other model."""
+        """What :meth:`masked` gives for a picture that is masked everywhere."""
+
+    def masked(self, pixels: Tensor, mask: Tensor) -> Tensor | None:
+        """What an inpainting model reads of a picture, (1, 3, h, w), -1 to 1, that is to be drawn anew where the mask,
+        (1, 1, h, w), is 1, and not where it is 0: (1, n, h/8, w/8). None for any other model.
+        """
 
     def predict(
         self, latents: Tensor, timestep: float, conditionings: Sequence[Conditioning], extra: Tensor | None = None
@@ -76,6 +75,9 @@ class Lane(Loaded, Protocol):
 
         A conditioning for each row; ``extra``, (1, n, h, w), is what an inpainting model reads beside the latents.
         """
+
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """(1, 3, h, w), -1 to 1, sides multiples of 8 → the latents that decode to about that."""
 
     def decode(self, latents: Tensor, *, precise: bool = False) -> Tensor:
         """(1, 4, h, w) clean latents → (1, 3, 8h, 8w), -1 to 1; ``precise``: computed in float32."""
@@ -144,104 +146,6 @@ class Run:
 
 
 Asks = Generator[Evaluate | Run, Any, Any]
-
-OVERFLOWED = (
-    "the model's numbers overflowed (NaN), so there is no picture: try another sampler, a lower guidance_scale or "
-    "another size; if every picture of this model fails, its file is damaged or it needs float32"
-)
-
-DECODED_AGAIN = "the picture overflowed while it was decoded, and was decoded again in float32"
-
-
-def job(
-    request: Request,
-    *,
-    load: Callable[[str], Lane | Painter],
-    attach: Callable[[Loaded, Request], Attached],
-    memory: Callable[[], float],
-    report: Report,
-    stop: StopAsked,
-) -> Asks:
-    """The whole of one job; its value is Finished. Raises Interrupted, NotFinite and what ``load`` raises.
-
-    Of ``stop`` only WITH_PICTURE is looked at here; who drives the job ends it at NOW.
-    """
-    before = memory()
-    report(Progress(state=State.LOADING, phase="loading"))
-    model: Lane | Painter = yield Run(lambda: load(request.model), Point.LOAD)
-    extras: Attached = yield Run(lambda: attach(model, request))
-    images: list[Pixels] = []
-    warnings = dict.fromkeys(extras.warnings)
-    known = dict(extras.infotext)
-    broken_off: int | None = None
-    for stage in plan(request):
-        if stop() is Stop.WITH_PICTURE:
-            broken_off = 0
-            break
-        report(_progress(stage, 0))
-        picture = yield from pictured(model, stage, report, stop)
-        if picture is None:
-            broken_off = 0
-            break
-        images.append(picture.image)
-        warnings |= dict.fromkeys(picture.warnings)
-        known |= picture.infotext
-        broken_off = picture.broken_off
-        if broken_off is not None:
-            break
-    if not images:
-        raise Interrupted("stopped before there was a picture")
-    return Finished(
-        images=tuple(images),
-        seeds=request.seeds[: len(images)],
-        partial=broken_off,
-        model_hash=model.model_hash,
-        memory_before_mb=before,
-        memory_after_mb=memory(),
-        warnings=tuple(warnings),
-        loras_applied=extras.applied,
-        loras_skipped=extras.skipped,
-        infotext=known,
-    )
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture of a job, the step at which it was broken off if it was, and what is to be said about it."""
-
-    image: Pixels
-    broken_off: int | None
-    warnings: tuple[str, ...]
-    infotext: Mapping[str, str] = field(default_factory=dict)
-
-
-def pictured(
-    model: Lane | Painter, stage: Pass, report: Report, stop: StopAsked
-) -> Generator[Evaluate | Run, Any, Picture | None]:
-    """The picture of one pass, None when it was stopped and has none. Raises NotFinite, and what a painter raises."""
-    if isinstance(model, Painter):
-        whole: Picture | None = yield Run(partial(painted, model, stage, report, stop), Point.PAINT)
-        return whole
-    latents, broken_off = yield from denoised(model, stage, report, stop)
-    image, warnings = yield Run(partial(developed, model, latents), Point.DECODE)
-    return Picture(image, broken_off, warnings)
-
-
-def painted(painter: Painter, stage: Pass, report: Report, stop: StopAsked) -> Picture | None:
-    """What a painter makes of a pass, with a word on each step. Raises Interrupted, NotFinite and what the painter raises."""
-
-    def stepped(share: float) -> bool:
-        report(_progress(stage, share))
-        if (asked := stop()) is Stop.NOW:
-            raise Interrupted("stopped while it ran")
-        return asked is Stop.WITH_PICTURE
-
-    found = painter.paint(stage, stepped)
-    if found is None:
-        return None
-    if not _finite(found.values):
-        raise NotFinite(OVERFLOWED)
-    return Picture(to_pixels(found.values), found.broken_off, found.warnings, found.infotext)
 
 
 @dataclass(frozen=True)
@@ -344,6 +248,24 @@ class _Enough(Exception):
         self.estimate, self.step = estimate, step
 
 
+@dataclass(frozen=True)
+class Start:
+    """Latents that a pass begins with, (1, c, h, w).
+
+    ``noise`` scales the noise that is added. ``mask``, (1, 1, h, w), is 1 where they are drawn anew, and ``extra`` what an
+    inpainting model reads of them.
+    """
+
+    latents: Tensor
+    noise: float = 1.0
+    mask: Tensor | None = None
+    extra: Tensor | None = None
+
+    def kept(self, latents: Tensor) -> Tensor:
+        """Other latents where these are drawn anew, and these elsewhere."""
+        return latents if self.mask is None else self.mask * latents + (1 - self.mask) * self.latents
+
+
 @dataclass
 class _Denoise:
     """What the sampler of a pass asks; see :class:`diffusion_api.engine.samplers.base.Denoise`."""
@@ -352,6 +274,7 @@ class _Denoise:
     stage: Pass
     guidance: Guidance
     extra: Tensor | None
+    start: Start | None
     sigmas: Sequence[float]
     report: Report
     stop: StopAsked
@@ -378,11 +301,13 @@ class _Denoise:
         )
         self.evaluations += 1
         self.share = self._share(sigma)
-        progress = _progress(self.stage, self.share)
+        progress = progress_of(self.stage, self.share)
         self.report(progress)
         estimate = self.levels.estimate(x, sigma, predicted.guided)
         if share := self.stage.request.guidance_rescale:
             estimate = rescaled(x, sigma, estimate, self.levels.estimate(x, sigma, predicted.plain), share)
+        if self.start:
+            estimate = self.start.kept(estimate)
         if self.stop() is Stop.WITH_PICTURE:
             raise _Enough(estimate, progress.step)
         return estimate, predicted
@@ -396,17 +321,22 @@ class _Denoise:
 
 
 def denoised(
-    lane: Lane, stage: Pass, report: Report, stop: StopAsked
+    lane: Lane, stage: Pass, report: Report, stop: StopAsked, start: Start | None = None
 ) -> Generator[Evaluate | Run, Any, tuple[Tensor, int | None]]:
-    """One sampling pass: the picture's own noise, then the sampler; clean latents.
+    """One sampling pass: the picture's own noise, over ``start`` if there is one, then the sampler; clean latents.
 
     When told to stop with a picture: the model's present guess of them, and the step at which that was.
     """
+    if start and not stage.run:
+        return start.latents, None
     guidance = yield from guided(lane, stage)
-    extra = yield Run(partial(lane.blank, stage.width, stage.height), Point.ENCODE)
+    extra = start.extra if start else None
+    if extra is None:
+        extra = yield Run(partial(lane.blank, stage.width, stage.height), Point.ENCODE)
     row, asked = samplers.sampler(stage.sampler), stage.request
     ends = Ends(discard_next_to_last_sigma=asked.discard_next_to_last_sigma)
-    sigmas = spacing(lane.levels, stage.sampler, stage.schedule, stage.steps, ends)
+    sigmas = spacing(lane.levels, stage.sampler, stage.schedule, stage.spaced, ends)
+    sigmas = sigmas[-(stage.run + 1) :] if start else sigmas
     options = Options(asked.eta, asked.s_churn, asked.s_tmin, asked.s_tmax or math.inf, asked.s_noise)
     first, later = streams(stage, lane.latent_shape)
     if row.brownian:
@@ -416,44 +346,25 @@ def denoised(
     def noise(sigma: float, following: float) -> Tensor:
         return (motion(sigma, following) if row.brownian else later()).to(lane.device)
 
-    start = math.sqrt(1 + sigmas[0] ** 2) if row.timesteps else sigmas[0]
-    denoise = _Denoise(lane, stage, guidance, extra, sigmas, report, stop)
+    if start:
+        x = start.latents + first.to(lane.device) * (sigmas[0] * start.noise)
+    else:
+        x = first.to(lane.device) * (math.sqrt(1 + sigmas[0] ** 2) if row.timesteps else sigmas[0])
+    denoise = _Denoise(lane, stage, guidance, extra, start, sigmas, report, stop)
     try:
-        x: Tensor = yield from SAMPLERS[stage.sampler](denoise, first.to(lane.device) * start, sigmas, noise, options)
+        x = yield from SAMPLERS[stage.sampler](denoise, x, sigmas, noise, options)
     except _Enough as enough:
         return enough.estimate, enough.step
-    return x * (1 / math.sqrt(1 + sigmas[-1] ** 2)) if row.timesteps else x, None
+    x = x * (1 / math.sqrt(1 + sigmas[-1] ** 2)) if row.timesteps else x
+    return start.kept(x) if start else x, None
 
 
-def developed(lane: Lane, latents: Tensor) -> tuple[Pixels, tuple[str, ...]]:
-    """The picture in clean latents, and what is to be said about it. Raises NotFinite.
-
-    A decoder that overflows in half precision gets a second try in float32. Looked at here, once, since a look at every
-    step would make the device wait.
-    """
-    if _finite(latents):
-        if _finite(values := lane.decode(latents)):
-            return to_pixels(values), ()
-        if _finite(values := lane.decode(latents, precise=True)):
-            return to_pixels(values), (DECODED_AGAIN,)
-    raise NotFinite(OVERFLOWED)
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
-
-
-def _progress(stage: Pass, share: float) -> Progress:
+def progress_of(stage: Pass, share: float) -> Progress:
+    """What callers are told when that share of a pass is done, 0 to 1."""
     return Progress(
         state=State.PROCESSING,
         fraction=stage.begins + (stage.ends - stage.begins) * share,
         phase=stage.phase,
-        step=min(math.ceil(share * stage.steps), stage.steps),
-        steps=stage.steps,
+        step=min(math.ceil(share * stage.run), stage.run),
+        steps=stage.run,
     )
-
-
-def to_pixels(decoded: Tensor) -> Pixels:
-    """(1, 3, h, w) in -1 to 1 → (h, w, 3) uint8, rounded to nearest."""
-    levels = decoded[0].float().add(1).mul(127.5).round_().clamp_(0, 255)
-    return np.ascontiguousarray(levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy())

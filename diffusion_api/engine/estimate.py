@@ -242,9 +242,9 @@ def _instead(model: Model, request: Request, room: Room) -> str:
     for share in (step / 16 for step in range(15, 0, -1)):
         width, height = (max(64, int(side * share) // 64 * 64) for side in (request.width, request.height))
         smaller = request.model_copy(update={"width": width, "height": height})
-        if width * height < request.width * request.height:
-            if chosen(Load(footprint(model), plan(smaller)), room, workspace=1) is not None:
-                return f"{width}x{height} would fit"
+        load = Load(footprint(model), plan(smaller))
+        if width * height < request.width * request.height and chosen(load, room, workspace=1) is not None:
+            return f"{width}x{height} would fit"
     return "ask for a smaller model"
 
 

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_api.catalog.library import Library
 from diffusion_api.engine.base import Admission, Event, Finished, Stop, StopAsked, out_of_memory
-from diffusion_api.errors import DeviceLost, DeviceUnusable, DiffusionApiError, Interrupted, OutOfMemory
+from diffusion_api.errors import DeviceLost, DeviceUnusable, DiffusionApiError, Interrupted, NotFound, OutOfMemory
 from diffusion_api.prompt import parse
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.report import DeviceReport
-from diffusion_api.schema.request import Request
+from diffusion_api.schema.request import Img2Img, Request
 from diffusion_api.settings import keep_offline
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from diffusion_api.canvas import Canvas
     from diffusion_api.engine.denoise import Asks, Evaluate, Run
     from diffusion_api.engine.devices import Device
     from diffusion_api.engine.estimate import Measures
@@ -50,11 +53,17 @@ class Budget:
 UNLIMITED = Budget()
 
 
+def no_picture(name: str) -> Image:
+    """For an engine whose jobs bring nothing along."""
+    raise NotFound(f"there is no picture {name!r}")
+
+
 @dataclass
 class Task:
     """One job on the device, the way its events leave, and what the log knows of it where it was made."""
 
     request: Request
+    canvas: Canvas | None
     stop: StopAsked
     events: queue.SimpleQueue[Event | Exception] = field(default_factory=queue.SimpleQueue)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
@@ -73,7 +82,16 @@ class Executor:
     Everything heavy is imported on the device thread, so that the API answers while torch loads.
     """
 
-    def __init__(self, library: Library, *, device: str, tokenizer: Path, budget: Budget = UNLIMITED) -> None:
+    def __init__(
+        self,
+        library: Library,
+        *,
+        device: str,
+        tokenizer: Path,
+        budget: Budget = UNLIMITED,
+        picture: Callable[[str], Image] = no_picture,
+    ) -> None:
+        self._picture = picture
         self._library, self._wanted, self._tokenizer, self._budget = library, device, tokenizer, budget
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._admission = Admission()
@@ -98,11 +116,12 @@ class Executor:
     def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
         """Events of one job, as :meth:`diffusion_api.engine.base.Engine.run` describes them."""
         self._hash(request)
+        canvas = self._canvas(request)
         with self._admission.admitted(stop):
             if self._lost:
                 raise DeviceLost(LOST)
             yield Progress(state=State.LOADING, phase="loading")
-            task = Task(request, stop)
+            task = Task(request, canvas, stop)
             self._tasks.put(task)
             while not isinstance(event := task.next_event(), Finished):
                 yield event
@@ -119,6 +138,14 @@ class Executor:
         for row in rows:
             if row:
                 row.hash_soon()
+
+    def _canvas(self, request: Request) -> Canvas | None:
+        """What the job brings along, made ready while others have the device. Raises InvalidImage, NotFound."""
+        if not isinstance(request, Img2Img):
+            return None
+        from diffusion_api import canvas
+
+        return canvas.prepared(request, self._picture)
 
     def report(self) -> DeviceReport | None:
         """What the engine runs on; None while torch loads."""
@@ -186,15 +213,15 @@ class Executor:
                 weights.unload()
 
     def _answer(self, task: Task, weights: Weights, extras: Extras, device: Device) -> None:
-        from diffusion_api.engine import denoise
+        from diffusion_api.engine.job import Loaders, job
         from diffusion_api.engine.ladder import Ladder
 
         outcome: Finished | Exception
         ladder = Ladder(task.request, weights, device)
-        asks = denoise.job(
+        asks = job(
             task.request,
-            load=ladder.load,
-            attach=extras.attach,
+            task.canvas,
+            loaders=Loaders(model=ladder.load, upscaler=weights.upscaler, attach=extras.attach),
             memory=lambda: device.memory_mb,
             report=task.events.put,
             stop=task.stop,

@@ -157,7 +157,7 @@ class _Fitting:
 
     def replace_vae(self, row: Asset) -> None:
         """The VAE of that file in place of the model's own."""
-        network = self._patches.part("vae")
+        network = self._patches.parts.get("vae")
         try:
             tensors = _vae_tensors(row.path, network)
         except Exception as error:  # as above

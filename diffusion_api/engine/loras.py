@@ -40,10 +40,6 @@ class Patches:
         """The layers that a LoRA may change."""
         return layers({part: _shapes(network) for part, network in self.parts.items() if part != "vae"})
 
-    def part(self, name: str) -> nn.Module | None:
-        """The network of that name, if the model has it."""
-        return self.parts.get(name)
-
     @property
     def patched(self) -> frozenset[str]:
         """The parts whose weights are not their own."""

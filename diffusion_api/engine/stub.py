@@ -35,7 +35,7 @@ from diffusion_api.engine.base import Admission, Event, Finished, Stop, StopAske
 from diffusion_api.errors import DeviceLost, Interrupted, NotFinite
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.report import DeviceReport
-from diffusion_api.schema.request import Request
+from diffusion_api.schema.request import Request, Txt2Img
 
 HOOK = re.compile(r"stub:(\w+)(?:=([\w.]+))?")
 
@@ -164,5 +164,6 @@ def _picture(
     asked = request.model_copy(update={"seed": seed, "variation_seed": variation_seed, "count": 1})
     digest = hashlib.sha256(asked.model_dump_json().encode()).digest()
     generator = np.random.default_rng(int.from_bytes(digest, "big"))
-    coarse = generator.integers(0, 256, (request.height // 8, request.width // 8, 3), dtype=np.uint8)
+    size = (isinstance(request, Txt2Img) and request.hires) or request
+    coarse = generator.integers(0, 256, (size.height // 8, size.width // 8, 3), dtype=np.uint8)
     return coarse.repeat(8, 0).repeat(8, 1)

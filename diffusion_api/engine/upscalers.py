@@ -87,7 +87,7 @@ def _stretch(begin: int, side: int, margin: int, limit: int) -> tuple[slice, sli
     return slice(first, last), slice(begin - first, end - first), slice(begin, end)
 
 
-def upscaled(image: Image.Image, width: int, height: int, upscaler: Upscaler, told: Callable[[float], None]) -> Asks:
+def enlarged(image: Image.Image, width: int, height: int, upscaler: Upscaler, told: Callable[[float], None]) -> Asks:
     """The picture with ``width`` x ``height`` pixels: as many passes of the model as it takes, then Lanczos to the very size.
 
     A job's generator; each tile is one :class:`Run`. ``told`` hears the share that is done, 0 to 1.
@@ -98,7 +98,7 @@ def upscaled(image: Image.Image, width: int, height: int, upscaler: Upscaler, to
         def told_of_all(share: float, before: int = number) -> None:
             told((before + share) / passes)
 
-        image = yield from _enlarged(image, upscaler, told_of_all)
+        image = yield from _once(image, upscaler, told_of_all)
     return image if image.size == (width, height) else image.resize((width, height), LANCZOS)
 
 
@@ -112,7 +112,7 @@ def _passes(size: tuple[int, int], wanted: tuple[int, int], scale: int) -> int:
     return passes
 
 
-def _enlarged(image: Image.Image, upscaler: Upscaler, told: Callable[[float], None]) -> Asks:
+def _once(image: Image.Image, upscaler: Upscaler, told: Callable[[float], None]) -> Asks:
     pixels, scale = np.asarray(image), upscaler.scale
     result = np.empty((pixels.shape[0] * scale, pixels.shape[1] * scale, 3), np.uint8)
     parts = list(tiles(image.width, image.height))

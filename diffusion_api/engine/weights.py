@@ -19,7 +19,8 @@ from diffusion_api.engine.families.sd1 import SD1
 from diffusion_api.engine.families.sd2 import SD2
 from diffusion_api.engine.families.sdxl import SDXL, SDXLRefiner
 from diffusion_api.engine.plan import plan
-from diffusion_api.errors import ModelUnreadable, OutOfMemory, UnknownModel
+from diffusion_api.engine.upscalers import Upscaler
+from diffusion_api.errors import InvalidRequest, ModelUnreadable, OutOfMemory, UnknownModel
 from diffusion_api.schema.report import HeldModel
 from diffusion_api.schema.request import Request
 
@@ -54,6 +55,7 @@ class Weights:
         self._library, self._device, self._tokenizer = library, device, tokenizer
         self._held: dict[str, Held] = {}  # the last used is the last
         self._used: set[str] = set()
+        self._upscaler: tuple[tuple[Path, int], Upscaler] | None = None
         self.hit = False
         """Whether the model that was asked for last was in memory already."""
         self.measures = Measures()
@@ -77,15 +79,26 @@ class Weights:
         if held and held.model != model:  # its files are others by now
             self._drop(held)
             held = None
+            self._device.free()
         self.hit = held is not None
         self._used.add(model.name)
         needed, size = self._needed(model, request, measures or Measures())
         self.measures = needed
         self._make_room(model, size)
         held = self._placed(held, needed) if held else self._read(model, needed)
-        held.placed.land()  # patches go to the weights themselves, not to a copy on the device
         self._keep(held)
         return held.lane
+
+    def upscaler(self, name: str) -> Upscaler:
+        """The upscaling model of that name; the last one is kept. Raises ModelUnreadable, InvalidRequest."""
+        row = self._library.find_asset("upscaler", name)
+        if row is None:
+            raise InvalidRequest(f"upscaler {name!r} is not installed", field="upscaler")
+        key = row.path, row.stamp
+        if self._upscaler is None or self._upscaler[0] != key:
+            self._upscaler = None
+            self._upscaler = key, Upscaler.read(row.path, self._device)
+        return self._upscaler[1]
 
     def take(self, measures: Measures) -> None:
         """Have the models of this job work with these measures from now on. Raises what a full device raises."""
@@ -101,7 +114,7 @@ class Weights:
 
     def unload(self) -> None:
         """Let go of every model."""
-        self._held, self._used = {}, set()
+        self._held, self._used, self._upscaler = {}, set(), None
         self._tell()
         self._device.free()
 
@@ -178,14 +191,13 @@ class Weights:
         )
 
     def _placed(self, held: Held, measures: Measures) -> Held:
-        held.placed.land()  # who changes weights now changes those that stay
+        held.placed.land()  # patches go to the weights themselves, not to a copy on the device
         thrift.set_tiling(thrift.networks(held.lane), measures.tiling)
         if held.measures is None or held.measures.placement is not measures.placement:
             held.placed.put(measures.placement)
         return replace(held, measures=measures)
 
     def _read(self, model: Model, measures: Measures) -> Held:
-        self._device.free()
         started = time.monotonic()
         whole = measures.placement is Placement.WHOLE
         lane = self._opened(model, replace(self._device, offloads=not whole))
@@ -212,8 +224,8 @@ class Weights:
             return Generic.from_folder(model.path, device)
         family, schedule = FAMILIES[model.family], model.profile.schedule
         if not model.single_file:
-            return family.from_folder(model.path, device, None, schedule)
-        return family.from_checkpoint(model.path, self._tokenizer, device, None, schedule)
+            return family.from_folder(model.path, device, schedule)
+        return family.from_checkpoint(model.path, self._tokenizer, device, schedule)
 
 
 def _reason(error: Exception, model: Model) -> str:

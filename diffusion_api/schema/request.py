@@ -137,13 +137,6 @@ class Hires(Frozen):
     negative_prompt: str
 
 
-class Refiner(Frozen):
-    """Another model that draws from the share ``switch_at`` of the steps on, 0 to 1."""
-
-    model: str
-    switch_at: float = Field(ge=0, le=1)
-
-
 class Mask(Frozen):
     """Where a picture is painted anew: ``image`` names a stored picture, white or opaque there.
 
@@ -163,7 +156,6 @@ class Txt2Img(Sampling):
     """A picture from words."""
 
     kind: Literal["txt2img"] = "txt2img"
-    refiner: Refiner | None = None
     hires: Hires | None = None
 
 
@@ -174,7 +166,6 @@ class Img2Img(Sampling):
     """
 
     kind: Literal["img2img"] = "img2img"
-    refiner: Refiner | None = None
     image: str
     strength: float = Field(ge=0, le=1)
     resize_mode: ResizeMode = "just resize"

@@ -209,6 +209,7 @@ def test_a_model_that_reads_something_else_is_told_so(tmp_path: Path, shape: lis
         ("cond_stage_model.", {}, r"it holds no text encoder \(cond_stage_model\.\* or conditioner\.\*\)"),
         ("first_stage_model.", {}, r"it holds no autoencoder \(first_stage_model\.\*\)"),
         ("nothing", {"model.diffusion_model.label_emb.0.0.weight": [8, 8]}, "reads more than words"),
+        ("nothing", {"model.diffusion_model.input_blocks.0.0.scale_weight": [1]}, r"are scaled \(scale_weight\)"),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_or_of_another_kind_is_told_so(

@@ -603,7 +603,10 @@ def test_a_job_that_a_worker_holds_ready_still_waits(stub_server: Program) -> No
         ({"loras": [{"scale": 1}]}, ["loras.0.name is missing"]),
         ({"loras": ["one", 5]}, ["loras.1 is 5: "]),
         ({"loras": [{"name": "one", "scale": "x"}]}, ["loras.0.scale is 'x'", "number"]),
-        ({"hires": {"enabled": True}}, ["hires is not supported"]),
+        ({"hires": {"enabled": True, "upscaler": "4x"}}, ["External upscaler model not found: '4x'", "Lanczos"]),
+        ({"hires": {"enabled": True, "denoising_strength": 2}}, ["hires.denoising_strength is 2"]),
+        ({"hires": {"enabled": True, "scale": 8}, "width": 1024, "height": 1024}, ["hires makes 8192x8192"]),
+        ({"hires": {"enabled": True, "steps": 999}}, ["hires.steps is 999"]),
         ({"hires": {"enabled": False, "scale": "x"}}, ["hires.scale is 'x'", "number"]),
         ([{"prompt": "x"}], ["the body is [{'prompt': 'x'}]", "dictionary"]),
         ("prompt", ["the body is 'prompt'", "dictionary"]),
@@ -911,3 +914,20 @@ def test_a_wrong_method_is_a_405(stub_server: Program, method: str, path: str) -
     answer = stub_server.request(method, path)
     assert refusal(answer, 405) == f"{method} is not allowed for {path}"
     assert answer.headers["allow"]
+
+
+# Once more
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_infotext_in_a_picture_makes_it_again(stub_server: Program, number: int) -> None:
+    first = stub_server.result(
+        prompt="a (red:1.3) lighthouse, [fog:rain:0.5]\nat night # a note", negative_prompt="boats, people", model="small",
+        sampler_name="DPM++ 2S a Karras", steps=3, cfg_scale=6.5, width=72, height=64, seed=2**32 - 1, n=2, rng="cpu",
+        variation_seed=7, variation_strength=0.25, seed_resize_width=64, seed_resize_height=80, ensd=31337, eta=0.7,
+        s_noise=1.003, guidance_rescale=0.4, clip_skip=2, emphasis="No norm", fileType="png",
+    )  # fmt: skip
+    text = images.read_infotext(base64.b64decode(first["images"][number]))
+    again = stub_server.result(infotext=text, fileType="png")
+    assert again["image"] == first["images"][number]
+    assert "warnings" not in again

@@ -119,4 +119,5 @@ def test_shipped_loras_are_listed_beside_the_users(tmp_path: Path) -> None:
     assert [(row.name, row.shown_path) for row in rows] == [
         ("mine", "stable_diffusion/loras/mine.safetensors"),
         ("shapes-ink", "shipped/loras/shapes-ink.safetensors"),
+        ("shapes-xl-ink", "shipped/loras/shapes-xl-ink.safetensors"),
     ]

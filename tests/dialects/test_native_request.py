@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from diffusion_api.catalog import samplers
 from diffusion_api.catalog.library import Library
+from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects.native import Txt2ImgBody, to_request
 from diffusion_api.engine.stub import StubEngine
 from diffusion_api.errors import InvalidRequest, TooLarge, UnknownSampler
@@ -85,6 +86,20 @@ BODIES = st.fixed_dictionaries(
         "guidance_rescale": st.floats(0, 1),
         "clip_skip": st.integers(1, 12),
         "emphasis": st.sampled_from(["original", "no norm", "ignore", "none"]),
+        "hires": st.fixed_dictionaries(
+            {"enabled": st.just(True)},
+            optional={
+                "scale": st.floats(0.5, 3),
+                "width": st.integers(1, 200).map(lambda n: 8 * n),
+                "height": st.integers(1, 200).map(lambda n: 8 * n),
+                "upscaler": st.sampled_from(list(INTERNAL)),
+                "steps": st.integers(0, 150),
+                "denoising_strength": st.floats(0.01, 1),
+                "sampler_name": st.sampled_from([row.label for row in samplers.SAMPLERS]),
+                "prompt": PROMPTS,
+                "negative_prompt": PROMPTS,
+            },
+        ),
     },
 )
 
@@ -135,11 +150,11 @@ def test_what_the_body_says_goes_before_its_infotext(service: Service) -> None:
 
 
 def test_what_an_infotext_says_in_vain_is_told(service: Service) -> None:
-    text = A1111.replace("small", "anything") + ", Hires upscale: 2, Tiling: True, Version: v1.10.1"
+    text = A1111.replace("small", "anything") + ", Hypertile U-Net: True, Tiling: True, Version: v1.10.1"
     request, warnings = meant(service, infotext=text)
     assert request.model == "small"
     assert warnings == [
-        "infotext: Hires upscale, Tiling is not used here",
+        "infotext: Hypertile U-Net, Tiling is not used here",
         "infotext: model 'anything' is not installed; the default one is used",
     ]
 
@@ -231,3 +246,30 @@ def test_styles_cannot_make_a_prompt_beyond_the_limit(styled: Service) -> None:
 
 def test_without_styles_a_prompt_stays_as_it_was_sent(service: Service) -> None:
     assert meant(service, prompt=" a cat # (black)")[0].prompt == " a cat # (black)"
+
+
+def test_hires_is_twice_the_size_with_what_is_left_out_as_in_the_first_pass(service: Service) -> None:
+    request, warnings = meant(service, width=128, height=96, prompt="a", hires={"enabled": True, "upscaler": "lanczos"})
+    assert request.hires is not None
+    assert (request.hires.width, request.hires.height, request.hires.upscaler) == (256, 192, "Lanczos")
+    assert (request.hires.steps, request.hires.strength, request.hires.prompt) == (20, 0.4, "a")
+    assert (request.hires.model, request.hires.sampler) == (request.model, request.sampler)
+    assert warnings == []
+
+
+def test_a_second_pass_that_is_no_larger_is_left_out_and_told(service: Service) -> None:
+    request, warnings = meant(service, width=128, height=128, hires={"enabled": True, "scale": 1})
+    assert request.hires is None
+    assert "hires is left out: 128x128" in warnings[0]
+
+
+def test_an_infotext_of_a1111_with_hires_asks_for_both_passes(service: Service) -> None:
+    text = (
+        A1111
+        + ", Denoising strength: 0.55, Hires upscale: 1.5, Hires upscaler: Latent (nearest-exact), Version: v1.10.1"
+    )
+    request, warnings = meant(service, infotext=text)
+    assert request.hires is not None
+    assert (request.hires.width, request.hires.height, request.hires.strength) == (384, 288, 0.55)
+    assert (request.hires.upscaler, request.hires.steps) == ("Latent (nearest-exact)", 12)
+    assert warnings == []

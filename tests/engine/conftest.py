@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from asking import Draw, finished, request
+from PIL.Image import Image
 
 from diffusion_api.catalog.library import Library
 from diffusion_api.engine.executor import Executor
@@ -20,10 +21,16 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def executor(models_dir: Path) -> Iterator[Executor]:
+def pictures() -> dict[str, Image]:
+    """The pictures that jobs of the shared engine may bring along; tests may add some."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def executor(models_dir: Path, pictures: dict[str, Image]) -> Iterator[Executor]:
     models_dir.mkdir()
     library = Library(models_dir.parent, models_dir, DATA / "models")
-    engine = Executor(library, device="cpu", tokenizer=DATA / "clip")
+    engine = Executor(library, device="cpu", tokenizer=DATA / "clip", picture=pictures.__getitem__)
     engine.start()
     engine.wait()
     yield engine

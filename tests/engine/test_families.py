@@ -11,6 +11,7 @@ import tiny
 import torch
 from asking import request
 from ldm_layout import write_checkpoint
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusion_api.catalog.detect import file_family, folder_family
@@ -68,7 +69,7 @@ def diffusers_latents(pipeline: Any, lane: Any, wanted: Txt2Img, **options: Any)
 
 def loaded(folder: Path, **options: Any) -> UNetLane:
     family, _ = folder_family(folder)
-    return FAMILIES[family].from_folder(folder, CPU, None, **options)
+    return FAMILIES[family].from_folder(folder, CPU, **options)
 
 
 def single(folder: Path, path: Path) -> UNetLane:
@@ -76,7 +77,7 @@ def single(folder: Path, path: Path) -> UNetLane:
     family, _ = folder_family(folder)
     write_checkpoint(folder, DATA / "clip" / "vocab.json", path, family)
     assert file_family(path)[0] == family
-    return FAMILIES[family].from_checkpoint(path, DATA / "clip", CPU, None)
+    return FAMILIES[family].from_checkpoint(path, DATA / "clip", CPU)
 
 
 @pytest.mark.parametrize("scheduler", [{}, {"rescale_betas_zero_snr": True}], ids=["v", "zero terminal SNR"])
@@ -127,6 +128,22 @@ def test_an_inpainting_model_is_the_pipeline_of_diffusers_with_everything_masked
     assert torch.allclose(latents(lane, wanted), theirs, atol=CLOSE, rtol=0)
 
 
+def test_what_an_inpainting_model_reads_of_a_picture_is_what_diffusers_has_it_read(tmp_path: Path) -> None:
+    pipeline = tiny.pipeline("sd1", inpainting=True)
+    lane = loaded(tiny.save(pipeline, tmp_path / "model"))
+    picture = torch.rand(1, 3, 96, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = torch.zeros(1, 1, 96, 64)
+    mask[:, :, 32:] = 1
+    with torch.inference_mode():
+        extra = lane.masked(picture, mask)
+        hidden = pipeline.vae.encode(picture * (mask < 0.5)).latent_dist.mode() * pipeline.vae.config.scaling_factor
+        small, latents = pipeline.prepare_mask_latents(
+            mask, hidden, 1, 96, 64, torch.float32, torch.device("cpu"), None, do_classifier_free_guidance=False
+        )
+    assert extra is not None
+    assert torch.equal(extra, torch.cat([small, latents], 1))
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -142,6 +159,21 @@ def test_a_single_file_is_the_model_of_its_folder_to_the_last_bit(
     folder = tiny.save(tiny.pipeline(family, **options), tmp_path / "model")
     wanted = asked(steps=2, negative_prompt="green")
     assert torch.equal(latents(loaded(folder), wanted), latents(single(folder, tmp_path / "file.safetensors"), wanted))
+
+
+def test_a_folder_in_shards_and_half_precision_variants_is_the_same_model(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.pipeline("sdxl"), tmp_path / "model")
+    wanted = asked(steps=2)
+    before = latents(loaded(folder), wanted)
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    names = sorted(tensors := load_file(unet))
+    for number, part in enumerate((names[:100], names[100:]), 1):
+        shard = unet.with_name(f"diffusion_pytorch_model.fp16-0000{number}-of-00002.safetensors")
+        save_file({name: tensors[name] for name in part}, shard)
+    unet.unlink()
+    for part in ("text_encoder", "text_encoder_2"):
+        (folder / part / "model.safetensors").rename(folder / part / "model.fp16.safetensors")
+    assert torch.equal(latents(loaded(folder), wanted), before)
 
 
 def test_the_operator_has_the_last_word_on_how_a_model_predicts(tmp_path: Path) -> None:

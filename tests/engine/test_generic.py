@@ -18,6 +18,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     GGUFQuantizationConfig,
+    ZImageModularPipeline,
 )
 from safetensors.torch import load_file, save_file
 
@@ -27,9 +28,9 @@ from diffusion_api.engine.devices import Device
 from diffusion_api.engine.executor import Executor
 from diffusion_api.engine.families.generic import Generic
 from diffusion_api.engine.plan import plan
-from diffusion_api.errors import Interrupted, InvalidRequest, ModelUnreadable, UnknownModel
+from diffusion_api.errors import Interrupted, InvalidRequest, ModelUnreadable, NotFinite, OutOfMemory, UnknownModel
 from diffusion_api.schema.job import Progress
-from diffusion_api.schema.request import Txt2Img
+from diffusion_api.schema.request import LoraUse, Txt2Img
 from diffusion_api.settings import DATA
 
 CPU = Device(torch.device("cpu"), torch.float32)
@@ -41,6 +42,9 @@ GUIDANCE = {
     "qwen-image": {"true_cfg_scale": 3.5, "negative_prompt": "a dog"},
 }
 """How each family is told what a request calls guidance_scale and negative_prompt."""
+
+SIDES = {"A": (4, 32), "B": (32, 4)}
+"""Shapes of a LoRA of rank 4 for a layer that is 32 wide."""
 
 families = pytest.mark.parametrize("family", list(tiny_pipelines.PIPELINES))
 
@@ -160,12 +164,24 @@ def test_a_job_that_is_told_to_show_what_it_has_shows_the_present_guess(engine: 
     assert np.abs(last.images[0] / 255 - theirs).max() < 0.6 / 255
 
 
-def test_a_modular_pipeline_draws_what_the_classic_one_does(engine: Executor) -> None:
-    for changes in ({}, {"negative_prompt": "a dog"}, {"guidance_scale": 1}):
-        ours = finished(engine, asked("modular", **changes))
-        theirs = finished(engine, asked("z-image", **changes))
+def test_a_modular_pipeline_draws_what_diffusers_draws_with_it(engine: Executor, folders: Path) -> None:
+    pipeline = ZImageModularPipeline(pretrained_model_name_or_path=str(folders / "modular"), local_files_only=True)
+    pipeline.load_components(local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.guider.enable()
+    for guidance in (4.5, 9.0):
+        pipeline.guider.guidance_scale = guidance
+        wanted = asked("modular", negative_prompt="a dog", guidance_scale=guidance)
+        theirs = pipeline(
+            prompt=wanted.prompt, negative_prompt="a dog", width=64, height=48, num_inference_steps=3, output="images",
+            output_type="pt", generator=torch.Generator().manual_seed(1),
+        )  # fmt: skip
+        (stage,) = plan(wanted)
+        ours = Generic.from_folder(folders / "modular", CPU).paint(stage, lambda share: False)
+        assert ours is not None
         assert ours.warnings == ()
-        assert np.abs(ours.images[0].astype(int) - theirs.images[0]).max() <= 1
+        assert (ours.values / 2 + 0.5 - theirs).abs().max() <= 1e-4
+    assert finished(engine, asked("modular", guidance_scale=1)).images[0].std() > 1
 
 
 def test_a_modular_pipeline_that_is_told_to_show_what_it_has_has_nothing(engine: Executor) -> None:
@@ -178,14 +194,19 @@ def test_a_modular_pipeline_that_is_told_to_show_what_it_has_has_nothing(engine:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("file", ["diffusion_pytorch_model.safetensors", "flux1-dev-fp8.safetensors"])
-def test_float8_stays_float8_in_memory_and_is_computed_with_as_is(folders: Path, dtype: torch.dtype, file: str) -> None:
+def test_float8_stays_float8_in_memory_and_is_computed_with_as_is(
+    engine: Executor, folders: Path, dtype: torch.dtype, file: str
+) -> None:
     _copy(folders, "flux", "eighths", {})
     own = folders / "eighths" / "transformer" / "diffusion_pytorch_model.safetensors"
-    eighths = {name: tensor.to(dtype) if tensor.ndim > 1 else tensor for name, tensor in load_file(own).items()}
+    eighths = {name: tensor.to(dtype) for name, tensor in load_file(own).items()}
+    eighths["x_embedder.bias"] = load_file(own)["x_embedder.bias"]
     own.unlink()
     save_file(eighths, own.with_name(file))
     model = Generic.from_folder(folders / "eighths", CPU)
-    assert model.pipeline.transformer.transformer_blocks[0].attn.to_q.weight.dtype is dtype
+    transformer = model.pipeline.transformer
+    assert transformer.transformer_blocks[0].attn.to_q.weight.dtype is dtype
+    assert transformer.x_embedder.weight.dtype is torch.float32, "its bias would be rounded"
     _copy(folders, "flux", "rounded", {})
     save_file(
         {name: tensor.float() for name, tensor in eighths.items()},
@@ -195,6 +216,7 @@ def test_float8_stays_float8_in_memory_and_is_computed_with_as_is(folders: Path,
     ours, theirs = (_painted(each) for each in (model, rounded))
     assert torch.equal(ours, theirs)
     assert not torch.equal(theirs, _painted(Generic.from_folder(folders / "flux", CPU)))
+    assert finished(engine, asked("eighths")).images[0].shape == (48, 64, 3)
 
 
 def test_float8_with_scales_is_refused_and_not_drawn_wrongly(engine: Executor, folders: Path) -> None:
@@ -301,6 +323,85 @@ def test_a_class_that_this_diffusers_lacks_is_named(engine: Executor, folders: P
     ) as told:
         finished(engine, asked("newer"))
     assert str(folders) not in str(told.value)
+
+
+def test_numbers_that_overflow_are_an_error_and_no_black_picture(engine: Executor, folders: Path) -> None:
+    _copy(folders, "flux", "overflowing", {})
+    file = folders / "overflowing" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["proj_out.bias"][0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(NotFinite, match="overflowed"):
+        finished(engine, asked("overflowing"))
+
+
+def test_memory_that_runs_out_is_come_by_in_steps(engine: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = finished(engine, asked("flux"))
+    failures = 2
+    paint = Generic.paint
+
+    def short(self: Generic, *arguments: Any) -> Any:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return paint(self, *arguments)
+
+    monkeypatch.setattr(Generic, "paint", short)
+    done = finished(engine, asked("flux"))
+    assert done.memory_steps == ("paint: caches freed", "paint: attention slicing")
+    assert np.abs(done.images[0].astype(int) - before.images[0]).max() <= 1
+    failures = 9
+    with pytest.raises(OutOfMemory, match=r"out of memory: 64x48 pixels.*tried paint: caches freed, paint: attention"):
+        finished(engine, asked("flux"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("WanPipeline", "WanPipeline makes videos, and no pictures"), ("DanceDiffusionPipeline", "no pictures of words")],
+)
+def test_a_pipeline_that_makes_no_pictures_says_so(engine: Executor, folders: Path, kind: str, why: str) -> None:
+    _copy(folders, "flux", "other", {"_class_name": kind})
+    with pytest.raises(ModelUnreadable, match=why):
+        finished(engine, asked("other"))
+
+
+def test_a_lora_of_the_transformer_is_applied_and_taken_off_again(engine: Executor, folders: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    layer = "transformer.transformer_blocks.0.attn.to_q.lora"
+    lora = {f"{layer}_{side}.weight": torch.randn(shape, generator=generator) for side, shape in SIDES.items()}
+    file = folders.parent / "stable_diffusion" / "loras" / "bent.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(lora, file)
+    before = finished(engine, asked("flux")).images[0]
+    bent = finished(engine, asked("flux", loras=(LoraUse(name="bent", scale=0.7),)))
+    assert [each.name for each in bent.loras_applied] == ["bent"]
+    pipeline = FluxPipeline.from_pretrained(folders / "flux", local_files_only=True, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        weight = pipeline.transformer.transformer_blocks[0].attn.to_q.weight
+        weight += 0.7 * lora[f"{layer}_B.weight"] @ lora[f"{layer}_A.weight"]
+    theirs = pipeline(
+        prompt="a red cat", width=64, height=48, num_inference_steps=3, guidance_scale=3.5, output_type="np",
+        generator=torch.Generator().manual_seed(1),
+    ).images[0]  # fmt: skip
+    assert np.abs(bent.images[0] / 255 - theirs).max() < 0.6 / 255
+    assert not np.array_equal(bent.images[0], before)
+    assert np.array_equal(finished(engine, asked("flux")).images[0], before)
+
+
+def test_a_variant_in_half_precision_is_weights_too(engine: Executor, folders: Path) -> None:
+    _copy(folders, "flux", "half", {})
+    for network in (folders / "half").glob("*/*.safetensors"):
+        network.rename(network.with_suffix(".fp16.safetensors"))
+    ours, theirs = (finished(engine, asked(name)).images[0] for name in ("half", "flux"))
+    assert np.array_equal(ours, theirs)
+
+
+def test_the_index_of_an_editing_pipeline_draws_from_words_too(engine: Executor, folders: Path) -> None:
+    _copy(folders, "flux", "editing", {"_class_name": "FluxImg2ImgPipeline"})
+    ours, theirs = (finished(engine, asked(name)).images[0] for name in ("editing", "flux"))
+    assert np.array_equal(ours, theirs)
 
 
 def test_a_missing_tensor_is_an_error_and_no_random_number(engine: Executor, folders: Path) -> None:

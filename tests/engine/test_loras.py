@@ -37,7 +37,7 @@ TEXT_LAYER = "encoder.layers.0.self_attn.q_proj"
 @pytest.fixture(scope="module")
 def lane() -> SD1:
     with torch.inference_mode():
-        return SD1.from_folder(SHAPES, devices.choose("cpu"), None)
+        return SD1.from_folder(SHAPES, devices.choose("cpu"))
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_any_order_of_sets_leaves_every_bit_as_it_was(lane: SD1, loras: Path, at
 def test_weights_in_half_precision_come_back_to_the_bit(loras: Path, extras: Extras) -> None:
     zoo.write(loras / "one.safetensors", zoo.kohya(f"lora_unet_{flat(LINEAR)}", (128, 128), zoo.Maker()))
     with torch.inference_mode():
-        half = SD1.from_folder(SHAPES, devices.choose("cpu"), None)
+        half = SD1.from_folder(SHAPES, devices.choose("cpu"))
         half.unet.half()
         before = half.unet.get_parameter(f"{LINEAR}.weight").clone()
         extras.attach(half, request("<lora:one:1>"))
@@ -251,6 +251,16 @@ def test_a_lora_of_another_family_is_skipped_with_the_reason(
     assert done.warnings == (
         "LoRA 'big' appears to be designed for SDXL models, but you're using a standard SD model. Try using an SDXL base "
         f"model. It was skipped: {skipped.reason}.",
+    )
+    assert differing(lane, before) == set()
+
+
+def test_the_shipped_lora_for_xl_shows_it(lane: SD1, attach: Callable[..., Any]) -> None:
+    before = weights(lane)
+    (warning,) = attach("<lora:shapes-xl-ink:1>a circle").warnings
+    assert warning.startswith(
+        "LoRA 'shapes-xl-ink' appears to be designed for SDXL models, but you're using a standard SD model. "
+        "Try using an SDXL base model. It was skipped: "
     )
     assert differing(lane, before) == set()
 

@@ -185,6 +185,12 @@ def test_a_whole_variation_draws_the_picture_of_its_seed(draw: Draw) -> None:
     assert abs(varied - other).max() <= 1
 
 
+@pytest.mark.parametrize(("sampler", "changes"), [("euler_a", True), ("dpmpp_2s_a", True), ("euler", False)])
+def test_ensd_changes_pictures_that_draw_noise_on_their_way(draw: Draw, sampler: str, changes: bool) -> None:
+    small = {"steps": 3, "width": 64, "height": 64, "sampler": sampler}
+    assert (draw(**small) != draw(**small, ensd=31337)).any() == changes
+
+
 def test_the_two_sources_draw_other_pictures(draw: Draw) -> None:
     small = {"steps": 2, "width": 64, "height": 64}
     assert (draw(rng="nv", **small) != draw(rng="cpu", **small)).any()

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from diffusion_api.catalog import detect, pickles
 from diffusion_api.catalog.library import Library
-from diffusion_api.engine.families.base import read_checkpoint
+from diffusion_api.engine import devices
+from diffusion_api.engine.families.base import read_checkpoint, read_weights
 from diffusion_api.settings import DATA
 
 
@@ -66,7 +67,7 @@ def test_a_checkpoint_is_listed_and_read_only_where_the_operator_allows_it(
     )
     (model,) = Library(tmp_path, models, pickle_models=True).models()
     assert (model.name, model.family, model.pickled, model.single_file) == ("old", "sd1", True, True)
-    ours, theirs = read_checkpoint(model.path), load_file(single)
+    ours, theirs = (read_checkpoint(path, devices.choose("cpu")) for path in (model.path, single))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -97,7 +98,7 @@ def test_a_pickle_that_would_run_something_is_told_and_runs_nothing(
     assert found.assets("lora") == []
     assert "evil.pt is not listed: loras/evil.pt cannot be used: it names posix.mkdir, which is no data" in caplog.text
     with pytest.raises(pickle.UnpicklingError):
-        read_checkpoint(loras / "evil.pt")
+        read_weights(loras / "evil.pt")
     assert not (tmp_path / "ran").exists()
 
 

@@ -29,7 +29,7 @@ def colour(draw: Draw, prompt: str, **changes: object) -> str:
 
 
 def test_a_prompt_without_syntax_is_what_the_plain_encoder_says() -> None:
-    lane = SD1.from_folder(DATA / "models" / "shapes", devices.choose("cpu"), None)
+    lane = SD1.from_folder(DATA / "models" / "shapes", devices.choose("cpu"))
     for prompt in ("", RED, "Large red circle, blue background"):
         with torch.inference_mode():
             ids = lane.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
@@ -37,7 +37,7 @@ def test_a_prompt_without_syntax_is_what_the_plain_encoder_says() -> None:
 
 
 def test_clip_skip_2_is_what_the_text_encoder_says_without_its_last_layer() -> None:
-    lane = SD1.from_folder(DATA / "models" / "shapes", devices.choose("cpu"), None)
+    lane = SD1.from_folder(DATA / "models" / "shapes", devices.choose("cpu"))
     with torch.inference_mode():
         skipped, last, beyond = (lane.encode((RED,), clip_skip=skip)[0].hidden for skip in (2, 1, 12))
         lane.text_encoder.encoder.layers = lane.text_encoder.encoder.layers[:-1]
@@ -119,7 +119,6 @@ class Notes:
     """A lane that predicts nothing, and whose conditionings are numbers that stand for texts; BREAK makes them longer."""
 
     levels = NoiseLevels.from_config({})
-    model_hash = None
     device = torch.device("cpu")
 
     def __init__(self) -> None:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 
+import diffusers
 import pytest
 import references
 import torch
@@ -109,6 +110,27 @@ def test_a_sampler_is_that_of_its_paper(name: str) -> None:
         ours = sample(name, Model(two_clouds, one_cloud), x, sigmas)
         theirs = references.PAPERS[name](two_clouds, one_cloud, x, sigmas, references.Noises(x))
         assert psnr(ours, theirs) > 80, (schedule, steps)
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize(
+    ("name", "scheduler", "options"),
+    [("ddim", "DDIMScheduler", {"clip_sample": False}), ("plms", "PNDMScheduler", {"skip_prk_steps": True})],
+)
+def test_samplers_of_trained_timesteps_are_those_of_diffusers(
+    name: str, scheduler: str, options: dict[str, bool], steps: int
+) -> None:
+    made = getattr(diffusers, scheduler).from_config(CONFIG | options | {"steps_offset": 1, "set_alpha_to_one": False})
+    made.set_timesteps(steps)
+    start = x = noise(1, 4, 8, 8)
+    for time in made.timesteps.tolist():
+        sigma = LEVELS.sigmas[time].item()
+        bar = 1 / (1 + sigma**2)
+        eps = (x - bar**0.5 * two_clouds(x / bar**0.5, sigma)) / (1 - bar) ** 0.5
+        x = made.step(eps, time, x).prev_sample
+    sigmas = spacing(LEVELS, name, "default", steps)
+    ours = sample(name, Model(two_clouds), start * (1 + sigmas[0] ** 2) ** 0.5, sigmas)
+    assert psnr(ours / (1 + sigmas[-1] ** 2) ** 0.5, x) > 80
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
@@ -294,7 +316,7 @@ def test_every_schedule_draws_what_is_asked(schedule: str, draw: Draw) -> None:
 @pytest.fixture(scope="module")
 def lane() -> SD1:
     """The shipped model."""
-    return SD1.from_folder(DATA / "models" / "shapes", devices.choose("cpu"), None)
+    return SD1.from_folder(DATA / "models" / "shapes", devices.choose("cpu"))
 
 
 @pytest.mark.parametrize("name", ["lms", "euler_a", "dpmpp_2m_sde", "ddim", "ddim_cfgpp"])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion_api.engine.denoise import Asks, Run
 from diffusion_api.engine.devices import Device
-from diffusion_api.engine.upscalers import MARGIN, TILE, Upscaler, tiles, upscaled
+from diffusion_api.engine.upscalers import MARGIN, TILE, Upscaler, enlarged, tiles
 from diffusion_api.errors import ModelUnreadable
 from diffusion_api.server import DATA
 
@@ -66,14 +66,14 @@ def test_the_shipped_model_beats_lanczos_on_shapes(shipped: Upscaler) -> None:
     truth = scene(192)
     for shrink in (Image.Resampling.BOX, Image.Resampling.BICUBIC):
         small = truth.resize((96, 96), shrink)
-        ours = driven(upscaled(small, 192, 192, shipped, ignored))
+        ours = driven(enlarged(small, 192, 192, shipped, ignored))
         assert psnr(ours, truth) > psnr(small.resize((192, 192), Image.Resampling.LANCZOS), truth) + 3
 
 
 @pytest.mark.parametrize(("width", "height"), [(192, 192), (250, 100), (700, 700), (96, 96), (40, 48)])
 def test_the_size_is_the_one_that_was_asked_for(shipped: Upscaler, width: int, height: int) -> None:
     shares: list[float] = []
-    assert driven(upscaled(scene(96), width, height, shipped, shares.append)).size == (width, height)
+    assert driven(enlarged(scene(96), width, height, shipped, shares.append)).size == (width, height)
     assert shares == sorted(shares)
     assert not shares or shares[-1] == 1
 
@@ -81,7 +81,7 @@ def test_the_size_is_the_one_that_was_asked_for(shipped: Upscaler, width: int, h
 def test_tiles_cover_a_picture_once_and_show_no_seam(shipped: Upscaler) -> None:
     picture = scene(2 * TILE + 40)
     widest: list[int] = []
-    tiled = driven(upscaled(picture, picture.width * 2, picture.height * 2, shipped, ignored), widest)
+    tiled = driven(enlarged(picture, picture.width * 2, picture.height * 2, shipped, ignored), widest)
     with torch.inference_mode():
         pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 255
         whole = shipped.enlarged(pixels)[0].permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy()
@@ -134,7 +134,7 @@ def test_both_layouts_of_esrgan_load(tmp_path: Path, old: bool, suffix: str) -> 
         save_file(state, path)
     upscaler = Upscaler.read(path, CPU)
     assert upscaler.scale == 4
-    assert driven(upscaled(scene(24), 96, 96, upscaler, ignored)).size == (96, 96)
+    assert driven(enlarged(scene(24), 96, 96, upscaler, ignored)).size == (96, 96)
 
 
 def test_broken_files_are_told_by_name_and_reason(tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zoo
-from asking import finished, request
+from asking import Draw, finished, from_picture, request
 from ldm_layout import write_checkpoint
+from PIL import Image
 from serving import ROOT, environment
 
 from diffusion_api.catalog.library import Library
 from diffusion_api.engine.executor import Executor
 from diffusion_api.errors import UnknownModel
+from diffusion_api.schema.request import Mask
 from diffusion_api.settings import DATA
 
 QUICK: dict[str, object] = dict(steps=2, width=64, height=64, sampler="euler")
@@ -43,8 +45,12 @@ def library(home: Path) -> Library:
 
 
 @pytest.fixture(scope="module")
-def executor(library: Library) -> Iterator[Executor]:
-    engine = Executor(library, device="cpu", tokenizer=DATA / "clip")
+def keeper(library: Library) -> Iterator[Executor]:
+    """An engine with the zoo."""
+    lower = Image.new("L", (64, 64))
+    lower.paste(255, (0, 32, 64, 64))
+    pictures = {"grey": Image.new("RGB", (64, 64), (128, 128, 128)), "lower half": lower}
+    engine = Executor(library, device="cpu", tokenizer=DATA / "clip", picture=pictures.__getitem__)
     engine.start()
     engine.wait()
     yield engine
@@ -59,21 +65,31 @@ def test_the_zoo_has_every_key_of_the_published_checkpoints(family: str) -> None
 
 
 @pytest.mark.parametrize("name", zoo.DRAWS)
-def test_each_checkpoint_draws_a_picture(executor: Executor, library: Library, name: str) -> None:
+def test_each_checkpoint_draws_a_picture(keeper: Executor, library: Library, name: str) -> None:
     animal = zoo.DRAWS[name]
-    result = finished(executor, request(model=name, negative_prompt="green", **QUICK))
+    result = finished(keeper, request(model=name, negative_prompt="green", **QUICK))
     assert library.resolve(name).family == animal.family
     assert result.images[0].shape == (64, 64, 3)
     assert not result.warnings
-    assert executor._weights
-    levels = executor._weights._held[name].lane.levels
+    assert keeper._weights
+    levels = keeper._weights._held[name].lane.levels
     assert levels.prediction == animal.prediction
     assert (levels.highest > 1000) is animal.zero_terminal_snr
 
 
-def test_what_a_file_holds_beside_the_model_changes_nothing(executor: Executor) -> None:
+def test_an_inpainting_model_draws_from_pictures_with_a_mask_and_without(keeper: Executor) -> None:
+    fields = QUICK | {"model": "sd15-inpainting", "strength": 0.9}
+    whole, part = (
+        finished(keeper, from_picture("a circle", "grey", mask=mask, **fields)).images[0]
+        for mask in (None, Mask(image="lower half", blur=0, fill="original"))
+    )
+    assert (part[:32] == 128).all()
+    assert not np.array_equal(whole[32:], part[32:])
+
+
+def test_what_a_file_holds_beside_the_model_changes_nothing(keeper: Executor) -> None:
     plain, *others = (
-        finished(executor, request(model=name, **QUICK)).images[0] for name in ("sd15", "sd15-ema", "sd15-old-names")
+        finished(keeper, request(model=name, **QUICK)).images[0] for name in ("sd15", "sd15-ema", "sd15-old-names")
     )
     assert all(np.array_equal(plain, other) for other in others)
 
@@ -108,7 +124,7 @@ engine.close()
 """
 
 
-def test_a_single_file_draws_with_no_network_at_all(tmp_path: Path, draw: object) -> None:
+def test_a_single_file_draws_with_no_network_at_all(tmp_path: Path, draw: Draw) -> None:
     models = tmp_path / "models"
     models.mkdir()
     write_checkpoint(DATA / "models" / "shapes", DATA / "clip" / "vocab.json", models / "single.safetensors")
@@ -119,4 +135,4 @@ def test_a_single_file_draws_with_no_network_at_all(tmp_path: Path, draw: object
         pytest.skip("this machine does not let a test cut off its network: " + done.stderr.decode())
     assert done.returncode == 0, done.stderr.decode()
     picture = np.frombuffer(done.stdout, np.uint8).reshape(128, 128, 3)
-    assert np.array_equal(picture, draw(steps=4))  # type: ignore[operator]
+    assert np.array_equal(picture, draw(steps=4))

@@ -15,11 +15,12 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin, no_init_weights
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import interpolate
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion_api.catalog.detect import file_family, file_schedule, safetensors_header, weight_files
@@ -110,7 +111,7 @@ def text_network(kind: Any, config: fitting.Config, tensors: Tensors, device: De
 
 def network(kind: Any, config: Any, tensors: Tensors, device: Device) -> Any:
     """A network of diffusers with these weights, on the device. Raises ValueError when it needs others."""
-    with torch.device("meta"):  # no memory, and no time for random numbers that are replaced anyway
+    with torch.device("meta"), no_init_weights():  # no memory, and no time for numbers that are replaced anyway
         model = kind.from_config(config)
     model._fix_state_dict_keys_on_load(tensors)  # names that attention had until diffusers 0.15
     complete(kind, model.load_state_dict(tensors, strict=False, assign=True).missing_keys)
@@ -160,7 +161,6 @@ class UNetLane(ABC):
     text_encoder: CLIPTextModel | None = None
     text_encoder_2: CLIPTextModelWithProjection | None = None
     zeroed: bool = False
-    model_hash: str | None = None
 
     PARTS: ClassVar[Mapping[str, Part]]
     """Its text encoders."""
@@ -172,9 +172,7 @@ class UNetLane(ABC):
     XL: ClassVar[bool] = False
 
     @classmethod
-    def from_folder(
-        cls, folder: Path, device: Device, model_hash: str | None, schedule: Mapping[str, object] = AS_FOUND
-    ) -> Self:
+    def from_folder(cls, folder: Path, device: Device, schedule: Mapping[str, object] = AS_FOUND) -> Self:
         """From a diffusers folder; ``schedule`` beats what its scheduler config says. Raises anything when it is broken."""
         index = read_json(folder / "model_index.json")
         told = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -189,7 +187,6 @@ class UNetLane(ABC):
             levels=NoiseLevels.from_config(told | dict(schedule), xl=cls.XL),
             zeroed=bool(index.get("force_zeros_for_empty_prompt", cls.ZEROED)),
             device=device.place,
-            model_hash=model_hash,
         )
 
     @classmethod
@@ -198,7 +195,6 @@ class UNetLane(ABC):
         path: Path,
         tokenizer: Path,
         device: Device,
-        model_hash: str | None,
         schedule: Mapping[str, object] = AS_FOUND,
     ) -> Self:
         """From a single file in the original key layout; the configs are fitted to the tensors.
@@ -212,7 +208,7 @@ class UNetLane(ABC):
             parts[_tokenizer(name)] = read_tokenizer(tokenizer, padding=cls.PADDING.get(name))
             parts[name] = text_network(part.kind, *cls._fit_text(part, tensors), device)
         unet, vae = cls._fit_unet(tensors), fitting.vae(tensors) | {"scaling_factor": cls.SCALING}
-        found = file_schedule(path) | schedule
+        found = file_schedule(path) | dict(schedule)
         lane = cls(
             **parts,
             unet=network(UNet2DConditionModel, unet, convert_ldm_unet_checkpoint(tensors, unet), device),
@@ -220,7 +216,6 @@ class UNetLane(ABC):
             levels=NoiseLevels.from_config(NOISE_SCHEDULE | found, xl=cls.XL),
             zeroed=cls.ZEROED,
             device=device.place,
-            model_hash=model_hash,
         )
         if "prediction_type" in found:
             return lane
@@ -280,13 +275,15 @@ class UNetLane(ABC):
         return None
 
     def blank(self, width: int, height: int) -> Tensor | None:
-        """A mask over everything and the latents of a grey picture, (1, 5, h, w), for an inpainting model; as A1111 does."""
-        missing = self.unet.config.in_channels - self.unet.config.out_channels
-        if not missing:
+        """A mask over everything, and a grey picture; as A1111 does."""
+        return self.masked(torch.zeros(1, 3, height, width), torch.ones(1, 1, height, width))
+
+    def masked(self, pixels: Tensor, mask: Tensor) -> Tensor | None:
+        """The mask at the size of the latents, and the latents of the picture, grey where it is masked."""
+        if self.unet.config.in_channels == self.unet.config.out_channels:
             return None
-        grey = torch.zeros(1, 3, height, width, device=self.device, dtype=self.vae.dtype)
-        latents = self.vae.encode(grey).latent_dist.mode() * self.vae.config.scaling_factor
-        return torch.cat([torch.ones_like(latents[:, :1]), latents], 1).float()
+        latents = self.latents_of(pixels * (1 - mask))
+        return torch.cat([interpolate(mask, latents.shape[2:]).to(latents), latents], 1)
 
     def predict(
         self,
@@ -311,6 +308,12 @@ class UNetLane(ABC):
     def _added(self, latents: Tensor, conditionings: Sequence[text.Conditioning]) -> dict[str, Tensor] | None:
         """What the UNet reads beside latents and words."""
         return None
+
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """(1, 3, h, w), -1 to 1 → (1, c, h/8, w/8), float32: the middle of what the autoencoder takes it for."""
+        found: Tensor = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode()
+        scaled: Tensor = found * self.vae.config.scaling_factor
+        return scaled.float()
 
     def decode(self, latents: Tensor, *, precise: bool = False) -> Tensor:
         """(1, 4, h, w) → (1, 3, 8h, 8w), -1 to 1."""

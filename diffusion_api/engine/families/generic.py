@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,13 +21,16 @@ import diffusers
 import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler, GGUFQuantizationConfig, ModularPipeline
+from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING, _get_task_class
 from torch import Tensor, nn
 
 from diffusion_api.catalog import samplers
-from diffusion_api.catalog.detect import index_of, safetensors_header
+from diffusion_api.catalog.detect import index_of, safetensors_header, weight_files
 from diffusion_api.engine.denoise import Painted
 from diffusion_api.engine.devices import Device
-from diffusion_api.engine.families.base import Tensors, complete, read_tensors
+from diffusion_api.engine.families.base import complete, read_parts
+from diffusion_api.engine.fitting import Tensors
 from diffusion_api.engine.loras import Patches
 from diffusion_api.engine.plan import Pass
 from diffusion_api.engine.text import Words
@@ -38,11 +42,11 @@ logging.getLogger("diffusers.modular_pipelines").setLevel(logging.CRITICAL)  # w
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 
-OWN_NAME = "diffusion_pytorch_model*.safetensors"
-"""Weights in diffusers' own layout; files of other names may be in the layout that the model was published in."""
+OWN_NAME = "diffusion_pytorch_model"
+"""How files in diffusers' own layout begin; those of other names may be in the layout that the model was published in."""
 
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-"""As safetensors names them. What is stored so is kept so, and is computed with layer by layer in the device's dtype."""
+"""As safetensors names them. Layers that are stored so wait so, and are computed with in the device's dtype."""
 
 SCALES = ("scale_weight", "weight_scale", "scaled_fp8")
 """What fp8 files of ComfyUI's kind call the numbers that their weights are to be multiplied by."""
@@ -62,15 +66,13 @@ class Generic:
     """A loaded pipeline; satisfies :class:`diffusion_api.engine.denoise.Painter`."""
 
     pipeline: Any
-    model_hash: str | None = None
     words: Mapping[str, Words] = field(default_factory=dict)
 
     @classmethod
     def from_folder(cls, folder: Path, device: Device) -> Generic:
         """From a diffusers folder. Raises anything at all when the folder is broken."""
         index = json.loads(index_of(folder).read_text())
-        kind = _kind("diffusers", index["_class_name"])
-        _check_paints(kind)
+        kind = _painting(_kind("diffusers", index["_class_name"]))
         # What is in half precision elsewhere is in bfloat16 here: the large transformers overflow in float16.
         precise = replace(device, dtype=torch.bfloat16) if device.dtype is torch.float16 else device
         parts = {name: _part(folder / name, told, precise) for name, told in index.items() if not name.startswith("_")}
@@ -148,6 +150,7 @@ class _Call:
         scale, negative = self._stage.guidance_scale, self._stage.negative_prompt
         if guider := self._pipeline.components.get("guider"):
             guider.guidance_scale = scale
+            (guider.enable if scale > 1 else guider.disable)()  # some families have theirs off to begin with
             self.arguments["negative_prompt"] = negative
             return
         own = self._takes.get("guidance_scale")
@@ -269,7 +272,7 @@ def _watched(pipeline: Any, stepped: Callable[[float], bool]) -> Iterator[_Watch
 def _guess(scheduler: Any, result: Any, prediction: Tensor, sample: Tensor) -> Tensor:
     """What the clean latents look like after a step; the noisy ones where the scheduler does not tell."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        sigma = scheduler.sigmas[scheduler.step_index - 1]
+        sigma = float(scheduler.sigmas[scheduler.step_index - 1])
         return (sample.float() - sigma * prediction.float()).to(sample.dtype)
     guess: Tensor = result[1] if len(result) > 1 else result[0]
     return guess
@@ -285,14 +288,17 @@ def _kind(library: str, name: str) -> Any:
     return kind
 
 
-def _check_paints(kind: Any) -> None:
-    """Raises ValueError for a pipeline that makes no picture of words."""
-    if not issubclass(kind, ModularPipeline):
-        takes = inspect.signature(kind.__call__).parameters
-        if "num_frames" in takes:
-            raise ValueError(f"{kind.__name__} makes videos, and no pictures")
-        if "prompt" not in takes:
-            raise ValueError(f"{kind.__name__} makes no pictures of words")
+def _painting(kind: Any) -> Any:
+    """The pipeline that makes pictures of words with the parts of this one. Raises ValueError when there is none."""
+    if issubclass(kind, ModularPipeline):
+        return kind
+    kind = _get_task_class(AUTO_TEXT2IMAGE_PIPELINES_MAPPING, kind.__name__, throw_error_if_not_exist=False) or kind
+    takes = inspect.signature(kind.__call__).parameters
+    if "num_frames" in takes:
+        raise ValueError(f"{kind.__name__} makes videos, and no pictures")
+    if "prompt" not in takes:
+        raise ValueError(f"{kind.__name__} makes no pictures of words")
+    return kind
 
 
 def _part(folder: Path, told: Any, device: Device) -> Any:
@@ -315,18 +321,29 @@ def _network(kind: Any, folder: Path, device: Device) -> Any:
     if packed := sorted(folder.glob("*.gguf")):
         quantized = GGUFQuantizationConfig(compute_dtype=device.dtype)
         return _single(kind, str(packed[0]), folder, device, quantization_config=quantized).to(device.home)
-    stored = {tensor.dtype for path in _files(folder) for tensor in _header(path).values()}
-    if any(folder.glob(OWN_NAME)):
+    files = weight_files(folder)
+    stored = {tensor.dtype for path in files for tensor in _header(path).values()}
+    if files[0].name.startswith(OWN_NAME):
+        _, _, variant = files[0].stem.partition(".")
         model, found = kind.from_pretrained(
-            folder, dtype=device.dtype, use_safetensors=True, local_files_only=True, disable_mmap=True,
-            output_loading_info=True,
+            folder, variant=variant.partition("-")[0] or None, dtype=device.dtype, use_safetensors=True,
+            local_files_only=True, disable_mmap=True, output_loading_info=True,
         )  # fmt: skip
         complete(kind, found["missing_keys"])
     else:
-        model = _single(kind, _read(folder), folder, device)
+        model = _single(kind, read_parts(folder), folder, device)
     if eighths := next((dtype for name, dtype in FLOAT8.items() if name in stored), None):
-        model.enable_layerwise_casting(storage_dtype=eighths, compute_dtype=device.dtype)
+        _keep_small(model, eighths, device.dtype)
     return model.to(device.home).eval()
+
+
+def _keep_small(model: Any, small: torch.dtype, computed: torch.dtype) -> None:
+    """Have the layers whose weights lose nothing by it wait in eight bits; each is computed with in the other dtype."""
+    others = model._skip_layerwise_casting_patterns or ()
+    for name, layer in model.named_modules():
+        plain = isinstance(layer, nn.Linear | nn.Conv2d) and not any(re.search(pattern, name) for pattern in others)
+        if plain and all(torch.equal(weight.to(small).to(weight.dtype), weight) for weight in layer.parameters()):
+            apply_layerwise_casting_hook(layer, small, computed, non_blocking=False)
 
 
 def _header(path: Path) -> Mapping[str, Any]:
@@ -340,7 +357,9 @@ def _header(path: Path) -> Mapping[str, Any]:
 def _single(kind: Any, weights: str | Tensors, folder: Path, device: Device, **options: Any) -> Any:
     """A network from the tensors or the path of a single file, in the layout of diffusers or of its publisher."""
     if not hasattr(kind, "from_single_file"):
-        raise ValueError(f"its {folder.name}/ holds no {OWN_NAME}, and diffusers reads {kind.__name__} from no other")
+        raise ValueError(
+            f"its {folder.name}/ holds no {OWN_NAME}.safetensors, and diffusers reads {kind.__name__} from no other"
+        )
     model = kind.from_single_file(weights, config=str(folder), dtype=device.dtype, local_files_only=True, **options)
     complete(kind, [name for name, tensor in model.named_parameters() if tensor.is_meta])
     return model
@@ -349,19 +368,8 @@ def _single(kind: Any, weights: str | Tensors, folder: Path, device: Device, **o
 def _encoder(kind: Any, folder: Path, device: Device) -> Any:
     """A network of transformers."""
     model, found = kind.from_pretrained(
-        None, config=kind.config_class.from_pretrained(folder, local_files_only=True), state_dict=_read(folder),
+        None, config=kind.config_class.from_pretrained(folder, local_files_only=True), state_dict=read_parts(folder),
         dtype=device.dtype, local_files_only=True, output_loading_info=True,
     )  # fmt: skip
     complete(kind, found["missing_keys"])
     return model.to(device.home).eval()
-
-
-def _read(folder: Path) -> Tensors:
-    """All tensors of a part, which may lie in several files."""
-    return {name: tensor for path in _files(folder) for name, tensor in read_tensors(path).items()}
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files of weights that are read: not those of a variant that lies beside the plain ones."""
-    found = sorted(folder.glob("*.safetensors"))
-    return [path for path in found if "." not in path.stem] or found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -32,7 +33,7 @@ class NoiseLevels:
 
     def __init__(self, sigmas: Tensor, *, prediction: Prediction = "epsilon", xl: bool = False) -> None:
         self.sigmas, self.prediction, self.xl = sigmas, prediction, xl
-        self._logs = sigmas.log()
+        self._logs: list[float] = sigmas.log().tolist()
 
     @classmethod
     def from_betas(
@@ -73,13 +74,13 @@ class NoiseLevels:
         """The level at a fractional timestep, log-linear between the trained ones."""
         low = min(int(timestep), len(self._logs) - 2)
         part = timestep - low
-        return math.exp((1 - part) * self._logs[low].item() + part * self._logs[low + 1].item())
+        return math.exp((1 - part) * self._logs[low] + part * self._logs[low + 1])
 
     def timestep(self, sigma: float) -> float:
         """The fractional timestep of a level; the inverse of :meth:`sigma`, clamped to the trained range."""
         log = math.log(sigma)
-        high = int(torch.searchsorted(self._logs, torch.tensor(log, dtype=torch.float64)).clamp(1, len(self._logs) - 1))
-        below, above = self._logs[high - 1].item(), self._logs[high].item()
+        high = min(max(bisect_left(self._logs, log), 1), len(self._logs) - 1)
+        below, above = self._logs[high - 1], self._logs[high]
         part = min(max((log - below) / (above - below), 0.0), 1.0)
         return high - 1 + part
 

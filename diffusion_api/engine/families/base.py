@@ -274,13 +274,20 @@ class UNetLane(ABC):
         """What the UNet reads of a text as a whole."""
         return None
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether its UNet reads a mask and a picture beside the latents."""
+        return bool(self.unet.config.in_channels != self.unet.config.out_channels)
+
     def blank(self, width: int, height: int) -> Tensor | None:
         """A mask over everything, and a grey picture; as A1111 does."""
+        if not self.inpaints:
+            return None
         return self.masked(torch.zeros(1, 3, height, width), torch.ones(1, 1, height, width))
 
     def masked(self, pixels: Tensor, mask: Tensor) -> Tensor | None:
         """The mask at the size of the latents, and the latents of the picture, grey where it is masked."""
-        if self.unet.config.in_channels == self.unet.config.out_channels:
+        if not self.inpaints:
             return None
         latents = self.latents_of(pixels * (1 - mask))
         return torch.cat([interpolate(mask, latents.shape[2:]).to(latents), latents], 1)

@@ -33,6 +33,10 @@ _NETWORK = re.compile(
 )
 
 
+_NO_UNNAMED_FILES = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
+"""What file systems say that cannot make a file without a name."""
+
+
 class Unusable(ValueError):
     """A directory entry that is no regular file of bearable size, and will not become one by waiting."""
 
@@ -72,6 +76,20 @@ def probe(tmp: Path, size: int = 0) -> None:
     finally:
         os.close(fd)
         remove(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError where no file could get into the folder: its owner, a flag of it, or its disk is against that."""
+    unnamed = getattr(os, "O_TMPFILE", None)
+    if unnamed is None:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return
+    try:
+        os.close(os.open(folder, os.O_WRONLY | unnamed | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        if error.errno not in _NO_UNNAMED_FILES:
+            raise
 
 
 def rename(source: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffusion_api import __version__
 from diffusion_api.catalog import samplers
-from diffusion_api.disk import PAGE, free, fsync_dir, probe, remove_abandoned, write_whole
+from diffusion_api.disk import PAGE, check_writable, free, fsync_dir, probe, remove_abandoned, write_whole
 from diffusion_api.engine.base import Finished
 from diffusion_api.errors import DiskFull, OutputsUnusable
 from diffusion_api.retention import Limits, due, entries
@@ -66,6 +66,7 @@ class Outputs:
                 f"{left // MIB} MiB are left on the disk of the pictures; {self._reserve // MIB} are kept for the running job"
             )
         probe(self._tmp, PAGE)
+        check_writable(self.folder)
 
     def read(self, image: Image) -> bytes | None:
         """The stored file, or None when it was deleted."""

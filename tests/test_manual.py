@@ -20,7 +20,7 @@ EXAMPLE_URL = "http://127.0.0.1:8000"
 def shape(value: Any) -> Any:
     """The keys of an answer, all the way down; what it runs on differs from box to box, and so does its health."""
     if isinstance(value, dict):
-        free = ("payload", "gpu", "workers", "warnings")
+        free = ("payload", "gpu", "workers", "warnings", "weights")
         return {key: None if key in free else shape(part) for key, part in value.items() if key != "warnings" or part}
     return [shape(value[0])] if isinstance(value, list) and value else None
 

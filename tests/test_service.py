@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -210,6 +211,22 @@ def test_a_folder_that_cannot_be_written_shows_until_it_can(
     assert found in service.health().warnings
     path.mkdir()
     assert service.readiness().reasons == (found,)  # looked at a moment ago
+    monkeypatch.setattr(storage, "LOOK_EVERY", 0)
+    assert service.readiness().reasons == ()
+
+
+@pytest.mark.parametrize("folder", ["outputs", "queue/queued", "queue/keys", "queue/done"])
+def test_a_folder_into_which_no_file_can_get_shows(
+    service: Service, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    path = service.settings.home / folder
+    if subprocess.run(["chattr", "+i", path], capture_output=True, check=False).returncode:
+        pytest.skip("needs root and a file system with flags")
+    try:
+        (found,) = service.readiness().reasons
+        assert "cannot be used: Operation not permitted" in found
+    finally:
+        subprocess.run(["chattr", "-i", path], check=True)
     monkeypatch.setattr(storage, "LOOK_EVERY", 0)
     assert service.readiness().reasons == ()
 

@@ -264,7 +264,9 @@ def _header(path: Path, size: int) -> bytes:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise Unrecognised(f"{_shown(path)} is no safetensors file: the length of its header is wrong")
+            raise Unrecognised(
+                f"{_shown(path)} is no safetensors file: the length of its header is wrong (a web page or a pickle?)"
+            )
         return file.read(length)
 
 

@@ -19,7 +19,7 @@ from diffusion_api import __version__, infotext
 from diffusion_api.catalog import samplers
 from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects._base import MAX_SIDE, ErrorRoute, build, caller_of, hears, resolve_seed, round_size
-from diffusion_api.errors import InvalidRequest, UnknownModel
+from diffusion_api.errors import InvalidRequest, UnknownModel, UnknownSampler
 from diffusion_api.prompt import parse, uncommented
 from diffusion_api.queues.base import Key, Snapshot
 from diffusion_api.schema.job import NOT_INSTALLED, Job, LoraApplied, LoraSkipped, Result, State, lora_skipped
@@ -80,7 +80,7 @@ class LoraBody(BaseModel):
 class HiresBody(BaseModel):
     """A second pass at a larger size. What is left out is as in the first."""
 
-    enabled: bool = False
+    enabled: bool | None = None
     scale: float = Field(default=2.0, gt=0, le=8, allow_inf_nan=False, description="without width and height")
     width: int | None = Field(default=None, description="pixels; with height, in place of scale")
     height: int | None = Field(default=None, description="pixels; with width, in place of scale")
@@ -618,7 +618,8 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
 def _hires(body: HiresBody | None, first: Txt2Img, service: Service) -> tuple[Hires | None, list[str]]:
     """The second pass that a body means, and what the caller should know of it. Raises InvalidRequest."""
     if body is None or not body.enabled:
-        return None, []
+        forgotten = body is not None and body.enabled is None and body.model_fields_set
+        return None, ['hires is left out: it is not enabled; add "enabled": true'] if forgotten else []
     scaled = [round(side * body.scale) for side in (first.width, first.height)]
     sides = [_given(given, side) for given, side in zip((body.width or None, body.height or None), scaled, strict=True)]
     (width, one), (height, other) = (
@@ -676,13 +677,30 @@ def _filled(body: Txt2ImgBody, service: Service) -> tuple[Txt2ImgBody, list[str]
     if "model" in told and "model" not in said:
         try:
             service.model(str(told["model"]))
-        except UnknownModel:
+        except UnknownModel as error:
+            try:
+                default = service.model(None)
+            except InvalidRequest:
+                raise UnknownModel(f"infotext: {error}", field="infotext") from error
             del fields["model"]
-            notes.append(f"infotext: model {told['model']!r} is not installed; the default one is used")
+            notes.append(f"infotext: model {told['model']!r} is not installed; {default.name!r} is used")
+    upscaler = told.get("hires", {}).get("upscaler")
+    if upscaler and "hires" not in said:
+        try:
+            _upscaler_name(str(upscaler), service)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"infotext: {error}", field="infotext") from error
     if "vae" in told and "vae" not in said and service.asset("vae", str(told["vae"])) is None:
         del fields["vae"]
         notes.append(f"infotext: vae {told['vae']!r} is not installed; the model's own is used")
-    return build(Txt2ImgBody, **fields), notes
+    filled = build(Txt2ImgBody, **fields)
+    try:
+        samplers.resolve(filled.sampler_name or DEFAULT_SAMPLER, filled.scheduler_type)
+    except UnknownSampler as error:
+        if {"sampler_name", "scheduler_type"} & said.keys():
+            raise
+        raise UnknownSampler(f"infotext: {error}", field="infotext") from error
+    return filled, notes
 
 
 def _styled(body: Txt2ImgBody, service: Service) -> tuple[str, str, list[str]]:

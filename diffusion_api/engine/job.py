@@ -37,7 +37,7 @@ from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.request import Img2Img, Request
 
 OVERFLOWED = (
-    "the model's numbers overflowed (NaN), so there is no picture: try another sampler, a lower guidance_scale or "
+    "the model's numbers overflowed (NaN), so there is no picture: try another sampler, less guidance or "
     "another size; if every picture of this model fails, its file is damaged or it needs float32"
 )
 

@@ -20,6 +20,7 @@ from diffusion_api.queues._file import reports
 from diffusion_api.queues._file.ended import Ended
 from diffusion_api.queues._file.keys import Keys
 from diffusion_api.queues._file.places import (
+    FOLDERS,
     MAX_RECORD,
     Folder,
     is_id,
@@ -133,13 +134,18 @@ class FileQueue(Queue):
     def check(self) -> None:
         """Try whether a job could be stored now. Raises what :meth:`enqueue` would, and leaves nothing behind."""
         self._check_room()
-        disk.probe(self._places.tmp, disk.PAGE)
+        self._probe()
 
     @as_queue_errors("queue")
     def check_disk(self) -> None:
         """Try whether what happens to a job could be written now, with room left for the running one."""
         self._places.check_room(self._reserve)
+        self._probe()
+
+    def _probe(self) -> None:
         disk.probe(self._places.tmp, disk.PAGE)
+        for folder in FOLDERS:
+            disk.check_writable(self._places.tmp.with_name(folder))
 
     def _check_room(self) -> None:
         self._places.check_room(self._reserve)

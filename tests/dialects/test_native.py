@@ -713,7 +713,10 @@ def test_health_tells_real_numbers(stub_server: Program) -> None:
     assert 0 < system["disk_usage_percent"] <= 100
     assert health["gpu"] == {"cuda_available": False, "mps_available": False, "device_name": "stub"}
     (worker,) = health["workers"]
-    assert worker.keys() == {"state", "device_name", "jobs", "seconds_since_event", "restarts"}
+    assert worker.keys() == {
+        *("state", "device_name", "jobs", "seconds_since_event", "restarts"),
+        *("models_in_memory", "memory_budget_gb"),
+    }
     assert (worker["device_name"], worker["restarts"]) == ("stub", 0)
     assert health["models"] == {"count": 2, "directory": "stable_diffusion/models"}
     assert health["loras"] == {"count": 1, "directory": "stable_diffusion/loras"}

@@ -155,7 +155,7 @@ def test_what_an_infotext_says_in_vain_is_told(service: Service) -> None:
     assert request.model == "small"
     assert warnings == [
         "infotext: Hypertile U-Net, Tiling is not used here",
-        "infotext: model 'anything' is not installed; the default one is used",
+        "infotext: model 'anything' is not installed; 'small' is used",
     ]
 
 
@@ -273,3 +273,23 @@ def test_an_infotext_of_a1111_with_hires_asks_for_both_passes(service: Service) 
     assert (request.hires.width, request.hires.height, request.hires.strength) == (384, 288, 0.55)
     assert (request.hires.upscaler, request.hires.steps) == ("Latent (nearest-exact)", 12)
     assert warnings == []
+
+
+def test_a_second_pass_that_is_not_enabled_is_left_out_and_told(service: Service) -> None:
+    request, warnings = meant(service, hires={"scale": 2})
+    assert request.hires is None
+    assert warnings == ['hires is left out: it is not enabled; add "enabled": true']
+    assert meant(service, hires={"enabled": False, "scale": 2})[1] == []
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (", Hires upscale: 2, Hires upscaler: R-ESRGAN 4x+", "External upscaler model not found: 'R-ESRGAN 4x+'"),
+        (", Sampler: Foo", "sampler_name 'Foo' is not known"),
+    ],
+)
+def test_what_an_infotext_names_in_vain_is_refused_by_that(service: Service, told: str, reason: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^infotext: ") as caught:
+        meant(service, infotext=A1111 + told)
+    assert reason in str(caught.value)

@@ -246,9 +246,13 @@ def test_progress_rises_from_queued_to_done(stub_server: Program) -> None:
 
 def test_a_waiting_job_tells_its_position(stub_server: Program) -> None:
     eventually(lambda: active_jobs(stub_server) == 0, "all jobs to end")
-    ids = [stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=4) for _ in range(4)]
-    waiting = [stub_server.status(job_id) for job_id in ids[2:]]
-    assert [(status["state"], status["position"]) for status in waiting] == [("queued", 0), ("queued", 1)]
+    ids = [stub_server.submit(prompt="stub:seconds=0.5", model="small", steps=4) for _ in range(4)]
+
+    def waiting() -> list[tuple[str, int]]:
+        found = [stub_server.status(job_id) for job_id in ids[2:]]
+        return [(status["state"], status["position"]) for status in found]
+
+    eventually(lambda: waiting() == [("queued", 0), ("queued", 1)], "two jobs in hand and two that wait")
     for job_id in ids:
         stub_server.wait(job_id)
 

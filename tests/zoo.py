@@ -176,7 +176,7 @@ def _zip(_: bytes) -> bytes:
     return file.getvalue()
 
 
-NOT_SAFETENSORS = "is no safetensors file: the length of its header is wrong"
+NOT_SAFETENSORS = "is no safetensors file: the length of its header is wrong (a web page or a pickle?)"
 REFUSED: dict[str, tuple[Bytes, str]] = {
     "no-text-encoder": (
         _without("cond_stage_model."),

@@ -147,15 +147,14 @@ def begun(
         latents = interpolate(latents, shape[2:], mode="bilinear")
     if canvas.mask is None or request.mask is None:
         return Start(latents, request.noise_multiplier)
-    small = canvas.mask.resize((shape[3], shape[2]))
-    mask = torch.from_numpy(np.asarray(small).copy()).float().div(255).round()[None, None].to(lane.device)
+    mask = to_mask(canvas.mask.resize((shape[3], shape[2]))).to(lane.device)
     if request.mask.fill == "latent noise":
         noise, _ = streams(stage, lane.latent_shape)
         latents = latents * (1 - mask) + noise.to(lane.device) * mask
     elif request.mask.fill == "latent nothing":
         latents = latents * (1 - mask)
-    whole = torch.from_numpy(np.asarray(canvas.mask.resize(canvas.picture.size)).copy()).float().div(255).round()
-    extra = yield Run(partial(lane.masked, to_tensor(canvas.picture), whole[None, None]), Point.ENCODE)
+    whole = to_mask(canvas.mask.resize(canvas.picture.size))
+    extra = yield Run(partial(lane.masked, to_tensor(canvas.picture), whole), Point.ENCODE)
     if extra is not None:
         extra = interpolate(extra, shape[2:])
     return Start(latents, request.noise_multiplier, mask, extra)
@@ -243,3 +242,8 @@ def to_pixels(decoded: Tensor) -> Pixels:
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB picture → (1, 3, h, w), -1 to 1."""
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float().div(127.5).sub(1)
+
+
+def to_mask(image: Image.Image) -> Tensor:
+    """A mask of mode L → (1, 1, h, w), 0 or 1."""
+    return torch.from_numpy(np.asarray(image).copy()).float().div(255).round()[None, None]

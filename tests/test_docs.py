@@ -12,7 +12,7 @@ import pytest
 from serving import ROOT
 
 from diffusion_api.catalog import samplers
-from diffusion_api.dialects.native import Txt2ImgBody
+from diffusion_api.dialects.native.bodies import Txt2ImgBody
 from diffusion_api.settings import Settings
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]

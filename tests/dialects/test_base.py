@@ -15,7 +15,7 @@ from serving import eventually
 
 from diffusion_api.app import App, create_app
 from diffusion_api.catalog.library import Library
-from diffusion_api.dialects import native
+from diffusion_api.dialects.native import jobs
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.base import Control, Queue
 from diffusion_api.queues.memory import MemoryQueue
@@ -111,7 +111,7 @@ def test_a_caller_that_stays_is_answered(app: App, queue: Queue) -> None:
 def test_a_step_that_takes_long_does_not_keep_who_cancels_waiting(
     app: App, queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "NEXT_STEP", 0.3)
+    monkeypatch.setattr(jobs, "NEXT_STEP", 0.3)
     job, step = Job(request=plain()), threading.Event()
     queue.enqueue(job)
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from diffusion_api.catalog import samplers
 from diffusion_api.catalog.library import Library
 from diffusion_api.catalog.upscalers import INTERNAL
-from diffusion_api.dialects.native import Txt2ImgBody, to_request
+from diffusion_api.dialects.native.bodies import Txt2ImgBody
+from diffusion_api.dialects.native.requests import to_request
 from diffusion_api.engine.stub import StubEngine
 from diffusion_api.errors import InvalidRequest, TooLarge, UnknownSampler
 from diffusion_api.infotext import for_request

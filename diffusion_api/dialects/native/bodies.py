@@ -1,0 +1,391 @@
+"""What callers send to the native API, and what they are answered."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
+
+from diffusion_api.dialects._base import MAX_SIDE
+from diffusion_api.schema.job import LoraApplied, LoraSkipped
+from diffusion_api.schema.request import MAX_SEED, Emphasis, Source
+
+MAX_UNKNOWN = 100
+"""Fields of a body that are ignored with a warning each; looking for a near name takes its time."""
+
+RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The refusals of a route, for its documentation; all have one body."""
+    expected: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorBody, "headers": RETRY_AFTER} if status in (503, 507) else {"model": ErrorBody}
+        for status in statuses
+    }
+    return expected | {"default": {"model": ErrorBody, "description": "Any other refusal"}}
+
+
+def _also(name: str, *others: str) -> AliasChoices:
+    """The names that a field of a body may have: its own one, and A1111's."""
+    return AliasChoices(name, *others)
+
+
+def _word(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _source(value: Any) -> Any:
+    return "nv" if (word := _word(value)) == "gpu" else word
+
+
+class LoraBody(BaseModel):
+    """A LoRA by name, or by its path as the service shows it, with its strength."""
+
+    name: str = Field(validation_alias=_also("name", "path"))
+    scale: float = Field(default=1.0, allow_inf_nan=False)
+    text_scale: float | None = Field(
+        default=None, allow_inf_nan=False, description="strength on the text encoders; that of scale when left out"
+    )
+
+
+class HiresBody(BaseModel):
+    """A second pass at a larger size. What is left out is as in the first."""
+
+    enabled: bool | None = None
+    scale: float = Field(default=2.0, gt=0, le=8, allow_inf_nan=False, description="without width and height")
+    width: int | None = Field(default=None, description="pixels; with height, in place of scale")
+    height: int | None = Field(default=None, description="pixels; with width, in place of scale")
+    upscaler: str = Field(default="Latent", description="a name of /upscalers")
+    steps: int | None = Field(default=20, ge=0, description="0: as many as the first pass")
+    denoising_strength: float = Field(default=0.4, ge=0, le=1, description="how much is drawn anew")
+    sampler_name: str | None = None
+    scheduler_type: str | None = None
+    model: str | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
+
+
+class Txt2ImgBody(BaseModel):
+    """The body of ``POST /txt2img``. Every field may be left out; numbers may come as strings."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [
+                {"prompt": "a large red circle on a blue background"},
+                {
+                    "prompt": "a small green star on a black background on the left",
+                    "negative_prompt": "blurry",
+                    "steps": 20,
+                    "cfg_scale": 5,
+                    "width": 256,
+                    "height": 256,
+                    "model": "shapes",
+                    "sampler_name": "DPM++ 2M Karras",
+                    "fileType": "png",
+                    "seed": 42,
+                },
+            ]
+        },
+    )
+
+    prompt: str = ""
+    negative_prompt: str | None = None
+    steps: int | None = Field(default=None, ge=1, description="at most the operator's limit; 30 when left out")
+    cfg_scale: float | None = Field(
+        default=None, ge=0, le=100, allow_inf_nan=False, description="guidance; 7 when left out, 1 is none"
+    )
+    width: int | None = Field(
+        default=None, description="pixels; rounded to a multiple of 8; the model's own when left out"
+    )
+    height: int | None = Field(default=None, description="pixels, like width")
+    model: str | None = Field(default=None, description="a name or label of /models")
+    sampler_name: str | None = Field(default=None, description="DPM++ 2M when left out; may end in a scheduler_type")
+    scheduler_type: str | None = Field(default=None, description="karras when left out")
+    fileType: str | None = Field(default=None, description="jpg or png")
+    jpeg_quality: int | None = Field(default=None, ge=1, le=100, description="85 when left out")
+    seed: int | None = Field(default=None, description="0 to 4294967295; null or -1 draws one")
+    n: int | None = Field(default=None, ge=1, description="pictures, with seeds seed, seed + 1, ...; 1 when left out")
+    rng: Annotated[Source, BeforeValidator(_source)] | None = Field(
+        default=None,
+        validation_alias=_also("rng", "randn_source"),
+        description="where noise comes from; nv when left out",
+    )
+    variation_seed: int | None = Field(
+        default=None, validation_alias=_also("variation_seed", "subseed"), description="like seed"
+    )
+    variation_strength: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        validation_alias=_also("variation_strength", "subseed_strength"),
+        description="how far to go from the noise of seed to that of variation_seed; 0 when left out",
+    )
+    seed_resize_width: int | None = Field(
+        default=None,
+        le=MAX_SIDE,
+        validation_alias=_also("seed_resize_width", "seed_resize_from_w"),
+        description="pixels; with seed_resize_height: noise as for a picture of that size",
+    )
+    seed_resize_height: int | None = Field(
+        default=None, le=MAX_SIDE, validation_alias=_also("seed_resize_height", "seed_resize_from_h")
+    )
+    ensd: int | None = Field(
+        default=None,
+        ge=-MAX_SEED,
+        le=MAX_SEED,
+        validation_alias=_also("ensd", "eta_noise_seed_delta"),
+        description="added to the seed for noise after the first; 0 when left out",
+    )
+    eta: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="the sampler's own when left out")
+    s_churn: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="0 when left out")
+    s_tmin: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="0 when left out")
+    s_tmax: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="0, which is no end, when left out"
+    )
+    s_noise: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="1 when left out")
+    discard_next_to_last_sigma: bool | None = Field(
+        default=None,
+        validation_alias=_also("discard_next_to_last_sigma", "always_discard_next_to_last_sigma"),
+        description="the sampler's own way when left out",
+    )
+    guidance_rescale: float | None = Field(
+        default=None, ge=0, le=1, allow_inf_nan=False, description="0 when left out; against overexposed pictures"
+    )
+    clip_skip: int | None = Field(
+        default=None,
+        ge=1,
+        le=12,
+        validation_alias=_also("clip_skip", "CLIP_stop_at_last_layers"),
+        description="1 when left out: the last layer of the text encoder",
+    )
+    emphasis: Annotated[Emphasis, BeforeValidator(_word)] | None = Field(
+        default=None, description="what weights in a prompt do; original when left out"
+    )
+    styles: list[str] | None = Field(
+        default=None, max_length=MAX_UNKNOWN, description="names of styles to put around both prompts, in order"
+    )
+    infotext: str | None = Field(
+        default=None, description="the parameters of a picture, as A1111 writes them: for all that is left out here"
+    )
+    loras: list[LoraBody | str] | None = Field(
+        default=None, description="beside those that the prompt names as <lora:name:scale>"
+    )
+    vae: str | None = Field(
+        default=None,
+        validation_alias=_also("vae", "sd_vae"),
+        description="a VAE by name; None: the model's own; Automatic, also when left out: the one named like the model",
+    )
+    hires: HiresBody | None = None
+    refiner_checkpoint: str | None = None
+    refiner_switch_at: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False, description="0 to 1")
+    priority: int | None = Field(default=None, ge=-9, le=9, description="higher runs first; 0 when left out")
+    deadline: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that the job may run; the operator's when left out",
+    )
+    webhook: str | None = Field(default=None, description="URL that is told of the job's end")
+    dry_run: bool = Field(default=False, description="say what the job would be and take, and store nothing")
+
+
+class SubmittedBody(BaseModel):
+    """The answer to a job that was stored."""
+
+    job_id: str
+    status: Literal["queued"] = "queued"
+    seed: int
+    warnings: list[str] = []
+
+
+class PassBody(BaseModel):
+    """One sampling pass of a job. Sizes in pixels."""
+
+    phase: str
+    width: int
+    height: int
+    sampler: str
+    steps: int
+    evaluations: int
+
+
+class NeedBody(BaseModel):
+    """What a job takes of memory, in bytes. ``budget`` and ``ram_budget`` are null where no device is known yet, or it has
+    no memory of its own."""
+
+    weights: dict[str, int] = Field(description="of each network of the model")
+    activations: int = Field(description="at the job's peak, beside the weights that are there then")
+    peak: int = Field(description="weights and activations on the device")
+    budget: int | None
+    ram: int = Field(description="weights that wait in RAM")
+    ram_budget: int | None
+    measures: list[str] = Field(description="what will be done so that it fits")
+
+
+class DryRunBody(BaseModel):
+    """What a job would be and take; nothing was stored."""
+
+    status: Literal["success"] = "success"
+    dry_run: Literal[True] = True
+    seed: int
+    model: str
+    family: str
+    passes: list[PassBody]
+    evaluations: int = Field(description="of the model, in all passes")
+    seconds: float | None = Field(description="how long it will probably run; null when not known")
+    memory: NeedBody
+    warnings: list[str] = []
+
+
+class ErrorBody(BaseModel):
+    """Every refusal; ``detail`` and ``error`` say the same."""
+
+    status: Literal["error"] = "error"
+    detail: str
+    error: str
+
+
+class StatusBody(BaseModel):
+    """A job as it stands. From ``payload`` on: once it is done, or was cancelled with a picture."""
+
+    model_config = ConfigDict(extra="allow")
+
+    status: Literal["success"] = "success"
+    job_id: str
+    progress: float = Field(description="0 to 100")
+    current_phase: str
+    state: Literal["queued", "loading", "processing", "done", "error"]
+    error: str | None = Field(description="why there is no picture, or not the whole one")
+    position: int = Field(default=0, description="while it waits: how many are before it")
+    eta_seconds: float | None = Field(
+        default=None, description="until it ends: in how many seconds that will probably be; null when not known"
+    )
+    cancelled: bool = Field(default=False, description="there, and true, once it was cancelled")
+    warnings: list[str] = []
+    webhook: dict[str, Any] = Field(default={}, description="the URL that is told of its end, and the tries so far")
+    payload: dict[str, Any] = Field(default={}, description="the body of the POST, without its pictures")
+    image: str | None = Field(default=None, description="the file in base64; null when it was deleted meanwhile")
+    images: list[str | None] = Field(default=[], description="with n > 1: all of them")
+    output_path: str = Field(default="", description="where the service keeps the file, from its home folder")
+    output_paths: list[str] = Field(default=[], description="with n > 1: all of them")
+    width: int = Field(default=0, description="pixels")
+    height: int = Field(default=0, description="pixels")
+    file_type: Literal["jpg", "png"] = "jpg"
+    jpeg_quality: int | None = None
+    loras_applied: list[LoraApplied] = Field(default=[], description="with their strengths, in order")
+    loras_skipped: list[LoraSkipped] = Field(default=[], description="those that were asked for in vain, and why")
+    memory_steps: list[str] = Field(
+        default=[], description="what was done so that it fitted into memory, planned or at the point where it ran out"
+    )
+    generation_time_sec: float = 0
+    memory_before_mb: float = Field(default=0, description="resident on a CPU, allocated on a GPU")
+    memory_after_mb: float = 0
+    seed: int = 0
+
+
+class ModelBody(BaseModel):
+    """An installed model."""
+
+    name: str
+    label: str
+    type: Literal["standard", "sdxl"]
+    path: str
+    family: str
+    pickled: bool = Field(description="in a format that can hold code; read as data only")
+
+
+class ModelsBody(BaseModel):
+    """The installed models, by name."""
+
+    status: Literal["success"] = "success"
+    models: list[ModelBody]
+
+
+class LabelBody(BaseModel):
+    """A model's name, and a label that may stand for it."""
+
+    name: str
+    label: str
+
+
+class LabelsBody(BaseModel):
+    """The labels that are known, by label; the models need not be installed."""
+
+    status: Literal["success"] = "success"
+    models: list[LabelBody]
+    message: str = "a label may stand for the name of its model; case, - and _ do not matter"
+
+
+class LoraRow(BaseModel):
+    """An installed LoRA."""
+
+    name: str
+    scale: float = 1.0
+    path: str
+    family: str | None = Field(description="the family of models that it is for; null where its file does not tell")
+    pickled: bool
+
+
+class LorasBody(BaseModel):
+    """The installed LoRAs, by name."""
+
+    status: Literal["success"] = "success"
+    loras: list[LoraRow]
+
+
+class UpscalerRow(BaseModel):
+    """An upscaler: one that is built in, or an installed file."""
+
+    name: str
+    path: str = Field(description="internal for one that is built in")
+    type: Literal["internal", "external"]
+    description: str
+    size_mb: float
+    pickled: bool = False
+
+
+class UpscalersBody(BaseModel):
+    """The upscalers: those that are built in, then the installed ones by name."""
+
+    status: Literal["success"] = "success"
+    upscalers: list[UpscalerRow]
+
+
+class SamplingMethodsBody(BaseModel):
+    """Names for ``sampler_name`` and for ``scheduler_type``."""
+
+    status: Literal["success"] = "success"
+    sampling_methods: list[str]
+    scheduler_types: list[str]
+
+
+class HelloBody(BaseModel):
+    """The service answers."""
+
+    ok: bool = True
+
+
+class PausedBody(BaseModel):
+    """Whether waiting jobs are left to wait."""
+
+    status: Literal["success"] = "success"
+    paused: bool
+
+
+class ReadyBody(BaseModel):
+    """A job would be run if it was posted now; while ``loading``, as soon as the engine has loaded."""
+
+    status: Literal["success"] = "success"
+    ready: Literal[True] = True
+    loading: bool
+    reasons: list[str] = Field(default=[], max_length=0)
+
+
+class NotReadyBody(ErrorBody):
+    """A job would not be run, for these reasons."""
+
+    ready: Literal[False] = False
+    loading: bool
+    reasons: list[str] = Field(min_length=1)

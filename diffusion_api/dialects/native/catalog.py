@@ -1,0 +1,84 @@
+"""What is installed: models, LoRAs, upscalers, samplers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter
+
+from diffusion_api.catalog import samplers
+from diffusion_api.catalog.upscalers import INTERNAL
+from diffusion_api.dialects.native.bodies import (
+    LabelBody,
+    LabelsBody,
+    LoraRow,
+    LorasBody,
+    ModelBody,
+    ModelsBody,
+    SamplingMethodsBody,
+    UpscalerRow,
+    UpscalersBody,
+)
+
+if TYPE_CHECKING:
+    from diffusion_api.catalog.library import Asset, Model
+    from diffusion_api.service import Service
+
+
+def add(router: APIRouter, service: Service) -> None:
+    """Add the routes that list what is installed."""
+
+    @router.get("/models", tags=["catalog"], summary="Installed models")
+    def models() -> ModelsBody:
+        return ModelsBody(models=[_model(model) for model in service.models()])
+
+    @router.get("/models/aliases", tags=["catalog"], summary="Labels of models")
+    def labels() -> LabelsBody:
+        return LabelsBody(models=[LabelBody(name=name, label=label) for name, label in service.labels()])
+
+    @router.get("/loras", tags=["catalog"], summary="Installed LoRAs")
+    def loras() -> LorasBody:
+        return LorasBody(loras=[_lora_row(row) for row in service.assets("lora")])
+
+    @router.get("/upscalers", tags=["catalog"], summary="Upscalers")
+    def upscalers() -> UpscalersBody:
+        return UpscalersBody(upscalers=[*_internal_upscalers(), *map(_upscaler, service.assets("upscaler"))])
+
+    @router.get("/sampling_methods", tags=["catalog"], summary="Samplers and schedules")
+    def sampling_methods() -> SamplingMethodsBody:
+        return SamplingMethodsBody(
+            sampling_methods=samplers.sampling_methods(), scheduler_types=samplers.scheduler_types()
+        )
+
+
+def _model(model: Model) -> ModelBody:
+    return ModelBody(
+        name=model.name,
+        label=model.label,
+        type=model.type,
+        path=model.shown_path,
+        family=model.family,
+        pickled=model.pickled,
+    )
+
+
+def _lora_row(row: Asset) -> LoraRow:
+    return LoraRow(name=row.name, path=row.shown_path, family=row.family, pickled=row.pickled)
+
+
+def _internal_upscalers() -> list[UpscalerRow]:
+    return [
+        UpscalerRow(name=name, path="internal", type="internal", description=text, size_mb=0)
+        for name, text in INTERNAL.items()
+    ]
+
+
+def _upscaler(row: Asset) -> UpscalerRow:
+    return UpscalerRow(
+        name=row.name,
+        path=row.shown_path,
+        type="external",
+        description="a model of its own",
+        size_mb=round(row.bytes / 2**20, 1),
+        pickled=row.pickled,
+    )

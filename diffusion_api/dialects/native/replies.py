@@ -1,0 +1,131 @@
+"""Records of jobs to answers."""
+
+from __future__ import annotations
+
+import base64
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Response
+from fastapi.responses import JSONResponse
+
+from diffusion_api.dialects.native.bodies import DryRunBody, NeedBody, PassBody
+from diffusion_api.queues.base import Snapshot
+from diffusion_api.schema.job import Job, Result, State
+from diffusion_api.schema.request import Txt2Img
+
+if TYPE_CHECKING:
+    from diffusion_api.service import Service
+
+
+def dry_run(request: Txt2Img, warnings: list[str], service: Service) -> DryRunBody:
+    found = service.estimate(request)
+    room = found.room
+    return DryRunBody(
+        seed=request.seed,
+        model=found.model.name,
+        family=found.model.family,
+        passes=[
+            PassBody(
+                phase=each.phase, width=each.width, height=each.height, sampler=each.sampler, steps=each.steps,
+                evaluations=each.evaluations,
+            )
+            for each in found.passes
+        ],
+        evaluations=found.evaluations,
+        seconds=service.seconds(request),
+        memory=NeedBody(
+            weights={part: numbers * found.number for part, numbers in found.footprint.parts.items()},
+            activations=found.need.activations,
+            peak=found.need.device,
+            budget=room.device if room else None,
+            ram=found.need.host,
+            ram_budget=room.host if room else None,
+            measures=list(found.measures.names),
+        ),
+        warnings=warnings,
+    )  # fmt: skip
+
+
+def ended(job: Job) -> dict[str, Any]:
+    """What a webhook is told of a job's end: its status, without the pictures."""
+    return _status(Snapshot(job))
+
+
+def read(job_id: str, service: Service) -> Response:
+    """The answer about a job; built before the result is let go of, if it may be read once."""
+    snapshot = service.get(job_id)
+    answer = JSONResponse(answer_of(snapshot, service))
+    service.was_read(snapshot)
+    return answer
+
+
+def answer_of(snapshot: Snapshot, service: Service) -> dict[str, Any]:
+    answer = _status(snapshot) | _pictures(snapshot.job, service)
+    if not snapshot.state.terminal:
+        left = service.seconds_left(snapshot)
+        answer["eta_seconds"] = None if left is None else round(left, 1)
+    if webhook := service.webhook(snapshot.job):
+        answer["webhook"] = webhook
+    return answer
+
+
+def _status(snapshot: Snapshot) -> dict[str, Any]:
+    job, progress, position = snapshot.job, snapshot.progress, snapshot.position
+    state = State.ERROR if snapshot.state is State.CANCELLED else snapshot.state
+    if progress and not job.begun:  # in the hands of a worker, and waiting for the device
+        state, progress, position = State.QUEUED, None, 0
+    done = job.state is State.DONE
+    answer: dict[str, Any] = {
+        "status": "success",
+        "job_id": job.id,
+        "progress": 100 if done else round(100 * progress.fraction, 2) if progress else 0,
+        "current_phase": progress.phase if progress else state.value,
+        "state": state.value,
+        "error": job.error.message if job.error else None,
+    }
+    if position is not None:
+        answer["position"] = position
+    if job.warnings:
+        answer["warnings"] = list(job.warnings)
+    if job.state is State.CANCELLED:
+        answer["cancelled"] = True
+    if job.result:
+        answer |= _result(job, job.result)
+    return answer
+
+
+def _result(job: Job, result: Result) -> dict[str, Any]:
+    image, output = result.images[0], job.request.output
+    several = {"output_paths": [i.path for i in result.images]} if len(result.images) > 1 else {}
+    loras = {
+        "loras_applied": [lora.model_dump() for lora in result.loras_applied],
+        "loras_skipped": [lora.model_dump() for lora in result.loras_skipped],
+    }
+    return (
+        several
+        | {name: uses for name, uses in loras.items() if uses}
+        | ({"memory_steps": list(result.memory_steps)} if result.memory_steps else {})
+        | {
+            "payload": job.payload,
+            "output_path": image.path,
+            "width": image.width,
+            "height": image.height,
+            "file_type": "jpg" if output.format == "jpeg" else output.format,
+            "jpeg_quality": output.quality if output.format == "jpeg" else None,
+            "generation_time_sec": round(result.seconds, 3),
+            "memory_before_mb": round(result.memory_before_mb, 2),
+            "memory_after_mb": round(result.memory_after_mb, 2),
+            "seed": image.seed,
+        }
+    )
+
+
+def _pictures(job: Job, service: Service) -> dict[str, Any]:
+    if not job.result:
+        return {}
+    encoded = [_base64(service.image(image)) for image in job.result.images]
+    return {"image": encoded[0]} | ({"images": encoded} if len(encoded) > 1 else {})
+
+
+def _base64(data: bytes | None) -> str | None:
+    return None if data is None else base64.b64encode(data).decode()

@@ -1,0 +1,262 @@
+"""Bodies to frozen requests: names looked up, holes filled, warnings collected."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from diffusion_api import infotext
+from diffusion_api.catalog import samplers
+from diffusion_api.catalog.upscalers import INTERNAL
+from diffusion_api.dialects._base import build, resolve_seed, round_size
+from diffusion_api.dialects.native.bodies import MAX_UNKNOWN, HiresBody, LoraBody, Txt2ImgBody
+from diffusion_api.errors import InvalidRequest, UnknownModel, UnknownSampler
+from diffusion_api.prompt import parse, uncommented
+from diffusion_api.schema.job import NOT_INSTALLED, lora_skipped
+from diffusion_api.schema.request import OWN_VAE, Hires, LoraUse, Output, Txt2Img
+
+if TYPE_CHECKING:
+    from diffusion_api.catalog.library import Model
+    from diffusion_api.service import Service
+
+FILE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png"}
+DEFAULT_SAMPLER = "DPM++ 2M"
+LONGEST_NAME = 100
+OPTIONS = (
+    *("rng", "ensd", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "discard_next_to_last_sigma"),
+    *("guidance_rescale", "clip_skip", "emphasis"),
+)
+"""Fields that are passed on as they are, and left to the request's defaults when they are not given."""
+KNOWN = "<lora:name:weight> is one"
+IN_BODY = {"guidance_scale": "cfg_scale", "sampler": "sampler_name", "schedule": "scheduler_type"}
+"""What the body calls a field of the request, where the names differ."""
+
+
+def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]:
+    """The frozen request that a body means, and what the caller should know. Raises InvalidRequest."""
+    warnings = _unknown_fields(list(body.model_extra or {}))
+    if body.infotext:
+        body, notes = _filled(body, service)
+        warnings += notes
+    prompt, negative_prompt, notes = _styled(body, service)
+    warnings += notes
+    model = service.model(body.model)
+    body = _defaulted(body, model)
+    sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
+    width, width_note = round_size(given(body.width, model.default_size[0]), "width", model.multiple)
+    height, height_note = round_size(given(body.height, model.default_size[1]), "height", model.multiple)
+    warnings += [note for note in (width_note, height_note) if note]
+    loras = tuple(_lora(lora) for lora in body.loras or [])
+    warnings += _absent([*(("lora", lora.name) for lora in loras), *_networks(prompt)], service)
+    if body.refiner_checkpoint:
+        warnings.append(f"refiner_checkpoint is ignored: model {model.name!r} is no SDXL model")
+    file_type = (body.fileType or "jpg").lower()
+    if file_type not in FILE_TYPES:
+        raise InvalidRequest(f"fileType is {body.fileType!r}; one of jpg, png", field="fileType")
+    first = build(
+        Txt2Img,
+        model=model.name,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        steps=given(body.steps, 30),
+        guidance_scale=given(body.cfg_scale, 7.0),
+        width=width,
+        height=height,
+        sampler=sampler.name,
+        schedule=schedule.name,
+        seed=resolve_seed(body.seed),
+        count=given(body.n, 1),
+        loras=loras,
+        vae=_vae(body.vae, service),
+        **_noise(body),
+        **{name: value for name in OPTIONS if (value := getattr(body, name)) is not None},
+        output=build(Output, format=FILE_TYPES[file_type], quality=given(body.jpeg_quality, 85)),
+    )
+    hires, notes = _hires(body.hires, first, service)
+    return first.model_copy(update={"hires": hires}), warnings + notes
+
+
+def _hires(body: HiresBody | None, first: Txt2Img, service: Service) -> tuple[Hires | None, list[str]]:
+    """The second pass that a body means, and what the caller should know of it. Raises InvalidRequest."""
+    if body is None or not body.enabled:
+        forgotten = body is not None and body.enabled is None and body.model_fields_set
+        return None, ['hires is left out: it is not enabled; add "enabled": true'] if forgotten else []
+    scaled = [round(side * body.scale) for side in (first.width, first.height)]
+    sides = [
+        given(wanted, side) for wanted, side in zip((body.width or None, body.height or None), scaled, strict=True)
+    ]
+    (width, one), (height, other) = (
+        round_size(side, f"hires.{name}") for side, name in zip(sides, ("width", "height"), strict=True)
+    )
+    notes = [note for note in (one, other) if note and sides != scaled]
+    if width <= first.width and height <= first.height:
+        return None, [f"hires is left out: {width}x{height} is no larger than the first pass"]
+    model = first.model
+    if body.model:
+        model = service.model(body.model).name
+    if service.model(model).whole:
+        raise InvalidRequest(
+            f"hires: model {model!r} is drawn by a pipeline of its own, in one pass; leave it out", field="hires"
+        )
+    sampler, schedule = first.sampler, first.schedule
+    if body.sampler_name or body.scheduler_type:
+        label = body.sampler_name or samplers.sampler(sampler).label
+        found = samplers.resolve(label, body.scheduler_type or schedule)
+        sampler, schedule = found[0].name, found[1].name
+    return build(
+        Hires,
+        upscaler=_upscaler_name(body.upscaler, service),
+        width=width,
+        height=height,
+        steps=body.steps or first.steps,
+        strength=body.denoising_strength,
+        sampler=sampler,
+        schedule=schedule,
+        model=model,
+        prompt=body.prompt or first.prompt,
+        negative_prompt=body.negative_prompt or first.negative_prompt,
+    ), notes
+
+
+def _upscaler_name(name: str, service: Service) -> str:
+    """The upscaler that a body means, whatever its case. Raises InvalidRequest with the choices."""
+    own = [row.name for row in service.assets("upscaler")]
+    found = next((known for known in (*INTERNAL, *own) if known.lower() == name.lower()), None)
+    if found is None and (row := service.asset("upscaler", name)):
+        found = row.name
+    if found is None:
+        raise InvalidRequest(
+            f"External upscaler model not found: {name!r}; one of {', '.join((*INTERNAL, *own))}", field="upscaler"
+        )
+    return found
+
+
+def _filled(body: Txt2ImgBody, service: Service) -> tuple[Txt2ImgBody, list[str]]:
+    """The body with what its infotext says of all that it leaves out, and what the infotext says in vain."""
+    told, unused = infotext.asked(infotext.parse(body.infotext or ""))
+    notes = [f"infotext: {', '.join(unused[:MAX_UNKNOWN])} is not used here"] if unused else []
+    said = body.model_dump(exclude_unset=True, exclude_none=True)
+    fields = {IN_BODY.get(name, name): value for name, value in told.items()} | said
+    if "model" in told and "model" not in said:
+        try:
+            service.model(str(told["model"]))
+        except UnknownModel as error:
+            try:
+                default = service.model(None)
+            except InvalidRequest:
+                raise UnknownModel(f"infotext: {error}", field="infotext") from error
+            del fields["model"]
+            notes.append(f"infotext: model {told['model']!r} is not installed; {default.name!r} is used")
+    upscaler = told.get("hires", {}).get("upscaler")
+    if upscaler and "hires" not in said:
+        try:
+            _upscaler_name(str(upscaler), service)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"infotext: {error}", field="infotext") from error
+    if "vae" in told and "vae" not in said and service.asset("vae", str(told["vae"])) is None:
+        del fields["vae"]
+        notes.append(f"infotext: vae {told['vae']!r} is not installed; the model's own is used")
+    filled = build(Txt2ImgBody, **fields)
+    try:
+        samplers.resolve(filled.sampler_name or DEFAULT_SAMPLER, filled.scheduler_type)
+    except UnknownSampler as error:
+        if {"sampler_name", "scheduler_type"} & said.keys():
+            raise
+        raise UnknownSampler(f"infotext: {error}", field="infotext") from error
+    return filled, notes
+
+
+def _styled(body: Txt2ImgBody, service: Service) -> tuple[str, str, list[str]]:
+    """Both prompts with the body's styles around them, and which of these are not known. Raises TooLarge."""
+    prompt, negative_prompt, notes = body.prompt, body.negative_prompt or "", []
+    if body.styles:
+        known = service.styles()
+        prompt, negative_prompt = uncommented(prompt), uncommented(negative_prompt)
+        for name in body.styles:
+            if name in known:
+                prompt, negative_prompt = known[name].around(prompt, negative_prompt)
+                service.check_length(prompt, negative_prompt)  # each of them may double it
+            else:
+                notes.append(f"style {name[:LONGEST_NAME]!r} is not known and was skipped" + near(name, known))
+    return prompt, negative_prompt, notes
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name[:LONGEST_NAME], known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _noise(body: Txt2ImgBody) -> dict[str, Any]:
+    """The variation and the other size of the noise, each whole or not there at all."""
+    fields: dict[str, Any] = {}
+    if body.variation_strength:
+        seed = resolve_seed(body.variation_seed, "variation_seed")
+        fields |= {"variation_seed": seed, "variation_strength": body.variation_strength}
+    width, height = (given(side, 0) // 8 * 8 for side in (body.seed_resize_width, body.seed_resize_height))
+    if width > 0 and height > 0:
+        fields |= {"seed_resize_width": width, "seed_resize_height": height}
+    return fields
+
+
+def _lora(body: LoraBody | str) -> LoraUse:
+    return LoraUse(name=body) if isinstance(body, str) else LoraUse(**body.model_dump())
+
+
+def _networks(prompt: str) -> list[tuple[str, str]]:
+    return [(network.kind, network.name) for network in parse(prompt).networks]
+
+
+def _absent(networks: list[tuple[str, str]], service: Service) -> list[str]:
+    """What to tell the caller of networks that no job will find. Whether a LoRA fits the model is seen when it runs."""
+    warnings = []
+    for kind, name in dict.fromkeys(networks):
+        if kind != "lora":
+            warnings.append(f"<{kind}:{name}> was taken out of the prompt: no such kind of network is known; {KNOWN}")
+        elif service.asset("lora", name) is None:
+            warnings.append(lora_skipped(name, NOT_INSTALLED))
+    return warnings
+
+
+def _vae(name: str | None, service: Service) -> str | None:
+    """The VAE that a request means. Raises InvalidRequest with the choices."""
+    if name is None or name.lower() == "automatic":
+        return None
+    if name.lower() == "none":
+        return OWN_VAE
+    row = service.asset("vae", name)
+    if row is None:
+        choices = ", ".join(["Automatic", OWN_VAE, *(row.name for row in service.assets("vae"))])
+        raise InvalidRequest(f"vae {name!r} is not installed; one of {choices}", field="vae")
+    return row.name
+
+
+def _defaulted(body: Txt2ImgBody, model: Model) -> Txt2ImgBody:
+    """The body with the model's own defaults in place of what it leaves out."""
+    profile = model.profile
+    names = ("steps", "clip_skip", "vae")
+    defaults: dict[str, Any] = {name: getattr(profile, name) for name in names} | {"cfg_scale": profile.guidance_scale}
+    if profile.sampler and body.sampler_name is None:
+        sampler, schedule = samplers.resolve(profile.sampler, body.scheduler_type)
+        defaults |= {"sampler_name": sampler.label, "scheduler_type": schedule.name}
+    left_out = {
+        name: value
+        for name, value in defaults.items()
+        if value is not None and name in Txt2ImgBody.model_fields and getattr(body, name) is None
+    }
+    return body.model_copy(update=left_out)
+
+
+def _unknown_fields(names: list[str]) -> list[str]:
+    """What to tell the caller of fields that mean nothing here. Raises InvalidRequest when that would be a book."""
+    if len(names) > MAX_UNKNOWN:
+        raise InvalidRequest(f"the body has {len(names)} fields that are not known; at most {MAX_UNKNOWN} are ignored")
+    return [_unknown(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...") for name in names]
+
+
+def _unknown(name: str) -> str:
+    return f"unknown field {name!r} was ignored" + near(name, Txt2ImgBody.model_fields)
+
+
+def given(value: Any, default: Any) -> Any:
+    return default if value is None else value

@@ -115,7 +115,7 @@ else
 	@$(BIN)/uv pip sync --python $(BIN)/python --require-hashes $(VENV)/requirements.txt requirements-dev.txt
 	@$(BIN)/uv pip install --python $(BIN)/python --torch-backend $(TORCH) torchvision \
 	    "torch<=$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.txt)" || { \
-	    echo "TORCH=$(TORCH) comes from https://download.pytorch.org, which must be reachable and must have that build."; \
+	    echo "TORCH=$(TORCH) comes from the index of PyTorch itself, which must be reachable and must have that build."; \
 	    echo "The build of the package registry needs no more than the registry: make $(or $(MAKECMDGOALS),setup) TORCH=registry"; \
 	    exit 1; }
 endif

@@ -5,6 +5,7 @@
 #   make demo PROMPT="a small green star on a white background"
 #   make serve HOST=0.0.0.0 PORT=8080
 #   make test ARGS="tests/test_client.py -x"
+#   make test ARGS="-n 0 -s tests/test_client.py"   in one process
 
 PYTHON  = python3
 HOST    = 127.0.0.1
@@ -48,7 +49,7 @@ serve: setup ## run the service on http://127.0.0.1:8000
 
 test: setup ## run the whole test suite
 	@echo "== tests"
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 chaos: setup ## the fault tests that take long, hours in all; KILLS=20 makes them shorter
 	@echo "== chaos"

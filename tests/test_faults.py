@@ -88,6 +88,7 @@ def test_an_interpreter_that_a_worker_holds_stops_no_api_of_another_process(home
             waits.append(time.monotonic() - began)
         assert len(waits) > 3
         assert statistics.median(waits) < hold / 10
+        api.wait(job_id)
     assert ran_once(home, job_id)
 
 

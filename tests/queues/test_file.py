@@ -1161,7 +1161,7 @@ def test_a_full_disk_loses_nothing(
 
     def enqueue_for_ever() -> None:
         while True:
-            job = new_job(payload={"x": "y" * 3000})
+            job = new_job(payload={"x": "y" * 2000})
             queue.enqueue(job)
             accepted.append(job)
 

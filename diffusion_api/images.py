@@ -23,10 +23,9 @@ from PIL import Image, UnidentifiedImageError
 
 from diffusion_api.errors import InvalidImage, TooLarge
 from diffusion_api.infotext import from_novelai
+from diffusion_api.schema.request import Format
 
 logger = logging.getLogger(__name__)
-
-Format = Literal["png", "jpeg", "webp", "avif", "gif"]
 
 MAX_SIDE: dict[Format, int] = {"png": 2**31 - 1, "jpeg": 65500, "webp": 16383, "avif": 65536, "gif": 65535}
 """The longest side that each format can hold, pixels."""
@@ -77,12 +76,16 @@ _BASE64_LINE = 40
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 
 
-def encode(pixels: NDArray[np.uint8], *, format: Format, quality: int, infotext: str | None) -> bytes:
+def encode(
+    pixels: NDArray[np.uint8], *, format: Format, quality: int, infotext: str | None, lossless: bool = False
+) -> bytes:
     """The picture as a file.
 
     ``pixels`` is (height, width, 3), RGB; ``quality`` is 1 to 100 and means nothing to PNG and GIF. PNG is lossless,
-    and the same bytes each time. An infotext that does not fit into a JPEG (some 32,700 characters) is left out, with
-    a warning in the log. Raises TooLarge where the format cannot hold the size.
+    and the same bytes each time; WebP is if ``lossless``; GIF has 256 colours.
+
+    An infotext that does not fit into a JPEG (some 32,700 characters) is left out, with a warning in the log. Raises
+    TooLarge where the format cannot hold the size.
     """
     height, width, channels = pixels.shape
     if channels != 3 or pixels.dtype != np.uint8 or not pixels.size:
@@ -102,6 +105,8 @@ def encode(pixels: NDArray[np.uint8], *, format: Format, quality: int, infotext:
             logger.warning("an infotext of %d characters does not fit into a JPEG and is left out", len(text))
             exif = b""
         image.save(file, "JPEG", quality=quality, optimize=True, exif=exif)
+    elif format == "webp" and lossless:
+        image.save(file, "WEBP", lossless=True, exif=_exif(text))
     else:
         image.save(file, format.upper(), quality=quality, exif=_exif(text))
     return file.getvalue()

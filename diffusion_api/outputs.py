@@ -21,7 +21,7 @@ from diffusion_api.schema.request import Upscale
 
 MIB = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT)
-SUFFIX = {"png": "png", "jpeg": "jpg"}
+SUFFIX = {"png": "png", "jpeg": "jpg", "webp": "webp", "avif": "avif", "gif": "gif"}
 OURS = re.compile(rf"(?P<job>[0-9a-f]{{8}}(-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}})(-\d+)?\.({'|'.join(SUFFIX.values())})")
 """Names that the service gives; what else lies in the folder is somebody's own."""
 
@@ -101,6 +101,7 @@ class Outputs:
         from diffusion_api import images, infotext  # NumPy and Pillow: a third of the time until the service answers
 
         request, pixels, seed = job.request, finished.images[number], finished.seeds[number]
+<<<<<<< HEAD
         version = f"DiffusionAPI v{__version__}"
         if isinstance(request, Upscale):
             text = infotext.for_upscale(request, version=version)
@@ -116,8 +117,24 @@ class Outputs:
                 version=version,
             )
         data = images.encode(pixels, format=request.output.format, quality=request.output.quality, infotext=text)
+=======
+        text = infotext.for_request(
+            request,
+            number=number,
+            sampler_label=samplers.sampler(request.sampler).label,
+            schedule_label=samplers.schedule(request.schedule).label,
+            model_name=request.model,
+            model_hash=finished.model_hash,
+            known=finished.infotext,
+            version=f"DiffusionAPI v{__version__}",
+        )
+        output = request.output
+        data = images.encode(
+            pixels, format=output.format, quality=output.quality, infotext=text, lossless=output.lossless
+        )
+>>>>>>> 017a238 (Write WebP, AVIF and GIF; WebP without loss)
         stem = job.id if len(finished.images) == 1 else f"{job.id}-{number}"
-        name = f"{stem}.{SUFFIX[request.output.format]}"
+        name = f"{stem}.{SUFFIX[output.format]}"
         with _as_our_errors():
             self._make_again()
             write_whole(self.folder / name, data, tmp=self._tmp)

@@ -403,6 +403,7 @@ class Service:
             )
         if hires and hires.steps > limits.max_steps:
             raise InvalidRequest(f"hires.steps is {hires.steps}; it may be 0 to {limits.max_steps}", field="hires")
+        self._check_format(request, max(request.width, request.height, *((hires.width, hires.height) if hires else ())))
         second = hires.width * hires.height * hires.steps if hires else 0
         work = (request.width * request.height * request.steps + second) * request.count / 1e6
         if work > limits.max_work and hires:
@@ -420,7 +421,21 @@ class Service:
         if hires and (hires.prompt, hires.negative_prompt) != (request.prompt, request.negative_prompt):
             self._check_texts(request, hires.prompt, hires.negative_prompt)
 
+<<<<<<< HEAD
     def _check_texts(self, request: Sampling, positive: str, negative: str) -> None:
+=======
+    def _check_format(self, request: Request, side: int) -> None:
+        from diffusion_api.images import MAX_SIDE
+
+        kind = request.output.format
+        if side > MAX_SIDE[kind]:
+            raise InvalidRequest(
+                f"fileType {kind} holds at most {MAX_SIDE[kind]} pixels per side; {side} are asked for, png can hold them",
+                field="fileType",
+            )
+
+    def _check_texts(self, request: Request, positive: str, negative: str) -> None:
+>>>>>>> 017a238 (Write WebP, AVIF and GIF; WebP without loss)
         self.check_length(positive, negative)
         parsed = prompt.parse(positive)
         parts, networks = parsed.parts, len(request.loras) + len(parsed.networks)

@@ -8,7 +8,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from diffusion_api.dialects._base import MAX_SIDE
 from diffusion_api.schema.job import LoraApplied, LoraSkipped
-from diffusion_api.schema.request import MAX_SEED, Emphasis, Source
+from diffusion_api.schema.request import MAX_SEED, Emphasis, Format, Source
 
 MAX_UNKNOWN = 100
 """Fields of a body that are ignored with a warning each; looking for a near name takes its time."""
@@ -290,6 +290,32 @@ class StatusBody(BaseModel):
     memory_before_mb: float = Field(default=0, description="resident on a CPU, allocated on a GPU")
     memory_after_mb: float = 0
     seed: int = 0
+
+
+class ImgInfoBody(BaseModel):
+    """The body of ``POST /img-info``."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"image": "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw=="}]
+        }
+    )
+
+    image: str | None = Field(default=None, description="a picture in base64, or as a data URL")
+
+
+class InfoBody(BaseModel):
+    """What a picture says of itself."""
+
+    status: Literal["success"] = "success"
+    info: str = Field(description="the infotext as it was written; empty when there is none")
+    items: dict[str, str] = Field(description="all other texts in the file, by keyword")
+    parameters: dict[str, Any] = Field(
+        description="the infotext taken apart: prompt, negative_prompt, and its fields; empty when there is none"
+    )
+    format: Format = Field(description="of the file, whatever its name")
+    width: int = Field(description="pixels, upright")
+    height: int
 
 
 class ModelBody(BaseModel):

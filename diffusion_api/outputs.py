@@ -101,7 +101,6 @@ class Outputs:
         from diffusion_api import images, infotext  # NumPy and Pillow: a third of the time until the service answers
 
         request, pixels, seed = job.request, finished.images[number], finished.seeds[number]
-<<<<<<< HEAD
         version = f"DiffusionAPI v{__version__}"
         if isinstance(request, Upscale):
             text = infotext.for_upscale(request, version=version)
@@ -116,23 +115,10 @@ class Outputs:
                 known=finished.infotext,
                 version=version,
             )
-        data = images.encode(pixels, format=request.output.format, quality=request.output.quality, infotext=text)
-=======
-        text = infotext.for_request(
-            request,
-            number=number,
-            sampler_label=samplers.sampler(request.sampler).label,
-            schedule_label=samplers.schedule(request.schedule).label,
-            model_name=request.model,
-            model_hash=finished.model_hash,
-            known=finished.infotext,
-            version=f"DiffusionAPI v{__version__}",
-        )
         output = request.output
         data = images.encode(
             pixels, format=output.format, quality=output.quality, infotext=text, lossless=output.lossless
         )
->>>>>>> 017a238 (Write WebP, AVIF and GIF; WebP without loss)
         stem = job.id if len(finished.images) == 1 else f"{job.id}-{number}"
         name = f"{stem}.{SUFFIX[output.format]}"
         with _as_our_errors():

@@ -368,8 +368,9 @@ class Service:
                 estimate(model, request, room)
 
     def _check(self, request: Request) -> None:
-        """The operator's limits, before anything is written."""
+        """The operator's limits and the format's, before anything is written."""
         limits = self.settings
+        self._check_format(request)
         if isinstance(request, Upscale):
             if request.width * request.height > limits.max_upscaled_pixels:
                 raise InvalidRequest(
@@ -403,7 +404,6 @@ class Service:
             )
         if hires and hires.steps > limits.max_steps:
             raise InvalidRequest(f"hires.steps is {hires.steps}; it may be 0 to {limits.max_steps}", field="hires")
-        self._check_format(request, max(request.width, request.height, *((hires.width, hires.height) if hires else ())))
         second = hires.width * hires.height * hires.steps if hires else 0
         work = (request.width * request.height * request.steps + second) * request.count / 1e6
         if work > limits.max_work and hires:
@@ -421,21 +421,18 @@ class Service:
         if hires and (hires.prompt, hires.negative_prompt) != (request.prompt, request.negative_prompt):
             self._check_texts(request, hires.prompt, hires.negative_prompt)
 
-<<<<<<< HEAD
-    def _check_texts(self, request: Sampling, positive: str, negative: str) -> None:
-=======
-    def _check_format(self, request: Request, side: int) -> None:
-        from diffusion_api.images import MAX_SIDE
+    def _check_format(self, request: Request) -> None:
+        from diffusion_api.images import MAX_SIDE  # NumPy and Pillow: a third of the time until the service answers
 
-        kind = request.output.format
-        if side > MAX_SIDE[kind]:
+        last = (isinstance(request, Txt2Img) and request.hires) or request
+        side, longest = max(last.width, last.height), MAX_SIDE[request.output.format]
+        if side > longest:
             raise InvalidRequest(
-                f"fileType {kind} holds at most {MAX_SIDE[kind]} pixels per side; {side} are asked for, png can hold them",
+                f"fileType is {request.output.format}, which holds {longest} pixels per side at most, not {side}; png does",
                 field="fileType",
             )
 
-    def _check_texts(self, request: Request, positive: str, negative: str) -> None:
->>>>>>> 017a238 (Write WebP, AVIF and GIF; WebP without loss)
+    def _check_texts(self, request: Sampling, positive: str, negative: str) -> None:
         self.check_length(positive, negative)
         parsed = prompt.parse(positive)
         parts, networks = parsed.parts, len(request.loras) + len(parsed.networks)

@@ -170,16 +170,8 @@ def _hold_the_interpreter(seconds: float) -> None:
         ctypes.PyDLL(None).usleep(int(seconds * 1e6))
 
 
-<<<<<<< HEAD
 def _picture(asked: Request, width: int, height: int) -> Pixels:
-    digest = hashlib.sha256(asked.model_dump_json().encode()).digest()
-=======
-def _picture(
-    request: Request, seed: int, variation_seed: int | None
-) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    asked = request.model_copy(update={"seed": seed, "variation_seed": variation_seed, "count": 1})
     digest = hashlib.sha256(asked.model_dump_json(exclude={"output"}).encode()).digest()
->>>>>>> 017a238 (Write WebP, AVIF and GIF; WebP without loss)
     generator = np.random.default_rng(int.from_bytes(digest, "big"))
     coarse = generator.integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
     return coarse.repeat(8, 0).repeat(8, 1)[:height, :width]

@@ -574,7 +574,7 @@ def test_a_job_that_a_worker_holds_ready_still_waits(stub_server: Program) -> No
         ({"sampler_name": "DPM++ 2M Karras", "scheduler_type": "nope"}, ["scheduler_type 'nope'"]),
         ({"fileType": "bmp"}, ["fileType is 'bmp'", "jpg, png, webp, avif, gif"]),
         ({"fileType": "avif", "lossless": True}, ["lossless is true", "png, webp"]),
-        ({"fileType": "webp", "width": 16384, "height": 8, "steps": 1}, ["fileType webp", "16383", "16384"]),
+        ({"fileType": "webp", "width": 16384, "height": 8, "steps": 1}, ["fileType is webp", "16383", "16384"]),
         ({"steps": 0}, ["steps is 0", "greater than or equal to 1"]),
         ({"steps": 151}, ["steps is 151", "1 to 150"]),
         ({"steps": "x"}, ["steps is 'x'", "integer"]),

@@ -15,6 +15,8 @@ import logging
 import re
 import struct
 import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,15 +25,14 @@ from PIL import Image, UnidentifiedImageError
 
 from diffusion_api.errors import InvalidImage, TooLarge
 from diffusion_api.infotext import from_novelai
+from diffusion_api.schema.request import Format
 
 logger = logging.getLogger(__name__)
-
-Format = Literal["png", "jpeg", "webp", "avif", "gif"]
 
 MAX_SIDE: dict[Format, int] = {"png": 2**31 - 1, "jpeg": 65500, "webp": 16383, "avif": 65536, "gif": 65535}
 """The longest side that each format can hold, pixels."""
 
-_ACCEPTED = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
+_FORMATS: dict[str, Format] = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp", "GIF": "gif", "AVIF": "avif"}
 _KINDS = "PNG, JPEG, WebP, GIF or AVIF"
 
 # What Pillow's decoders raise on damaged files.
@@ -69,6 +70,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
 
 _COMMENT_ENCODINGS = {b"ASCII": "utf-8", b"JIS": "shift_jis", b"": "utf-8"}
 
@@ -77,12 +79,16 @@ _BASE64_LINE = 40
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 
 
-def encode(pixels: NDArray[np.uint8], *, format: Format, quality: int, infotext: str | None) -> bytes:
+def encode(
+    pixels: NDArray[np.uint8], *, format: Format, quality: int, infotext: str | None, lossless: bool = False
+) -> bytes:
     """The picture as a file.
 
     ``pixels`` is (height, width, 3), RGB; ``quality`` is 1 to 100 and means nothing to PNG and GIF. PNG is lossless,
-    and the same bytes each time. An infotext that does not fit into a JPEG (some 32,700 characters) is left out, with
-    a warning in the log. Raises TooLarge where the format cannot hold the size.
+    and the same bytes each time; WebP is if ``lossless``; GIF has 256 colours.
+
+    An infotext that does not fit into a JPEG (some 32,700 characters) is left out, with a warning in the log. Raises
+    TooLarge where the format cannot hold the size.
     """
     height, width, channels = pixels.shape
     if channels != 3 or pixels.dtype != np.uint8 or not pixels.size:
@@ -102,6 +108,8 @@ def encode(pixels: NDArray[np.uint8], *, format: Format, quality: int, infotext:
             logger.warning("an infotext of %d characters does not fit into a JPEG and is left out", len(text))
             exif = b""
         image.save(file, "JPEG", quality=quality, optimize=True, exif=exif)
+    elif format == "webp" and lossless:
+        image.save(file, "WEBP", lossless=True, exif=_exif(text))
     else:
         image.save(file, format.upper(), quality=quality, exif=_exif(text))
     return file.getvalue()
@@ -128,13 +136,26 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
     return plain
 
 
+@dataclass(frozen=True)
+class Metadata:
+    """What a file says beside its pixels: the infotext, if it has one, all other texts by keyword, the format, and the size
+    in pixels, upright.
+    """
+
+    infotext: str | None
+    items: Mapping[str, str]
+    format: Format
+    width: int
+    height: int
+
+
 def read_infotext(data: bytes) -> str | None:
     """The generation parameters in a file, or None. Raises what :func:`read_metadata` raises."""
-    return read_metadata(data)[0]
+    return read_metadata(data).infotext
 
 
-def read_metadata(data: bytes) -> tuple[str | None, dict[str, str]]:
-    """The infotext in a file, or None, and all other texts in it by keyword. No pixel is decoded.
+def read_metadata(data: bytes) -> Metadata:
+    """What a file says beside its pixels, of which none is decoded.
 
     An EXIF comment goes before a PNG's ``parameters``; the comment of a GIF or JPEG counts when there is no EXIF; a
     NovelAI picture is told in A1111's words. Raises InvalidImage for what is no picture and TooLarge for a bomb;
@@ -150,11 +171,11 @@ def read_metadata(data: bytes) -> tuple[str | None, dict[str, str]]:
         found = told if told.strip() else found
     elif isinstance(comment, bytes):
         found = comment.decode("utf-8", "ignore")
+    width, height = reversed(image.size) if _orientation(image) in _SIDEWAYS else image.size
     if items.get("Software") == "NovelAI":
-        width, height = image.size
         description, settings = items.get("Description", ""), items.get("Comment", "")
         found = from_novelai(description, settings, width=width, height=height) or found
-    return found or None, items
+    return Metadata(found or None, items, _FORMATS[str(image.format)], width, height)
 
 
 def from_base64(text: str, *, max_bytes: int, field: str) -> bytes:
@@ -254,7 +275,7 @@ def _exif(text: str) -> bytes:
 
 def _open(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data), formats=_ACCEPTED)
+        return Image.open(io.BytesIO(data), formats=list(_FORMATS))
     except Image.DecompressionBombError as error:
         raise TooLarge("the picture has more pixels than any limit allows") from error
     except UnidentifiedImageError as error:

@@ -21,7 +21,7 @@ from diffusion_api.schema.request import Upscale
 
 MIB = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT)
-SUFFIX = {"png": "png", "jpeg": "jpg"}
+SUFFIX = {"png": "png", "jpeg": "jpg", "webp": "webp", "avif": "avif", "gif": "gif"}
 OURS = re.compile(rf"(?P<job>[0-9a-f]{{8}}(-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}})(-\d+)?\.({'|'.join(SUFFIX.values())})")
 """Names that the service gives; what else lies in the folder is somebody's own."""
 
@@ -115,9 +115,12 @@ class Outputs:
                 known=finished.infotext,
                 version=version,
             )
-        data = images.encode(pixels, format=request.output.format, quality=request.output.quality, infotext=text)
+        output = request.output
+        data = images.encode(
+            pixels, format=output.format, quality=output.quality, infotext=text, lossless=output.lossless
+        )
         stem = job.id if len(finished.images) == 1 else f"{job.id}-{number}"
-        name = f"{stem}.{SUFFIX[request.output.format]}"
+        name = f"{stem}.{SUFFIX[output.format]}"
         with _as_our_errors():
             self._make_again()
             write_whole(self.folder / name, data, tmp=self._tmp)

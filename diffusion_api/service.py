@@ -368,8 +368,9 @@ class Service:
                 estimate(model, request, room)
 
     def _check(self, request: Request) -> None:
-        """The operator's limits, before anything is written."""
+        """The operator's limits and the format's, before anything is written."""
         limits = self.settings
+        self._check_format(request)
         if isinstance(request, Upscale):
             if request.width * request.height > limits.max_upscaled_pixels:
                 raise InvalidRequest(
@@ -419,6 +420,17 @@ class Service:
         self._check_texts(request, request.prompt, request.negative_prompt)
         if hires and (hires.prompt, hires.negative_prompt) != (request.prompt, request.negative_prompt):
             self._check_texts(request, hires.prompt, hires.negative_prompt)
+
+    def _check_format(self, request: Request) -> None:
+        from diffusion_api.images import MAX_SIDE  # NumPy and Pillow: a third of the time until the service answers
+
+        last = (isinstance(request, Txt2Img) and request.hires) or request
+        side, longest = max(last.width, last.height), MAX_SIDE[request.output.format]
+        if side > longest:
+            raise InvalidRequest(
+                f"fileType is {request.output.format}, which holds {longest} pixels per side at most, not {side}; png does",
+                field="fileType",
+            )
 
     def _check_texts(self, request: Sampling, positive: str, negative: str) -> None:
         self.check_length(positive, negative)

@@ -10,6 +10,7 @@ import struct
 import sys
 import time
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -55,6 +56,11 @@ def saved(image: Image.Image, format: str, **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
+
+
+def told(data: bytes) -> tuple[str | None, Mapping[str, str]]:
+    found = read_metadata(data)
+    return found.infotext, found.items
 
 
 def plain() -> Image.Image:
@@ -176,7 +182,7 @@ def test_the_infotext_reads_back_from_every_format(format: Format, text: str) ->
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("text", [None, ""])
 def test_without_an_infotext_there_is_none(format: Format, text: str | None) -> None:
-    assert read_metadata(encode(picture(), format=format, quality=80, infotext=text)) == (None, {})
+    assert told(encode(picture(), format=format, quality=80, infotext=text)) == (None, {})
 
 
 @settings(max_examples=40, deadline=None)
@@ -293,7 +299,7 @@ def test_a_little_endian_exif_block_is_read() -> None:
 
 def test_exif_goes_before_the_text_of_a_png() -> None:
     data = saved(plain(), "PNG", pnginfo=png_texts(parameters="old"), exif=exif_with(b"ASCII\0\0\0new"))
-    assert read_metadata(data) == ("new", {})
+    assert told(data) == ("new", {})
 
 
 @pytest.mark.parametrize("comment", [b"", b"UNICODE\0", b"ASCII\0\0\0\0\0", b"ASCII\0\0\0  "])
@@ -314,19 +320,35 @@ def test_compressed_and_other_texts_of_a_png_are_read() -> None:
     info.add_text("parameters", LATIN, zip=True)
     info.add_itxt("Title", "猫", zip=True)
     data = saved(plain(), "PNG", pnginfo=info, dpi=(72, 72))
-    assert read_metadata(data) == (LATIN, {"Title": "猫"})
+    assert told(data) == (LATIN, {"Title": "猫"})
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_format_and_the_size_are_told_without_decoding(format: Format) -> None:
+    whole = encode(picture(), format=format, quality=80, infotext=LATIN)
+    found = read_metadata(whole[: len(whole) * 9 // 10] if format in ("png", "jpeg") else whole)
+    assert (found.format, found.width, found.height, found.infotext) == (format, 64, 48, LATIN)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_that_is_told_is_that_of_the_upright_picture(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = saved(plain(), "JPEG", exif=exif)
+    found = read_metadata(data)
+    assert (found.width, found.height) == decode(data, max_pixels=10**5).size
 
 
 def test_a_comfyui_picture_has_items_and_no_infotext() -> None:
     workflow = json.dumps({"1": {"class_type": "KSampler"}})
     data = saved(plain(), "PNG", pnginfo=png_texts(prompt=workflow, workflow="{}"))
-    assert read_metadata(data) == (None, {"prompt": workflow, "workflow": "{}"})
+    assert told(data) == (None, {"prompt": workflow, "workflow": "{}"})
 
 
 def test_a_novelai_picture_is_told_in_the_words_of_a1111() -> None:
     comment = json.dumps({"uc": "dog", "steps": 28, "scale": 11, "seed": 7, "sampler": "k_euler_ancestral"})
     info = png_texts(Software="NovelAI", Description="cat", Comment=comment)
-    found, items = read_metadata(saved(plain(), "PNG", pnginfo=info))
+    found, items = told(saved(plain(), "PNG", pnginfo=info))
     assert found == (
         "cat\nNegative prompt: dog\nSteps: 28, Sampler: Euler a, CFG scale: 11, Seed: 7, Size: 64x48, "
         "Clip skip: 2, ENSD: 31337"
@@ -336,13 +358,13 @@ def test_a_novelai_picture_is_told_in_the_words_of_a1111() -> None:
 
 @pytest.mark.parametrize("comment", ["", "{", "[1]", '{"steps": {}}'])
 def test_a_broken_novelai_picture_is_still_read(comment: str) -> None:
-    _, items = read_metadata(saved(plain(), "PNG", pnginfo=png_texts(Software="NovelAI", Comment=comment)))
+    _, items = told(saved(plain(), "PNG", pnginfo=png_texts(Software="NovelAI", Comment=comment)))
     assert items["Software"] == "NovelAI"
 
 
 def test_texts_named_like_technical_entries_do_no_harm() -> None:
     data = saved(plain(), "PNG", pnginfo=png_texts(exif="x", comment="y", dpi="z", parameters=LATIN))
-    assert read_metadata(data) == (LATIN, {"comment": "y"})
+    assert told(data) == (LATIN, {"comment": "y"})
 
 
 @pytest.mark.parametrize(
@@ -376,7 +398,7 @@ def test_any_bytes_for_exif_leave_the_picture_readable(block: bytes) -> None:
 def test_an_infotext_of_the_real_webui_is_found_whatever_else_is_there() -> None:
     exif = exif_with(b"UNICODE\0" + WIDE.encode("utf-16-be"))
     for format in EXIF_FORMATS:
-        assert read_metadata(saved(plain(), format, exif=exif, icc_profile=b"x" * 200)) == (WIDE, {})
+        assert told(saved(plain(), format, exif=exif, icc_profile=b"x" * 200)) == (WIDE, {})
 
 
 # decoding

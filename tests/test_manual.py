@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,14 +27,34 @@ def shape(value: Any) -> Any:
     return [shape(value[0])] if isinstance(value, list) and value else None
 
 
+@pytest.fixture(scope="module")
+def folder(stub_server: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``picture.png``, made by the service as the page says."""
+    status = stub_server.result(
+        prompt="a lighthouse",
+        model="small",
+        steps=4,
+        seed=42,
+        sampler_name="DPM++ 2M",
+        scheduler_type="karras",
+        fileType="png",
+    )
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "picture.png").write_bytes(base64.b64decode(status["image"]))
+    return folder
+
+
 @pytest.mark.parametrize(("command", "documented"), EXAMPLES, ids=[command[:60] for command, _ in EXAMPLES])
-def test_an_example_of_the_page_is_answered_as_it_says(stub_server: Program, command: str, documented: str) -> None:
+def test_an_example_of_the_page_is_answered_as_it_says(
+    stub_server: Program, folder: Path, command: str, documented: str
+) -> None:
     job_id = ""
     if "$JOB" in command:
         job_id = stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=40)
         eventually(lambda: stub_server.status(job_id)["state"] == "processing", "the job to run")
     done = subprocess.run(
         ["bash", "-euc", command.replace(EXAMPLE_URL, stub_server.url)],
+        cwd=folder,
         env={"JOB": job_id, "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ MAX_SEED = 2**32 - 1
 OWN_VAE = "None"
 """The name of the VAE that a model has itself."""
 
+Format = Literal["png", "jpeg", "webp", "avif", "gif"]
 Source = Literal["nv", "cpu"]
 Emphasis = Literal["original", "no norm", "ignore", "none"]
 Fill = Literal["fill", "original", "latent noise", "latent nothing"]
@@ -24,10 +25,18 @@ class Frozen(BaseModel):
 
 
 class Output(Frozen):
-    """How the picture is stored. ``quality`` is 1 to 100 and means nothing to a PNG."""
+    """How the picture is stored. ``quality`` is 1 to 100 and matters where something is lost: in JPEG, AVIF and WebP, unless
+    that is ``lossless``.
+    """
 
-    format: Literal["png", "jpeg"] = "jpeg"
+    format: Format = "jpeg"
     quality: int = Field(default=85, ge=1, le=100)
+    lossless: bool = False
+
+    @property
+    def lossy(self) -> bool:
+        """Whether ``quality`` matters."""
+        return self.format in ("jpeg", "webp", "avif") and not self.lossless
 
 
 class LoraUse(Frozen):

@@ -185,12 +185,15 @@ def test_numbers_may_come_as_text(stub_server: Program) -> None:
         ("Jpeg", "jpg", "JPEG"),
         ("png", "png", "PNG"),
         ("PnG", "png", "PNG"),
+        ("webp", "webp", "WEBP"),
+        ("avif", "avif", "AVIF"),
+        ("GIF", "gif", "GIF"),
     ],
 )
-def test_files_are_jpeg_or_png(stub_server: Program, asked: str, file_type: str, kind: str) -> None:
+def test_files_are_of_the_type_that_was_asked_for(stub_server: Program, asked: str, file_type: str, kind: str) -> None:
     status = stub_server.result(model="small", steps=1, fileType=asked)
     assert status["file_type"] == file_type
-    assert status["jpeg_quality"] == (85 if file_type == "jpg" else None)
+    assert status["jpeg_quality"] == (85 if file_type in ("jpg", "webp", "avif") else None)
     assert status["output_path"].endswith(f".{file_type}")
     assert status["payload"]["fileType"] == asked
     with Image.open(io.BytesIO(base64.b64decode(status["image"]))) as image:
@@ -569,7 +572,9 @@ def test_a_job_that_a_worker_holds_ready_still_waits(stub_server: Program) -> No
         ({"sampler_name": "Eulr"}, ["sampler_name 'Eulr'", "Euler, Euler a, Heun"]),
         ({"scheduler_type": "nope"}, ["scheduler_type 'nope'", "default, karras"]),
         ({"sampler_name": "DPM++ 2M Karras", "scheduler_type": "nope"}, ["scheduler_type 'nope'"]),
-        ({"fileType": "gif"}, ["fileType is 'gif'", "jpg, png"]),
+        ({"fileType": "bmp"}, ["fileType is 'bmp'", "jpg, png, webp, avif, gif"]),
+        ({"fileType": "avif", "lossless": True}, ["lossless is true", "png, webp"]),
+        ({"fileType": "webp", "width": 16384, "height": 8, "steps": 1}, ["fileType is webp", "16383", "16384"]),
         ({"steps": 0}, ["steps is 0", "greater than or equal to 1"]),
         ({"steps": 151}, ["steps is 151", "1 to 150"]),
         ({"steps": "x"}, ["steps is 'x'", "integer"]),

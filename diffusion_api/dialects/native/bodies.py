@@ -8,7 +8,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from diffusion_api.dialects._base import MAX_SIDE
 from diffusion_api.schema.job import LoraApplied, LoraSkipped
-from diffusion_api.schema.request import MAX_SEED, Emphasis, Source
+from diffusion_api.schema.request import MAX_SEED, Emphasis, Format, Source
 
 MAX_UNKNOWN = 100
 """Fields of a body that are ignored with a warning each; looking for a near name takes its time."""
@@ -102,8 +102,15 @@ class Txt2ImgBody(BaseModel):
     model: str | None = Field(default=None, description="a name or label of /models")
     sampler_name: str | None = Field(default=None, description="DPM++ 2M when left out; may end in a scheduler_type")
     scheduler_type: str | None = Field(default=None, description="karras when left out")
-    fileType: str | None = Field(default=None, description="jpg or png")
-    jpeg_quality: int | None = Field(default=None, ge=1, le=100, description="85 when left out")
+    fileType: str | None = Field(default=None, description="jpg, png, webp, avif or gif; jpg when left out")
+    jpeg_quality: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        validation_alias=_also("jpeg_quality", "quality"),
+        description="of jpg, webp and avif; 85 when left out",
+    )
+    lossless: bool | None = Field(default=None, description="true: a webp that loses nothing, as png is")
     seed: int | None = Field(default=None, description="0 to 4294967295; null or -1 draws one")
     n: int | None = Field(default=None, ge=1, description="pictures, with seeds seed, seed + 1, ...; 1 when left out")
     rng: Annotated[Source, BeforeValidator(_source)] | None = Field(
@@ -272,8 +279,8 @@ class StatusBody(BaseModel):
     output_paths: list[str] = Field(default=[], description="with n > 1: all of them")
     width: int = Field(default=0, description="pixels")
     height: int = Field(default=0, description="pixels")
-    file_type: Literal["jpg", "png"] = "jpg"
-    jpeg_quality: int | None = None
+    file_type: Literal["jpg", "png", "webp", "avif", "gif"] = "jpg"
+    jpeg_quality: int | None = Field(default=None, description="null where nothing is lost, or 256 colours are left")
     loras_applied: list[LoraApplied] = Field(default=[], description="with their strengths, in order")
     loras_skipped: list[LoraSkipped] = Field(default=[], description="those that were asked for in vain, and why")
     memory_steps: list[str] = Field(
@@ -283,6 +290,32 @@ class StatusBody(BaseModel):
     memory_before_mb: float = Field(default=0, description="resident on a CPU, allocated on a GPU")
     memory_after_mb: float = 0
     seed: int = 0
+
+
+class ImgInfoBody(BaseModel):
+    """The body of ``POST /img-info``."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"image": "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw=="}]
+        }
+    )
+
+    image: str | None = Field(default=None, description="a picture in base64, or as a data URL")
+
+
+class InfoBody(BaseModel):
+    """What a picture says of itself."""
+
+    status: Literal["success"] = "success"
+    info: str = Field(description="the infotext as it was written; empty when there is none")
+    items: dict[str, str] = Field(description="all other texts in the file, by keyword")
+    parameters: dict[str, Any] = Field(
+        description="the infotext taken apart: prompt, negative_prompt, and its fields; empty when there is none"
+    )
+    format: Format = Field(description="of the file, whatever its name")
+    width: int = Field(description="pixels, upright")
+    height: int
 
 
 class ModelBody(BaseModel):

@@ -111,7 +111,7 @@ def _result(job: Job, result: Result) -> dict[str, Any]:
             "width": image.width,
             "height": image.height,
             "file_type": "jpg" if output.format == "jpeg" else output.format,
-            "jpeg_quality": output.quality if output.format == "jpeg" else None,
+            "jpeg_quality": output.quality if output.lossy else None,
             "generation_time_sec": round(result.seconds, 3),
             "memory_before_mb": round(result.memory_before_mb, 2),
             "memory_after_mb": round(result.memory_after_mb, 2),

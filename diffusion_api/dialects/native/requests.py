@@ -14,13 +14,21 @@ from diffusion_api.dialects.native.bodies import MAX_UNKNOWN, HiresBody, LoraBod
 from diffusion_api.errors import InvalidRequest, UnknownModel, UnknownSampler
 from diffusion_api.prompt import parse, uncommented
 from diffusion_api.schema.job import NOT_INSTALLED, lora_skipped
-from diffusion_api.schema.request import OWN_VAE, Hires, LoraUse, Output, Txt2Img
+from diffusion_api.schema.request import OWN_VAE, Format, Hires, LoraUse, Output, Txt2Img
 
 if TYPE_CHECKING:
     from diffusion_api.catalog.library import Model
     from diffusion_api.service import Service
 
-FILE_TYPES = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png"}
+FILE_TYPES: dict[str, Format] = {
+    "jpg": "jpeg",
+    "png": "png",
+    "webp": "webp",
+    "avif": "avif",
+    "gif": "gif",
+    "jpeg": "jpeg",
+}
+LOSSLESS = ("png", "webp")
 DEFAULT_SAMPLER = "DPM++ 2M"
 LONGEST_NAME = 100
 OPTIONS = (
@@ -51,9 +59,6 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     warnings += _absent([*(("lora", lora.name) for lora in loras), *_networks(prompt)], service)
     if body.refiner_checkpoint:
         warnings.append(f"refiner_checkpoint is ignored: model {model.name!r} is no SDXL model")
-    file_type = (body.fileType or "jpg").lower()
-    if file_type not in FILE_TYPES:
-        raise InvalidRequest(f"fileType is {body.fileType!r}; one of jpg, png", field="fileType")
     first = build(
         Txt2Img,
         model=model.name,
@@ -71,10 +76,22 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
         vae=_vae(body.vae, service),
         **_noise(body),
         **{name: value for name in OPTIONS if (value := getattr(body, name)) is not None},
-        output=build(Output, format=FILE_TYPES[file_type], quality=given(body.jpeg_quality, 85)),
+        output=_output(body),
     )
     hires, notes = _hires(body.hires, first, service)
     return first.model_copy(update={"hires": hires}), warnings + notes
+
+
+def _output(body: Txt2ImgBody) -> Output:
+    """How a body wants its pictures stored. Raises InvalidRequest with the choices."""
+    file_type = (body.fileType or "jpg").lower()
+    if file_type not in FILE_TYPES:
+        raise InvalidRequest(f"fileType is {body.fileType!r}; one of {', '.join(FILE_TYPES)}", field="fileType")
+    if body.lossless and file_type not in LOSSLESS:
+        raise InvalidRequest(
+            f"lossless is true, which {file_type} cannot be; one of {', '.join(LOSSLESS)}", field="lossless"
+        )
+    return Output(format=FILE_TYPES[file_type], quality=given(body.jpeg_quality, 85), lossless=bool(body.lossless))
 
 
 def _hires(body: HiresBody | None, first: Txt2Img, service: Service) -> tuple[Hires | None, list[str]]:

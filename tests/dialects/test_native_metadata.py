@@ -1,0 +1,119 @@
+"""What pictures say of themselves, over HTTP: file types, what is read from a picture, and pictures made again."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from serving import Program
+
+from diffusion_api import images, infotext
+
+FILE_TYPES = ["jpg", "png", "webp", "avif", "gif"]
+PROMPT = 'a „lighthouse“ 🦀, "quoted": yes\n中文, <b>'
+
+
+def data_of(status: dict[str, Any]) -> bytes:
+    return base64.b64decode(status["image"])
+
+
+def pixels_of(status: dict[str, Any]) -> NDArray[np.uint8]:
+    return np.asarray(images.decode(data_of(status), max_pixels=2**20).convert("RGB"))
+
+
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+def test_every_file_type_says_what_was_asked_whatever_the_letters(stub_server: Program, file_type: str) -> None:
+    status = stub_server.result(
+        prompt=PROMPT, negative_prompt="fog", model="small", steps=1, seed=7, fileType=file_type
+    )
+    parameters = infotext.parse(images.read_infotext(data_of(status)) or "")
+    assert (parameters.prompt, parameters.negative_prompt, parameters.fields["Seed"]) == (PROMPT, "fog", 7)
+
+
+def test_a_lossless_webp_has_the_pixels_of_a_png(stub_server: Program) -> None:
+    asked: dict[str, Any] = {"model": "small", "steps": 1, "seed": 7}
+    png, webp, lossy = (
+        stub_server.result(**asked, **how)
+        for how in ({"fileType": "png"}, {"fileType": "webp", "lossless": True}, {"fileType": "webp", "quality": 30})
+    )
+    assert np.array_equal(pixels_of(png), pixels_of(webp))
+    assert not np.array_equal(pixels_of(png), pixels_of(lossy))
+    assert (webp["jpeg_quality"], lossy["jpeg_quality"]) == (None, 30)
+    assert len(data_of(lossy)) < len(data_of(webp))
+
+
+# What is read from a picture
+
+
+def picture(text: str | None = None, format: images.Format = "png") -> str:
+    data = images.encode(np.zeros((48, 64, 3), np.uint8), format=format, quality=85, infotext=text)
+    return base64.b64encode(data).decode()
+
+
+WEBUI = """a "castle", (stone:1.2)
+on a hill
+Negative prompt: fog,
+rain
+Steps: 30, Sampler: Euler a, Schedule type: Karras, CFG scale: 7.5, Seed: 123456789, Size: 512x768, Model hash: 0123456789, \
+Model: dream, Lora hashes: "epic: 0123456789ab", LoRAs: "anime_style:0.8, detail_enhancer:0.6", Version: v1.10.1"""
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp", "avif", "gif"])
+@pytest.mark.parametrize("head", ["", "data:image/png;base64,"])
+def test_what_a_picture_says_is_told_raw_and_taken_apart(
+    stub_server: Program, format: images.Format, head: str
+) -> None:
+    answer = stub_server.request("POST", "/img-info", json={"image": head + picture(WEBUI, format)})
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert (body["status"], body["info"], body["items"]) == ("success", WEBUI, {})
+    assert (body["format"], body["width"], body["height"]) == (format, 64, 48)
+    assert body["parameters"] == {
+        "prompt": 'a "castle", (stone:1.2)\non a hill',
+        "negative_prompt": "fog,\nrain",
+        "Steps": 30,
+        "Sampler": "Euler a",
+        "Schedule type": "Karras",
+        "CFG scale": 7.5,
+        "Seed": 123456789,
+        "Size": "512x768",
+        "Model hash": "0123456789",
+        "Model": "dream",
+        "Lora hashes": "epic: 0123456789ab",
+        "LoRAs": "anime_style:0.8, detail_enhancer:0.6",
+        "Version": "v1.10.1",
+    }
+
+
+def test_a_picture_that_says_nothing_is_no_error(stub_server: Program) -> None:
+    body = stub_server.request("POST", "/img-info", json={"image": picture()}).json()
+    assert (body["status"], body["info"], body["items"], body["parameters"]) == ("success", "", {}, {})
+
+
+def test_a_picture_of_ours_says_what_was_asked(stub_server: Program) -> None:
+    status = stub_server.result(prompt=PROMPT, model="small", steps=1, seed=7, fileType="avif")
+    body = stub_server.request("POST", "/img-info", json={"image": status["image"]}).json()
+    assert (body["parameters"]["prompt"], body["parameters"]["Seed"], body["format"]) == (PROMPT, 7, "avif")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "No image data provided"),
+        ({"image": None}, "No image data provided"),
+        ({"image": " "}, "No image data provided"),
+        ({"image": "invalid_base64_data"}, "Invalid base64 image data: image"),
+        ({"image": "data:image/png,abc"}, "Invalid base64 image data: image"),
+        ({"image": "AAAA"}, "Failed to load image: not a picture that can be read; send PNG, JPEG, WebP, GIF or AVIF"),
+        ({"image": "iVBORw0KGgo="}, "Failed to load image"),
+        ({"image": 5}, "image is 5"),
+    ],
+)
+def test_what_is_no_picture_is_refused(stub_server: Program, fields: dict[str, Any], said: str) -> None:
+    answer = stub_server.request("POST", "/img-info", json=fields)
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith(said)
+    assert answer.json()["error"] == answer.json()["detail"]

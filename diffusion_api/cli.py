@@ -32,13 +32,18 @@ ModelsFrom = Annotated[
 HandedOver = Annotated[str, typer.Option("--handover", hidden=True)]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the command; an error of ours is one line on stderr and exit code 1."""
     try:
-        app()
+        app(arguments, prog_name="diffusion-api")
     except DiffusionApiError as error:
         print(f"diffusion-api: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def script(path: str) -> None:
+    """Run the command that a file is named after, as the files of ``scripts/`` do."""
+    main([Path(path).stem.replace("_", "-"), *sys.argv[1:]])
 
 
 @app.command()
@@ -102,6 +107,49 @@ def models(home: Home = None, models_from: ModelsFrom = None) -> None:
     for model in build_library(_settings(home=home, models_from=models_from)).models():
         size = f"{model.native_size} px"
         print(f"{model.label:24} -> {model.name:32} {model.family:8} {size:8} {model.shown_path}")
+
+
+@app.command()
+def list_models(home: Home = None, models_from: ModelsFrom = None) -> None:
+    """List the labels of models, and the names that they stand for."""
+    from diffusion_api import listing
+    from diffusion_api.server import build_library
+
+    print(listing.labels(build_library(_settings(home=home, models_from=models_from))))
+
+
+@app.command()
+def list_available_models_loras(home: Home = None, models_from: ModelsFrom = None) -> None:
+    """List the installed models and LoRAs with their files."""
+    from diffusion_api import listing
+    from diffusion_api.server import build_library
+
+    print(listing.available(build_library(_settings(home=home, models_from=models_from))))
+
+
+@app.command("test-lora-compatibility")
+def lora_compatibility(
+    model: Annotated[str | None, typer.Option(help="Name or label of a model; all, when left out.")] = None,
+    lora: Annotated[str | None, typer.Option(help="File or name of a LoRA; all installed ones, when left out.")] = None,
+    lora_dir: Annotated[Path | None, typer.Option(help="Folder with LoRAs, in place of the installed ones.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the report goes, beside the screen.")] = None,
+    render: Annotated[
+        bool, typer.Option(help="Prove each LoRA that fits by a picture, beside one without it.")
+    ] = False,
+    home: Home = None,
+    device: Device = None,
+    models_from: ModelsFrom = None,
+    skip_existing: Annotated[bool, typer.Option("--skip-existing", hidden=True)] = False,  # of the original tool
+) -> None:
+    """Say which LoRAs fit which models, from the shapes in their files. Without options: all of them.
+
+    The report on all goes into lora_compatibility_report.txt if --output names no other file. The exit status is 1 when there
+    is nothing to test, or when --lora fits none of the models.
+    """
+    from diffusion_api.lora_report import run_test
+
+    settings = _settings(home=home, device=device, models_from=models_from)
+    raise typer.Exit(run_test(settings, model=model, lora=lora, folder=lora_dir, output=output, render=render))
 
 
 @app.command()

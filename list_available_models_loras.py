@@ -1,0 +1,1 @@
+scripts/list_available_models_loras.py

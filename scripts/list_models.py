@@ -1,0 +1,6 @@
+"""``diffusion-api list-models``, under the name that it had in the original."""
+
+from diffusion_api.cli import script
+
+if __name__ == "__main__":
+    script(__file__)

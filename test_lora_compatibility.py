@@ -1,0 +1,1 @@
+scripts/test_lora_compatibility.py

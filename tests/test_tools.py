@@ -1,0 +1,188 @@
+"""The tools under the names that they had in the original: files in ``scripts/``, some of them also at the root."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_models import SD1_KEYS, checkpoint
+from serving import PATIENCE, ROOT, environment, run
+
+from diffusion_api.settings import DATA
+
+INK, XL_INK = (DATA / "loras" / f"{name}.safetensors" for name in ("shapes-ink", "shapes-xl-ink"))
+
+
+def tool(name: str, *arguments: object, cwd: Path = ROOT, **settings: object) -> subprocess.CompletedProcess[str]:
+    """Run a file at the root as a user would: ``python name …``."""
+    command = [sys.executable, str(ROOT / name if cwd != ROOT else name), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=environment(**settings), capture_output=True, text=True, timeout=2 * PATIENCE, check=False
+    )
+
+
+def test_the_labels_are_listed_in_order(tmp_path: Path) -> None:
+    done = tool("list_models.py", home=tmp_path)
+    rows = re.findall(r"^(.{20}) -> (\S+)(.*)$", done.stdout, re.MULTILINE)
+    assert ("PlantMilk (HempII)  ", "models--misri--plantMilkModelSuite_hempII", "") in rows
+    assert ("Shapes (demo)       ", "shapes", " (installed)") in rows
+    assert len(rows) == 8
+    assert [label for label, _, _ in rows] == sorted((label for label, _, _ in rows), key=str.lower)
+
+
+def test_models_and_loras_are_listed_with_their_files(tmp_path: Path) -> None:
+    own = tmp_path / "stable_diffusion"
+    checkpoint(own / "models" / "dream.safetensors", SD1_KEYS)
+    (own / "loras").mkdir()
+    (own / "loras" / "ink.safetensors").write_bytes(INK.read_bytes())
+    shown = tool("list_available_models_loras.py", home=tmp_path).stdout
+    assert "MODELS (2 found)" in shown
+    assert "  1. dream\n     Name: dream\n     Path: stable_diffusion/models/dream.safetensors\n" in shown
+    assert "     File: stable_diffusion/loras/ink.safetensors\n     Type: .safetensors\n" in shown
+    assert "Models: 2\nLoRAs: 3\nCombinations: 2 x 3 = 6\n" in shown
+
+
+def test_nothing_to_list_is_said(tmp_path: Path) -> None:
+    shown = tool("list_available_models_loras.py", home=tmp_path, shipped_models=False).stdout
+    assert "MODELS (0 found)" in shown
+    assert "No combinations" in shown
+
+
+REPORT = """\
+================================================================================
+COMPREHENSIVE LoRA COMPATIBILITY REPORT
+================================================================================
+Generated: 2024-01-15 14:30:25
+Total Tests: 2
+Compatible: 1
+Incompatible: 1
+Success Rate: 50.0%
+
+SUMMARY BY MODEL:
+----------------------------------------
+Shapes (demo): 1/2 (50.0%)
+
+MODEL: Shapes (demo)
+============================================================
+✓ COMPATIBLE LoRAs:
+  • shapes-ink
+
+✗ INCOMPATIBLE LoRAs:
+  • shapes-xl-ink
+    Reason: LoRA 'shapes-xl-ink' appears to be designed for SDXL models, but you're using a standard SD model. \
+Try using an SDXL base model.
+    Error: down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight is 64x192 there and 64x128 in the ...
+"""
+
+
+def test_the_report_on_all_pairs_has_the_form_of_the_original(tmp_path: Path) -> None:
+    done = tool("test_lora_compatibility.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path / "lora_compatibility_report.txt").read_text("utf-8")
+    assert re.sub(r"(?<=Generated: )[\d-]{10} [\d:]{8}", "2024-01-15 14:30:25", written) == REPORT
+    assert written in done.stdout
+    assert [file.name for file in tmp_path.iterdir()] == ["lora_compatibility_report.txt"]
+
+
+def test_the_report_goes_where_the_user_wants(tmp_path: Path) -> None:
+    named = tmp_path / "reports" / "mine.txt"
+    done = tool("test_lora_compatibility.py", "--output", named, "--skip-existing", home=tmp_path)
+    assert "SUMMARY BY MODEL" in named.read_text("utf-8")
+    assert f"The report is in {named}." in done.stdout
+    (tmp_path / "file").touch()
+    refused = tool("test_lora_compatibility.py", "--output", tmp_path / "file" / "x.txt", home=tmp_path)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("diffusion-api: the report cannot be written to ")
+
+
+@pytest.mark.parametrize(("lora", "status"), [(INK, 0), (XL_INK, 1), ("shapes-ink", 0)], ids=["fits", "no", "by name"])
+def test_one_lora_is_tested_with_one_model(tmp_path: Path, lora: Path | str, status: int) -> None:
+    done = tool("test_lora_compatibility.py", "--model", "shapes (DEMO)", "--lora", lora, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert "Total Tests: 1\n" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_loras_of_a_folder_are_tested_whatever_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    (folder / "good.safetensors").write_bytes(INK.read_bytes())
+    (folder / "page.safetensors").write_text("<html>")
+    (folder / "old.pt").write_bytes(b"\x80\x02.")
+    (folder / "notes.txt").write_text("none of them")
+    shown = tool("test_lora_compatibility.py", "--model", "shapes", "--lora-dir", folder, home=tmp_path).stdout
+    assert "Shapes (demo): 1/3 (33.3%)" in shown
+    assert "  • page\n    Reason: LoRA 'page' cannot be read: take a .safetensors file.\n    Error: " in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((), "no LoRAs found in stable_diffusion/loras"),
+        (("--model", "gone"), "model 'gone' is not installed; one of dream"),
+        (("--lora", "gone.safetensors"), "LoRA 'gone.safetensors' is no file"),
+    ],
+)
+def test_what_cannot_be_tested_is_said_in_one_line(tmp_path: Path, arguments: tuple[str, ...], reason: str) -> None:
+    checkpoint(tmp_path / "stable_diffusion" / "models" / "dream.safetensors", SD1_KEYS)
+    done = tool("test_lora_compatibility.py", *arguments, home=tmp_path, shipped_models=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert reason in done.stderr
+
+
+def test_no_model_is_said(tmp_path: Path) -> None:
+    done = tool("test_lora_compatibility.py", home=tmp_path, shipped_models=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "diffusion-api: no models found: put one into stable_diffusion/models\n",
+    )
+
+
+def test_a_pair_takes_milliseconds(tmp_path: Path) -> None:
+    """Forty pairs with the model read once; the bound is wide, as the machine may be busy."""
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number}.safetensors").write_bytes(INK.read_bytes())
+    shown = tool("test_lora_compatibility.py", "--model", "shapes", "--lora-dir", folder, home=tmp_path).stdout
+    told = re.search(r"40 pairs were judged from their files in ([\d.]+) ms", shown)
+    assert told
+    assert float(told[1]) / 40 < 50
+
+
+def test_a_picture_proves_that_a_lora_works(tmp_path: Path) -> None:
+    from PIL import Image
+
+    done = tool("test_lora_compatibility.py", "--render", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = re.search(
+        r"  • shapes-ink\n    Picture: (\S+) \(differs by ([\d.]+)% from the one without it\)", done.stdout
+    )
+    assert told
+    with Image.open(tmp_path / told[1]) as pair:
+        width, height = pair.size
+        without, with_it = (pair.crop((x, 0, x + width // 2, height)) for x in (0, width // 2))
+    ink = [sum(sum(pixel) < 150 for pixel in side.get_flattened_data()) for side in (without, with_it)]
+    assert ink[1] > 500 > 10 * ink[0]  # the line of black ink that this LoRA draws
+    assert float(told[2]) > 1
+
+
+@pytest.mark.parametrize("name", ["list_models.py", "list_available_models_loras.py", "test_lora_compatibility.py"])
+def test_a_tool_is_a_command_and_lies_where_the_document_has_it(tmp_path: Path, name: str) -> None:
+    command = Path(name).stem.replace("_", "-")
+    assert (ROOT / name).resolve() == ROOT / "scripts" / name
+    described = tool(name, "--help").stdout
+    assert f"Usage: diffusion-api {command}" in described
+    assert described == run(command, "--help", cwd=tmp_path).stdout
+
+
+def test_pytest_takes_no_tool_for_a_test() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "--ignore=tests", "."],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 5, done.stdout  # nothing was collected

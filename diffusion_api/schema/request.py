@@ -101,6 +101,11 @@ class Sampling(Frozen):
         return self
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the stored pictures that it brings along."""
+        return ()
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """The seed of each picture: ``seed``, ``seed + 1``, …, around at 2**32. All variations have the same one."""
         if self.variation_seed is not None:
@@ -171,6 +176,11 @@ class Img2Img(Sampling):
     resize_mode: ResizeMode = "just resize"
     noise_multiplier: float = Field(default=1, ge=0, le=2)
     mask: Mask | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The picture, and the mask if there is one."""
+        return (self.image, self.mask.image) if self.mask else (self.image,)
 
 
 Request = Txt2Img | Img2Img

@@ -95,9 +95,7 @@ def test_nothing_is_stored_for_a_queue_that_is_full(make_queue: Callable[..., Qu
     assert not is_there(queue, blobs.name_of(b"two"))
 
 
-def test_an_input_stays_as_long_as_a_job_names_it(
-    queue: Queue, serving: Any, eventually: Any, result: Result
-) -> None:
+def test_an_input_stays_as_long_as_a_job_names_it(queue: Queue, serving: Any, eventually: Any, result: Result) -> None:
     waits, mask, runs, ended, nobodys = (queue.store_input(f"{n}".encode()) for n in range(5))
     queue.cancel(queue.enqueue(bringing(ended)).id)
     running = queue.enqueue(bringing(runs, priority=9))

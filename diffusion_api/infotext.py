@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffusion_api.schema.request import LoraUse, Sampling, Txt2Img
+from diffusion_api.schema.request import LoraUse, Sampling, Txt2Img, Upscale
 
 Value = str | int | float | bool
 """What a field holds: text, or the number or truth value that the text stood for."""
@@ -269,6 +269,16 @@ def for_request(
         "Version": version,
     }
     return render(request.prompt, request.negative_prompt, ordered(fields))
+
+
+def for_upscale(request: Upscale, *, version: str) -> str:
+    """The infotext of an upscaled picture."""
+    fields = {
+        "Postprocess upscale to": f"{request.width}x{request.height}",
+        "Postprocess upscaler": request.upscaler,
+        "Version": version,
+    }
+    return render("", "", fields)
 
 
 def _hires(request: Sampling) -> dict[str, str | int | float | None]:

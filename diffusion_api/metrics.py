@@ -28,6 +28,7 @@ from diffusion_api.engine.base import Event, Finished
 from diffusion_api.errors import QueueUnusable
 from diffusion_api.schema.job import Job, State
 from diffusion_api.schema.report import WorkerReport
+from diffusion_api.schema.request import Sampling
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a time of birth beside every counter doubles the text and says nothing
 
@@ -134,7 +135,7 @@ class JobMetrics:
 
     def _finished(self, job: Job, finished: Finished, steps: int, seconds: float) -> None:
         self._memory.set(finished.memory_after_mb * MIB)
-        if seconds > 0:
+        if seconds > 0 and isinstance(job.request, Sampling):
             self._speed.labels(job.request.model).set(steps / seconds)
         if finished.model_cached is not None:
             self._models.labels("hit" if finished.model_cached else "miss").inc()

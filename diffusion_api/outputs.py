@@ -17,6 +17,7 @@ from diffusion_api.engine.base import Finished
 from diffusion_api.errors import DiskFull, OutputsUnusable
 from diffusion_api.retention import Limits, due, entries
 from diffusion_api.schema.job import Image, Job
+from diffusion_api.schema.request import Upscale
 
 MIB = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -100,16 +101,20 @@ class Outputs:
         from diffusion_api import images, infotext  # NumPy and Pillow: a third of the time until the service answers
 
         request, pixels, seed = job.request, finished.images[number], finished.seeds[number]
-        text = infotext.for_request(
-            request,
-            number=number,
-            sampler_label=samplers.sampler(request.sampler).label,
-            schedule_label=samplers.schedule(request.schedule).label,
-            model_name=request.model,
-            model_hash=finished.model_hash,
-            known=finished.infotext,
-            version=f"DiffusionAPI v{__version__}",
-        )
+        version = f"DiffusionAPI v{__version__}"
+        if isinstance(request, Upscale):
+            text = infotext.for_upscale(request, version=version)
+        else:
+            text = infotext.for_request(
+                request,
+                number=number,
+                sampler_label=samplers.sampler(request.sampler).label,
+                schedule_label=samplers.schedule(request.schedule).label,
+                model_name=request.model,
+                model_hash=finished.model_hash,
+                known=finished.infotext,
+                version=version,
+            )
         data = images.encode(pixels, format=request.output.format, quality=request.output.quality, infotext=text)
         stem = job.id if len(finished.images) == 1 else f"{job.id}-{number}"
         name = f"{stem}.{SUFFIX[request.output.format]}"

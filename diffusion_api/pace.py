@@ -18,7 +18,7 @@ from diffusion_api import disk
 from diffusion_api.catalog.samplers import SAMPLERS
 from diffusion_api.engine.plan import plan
 from diffusion_api.schema.job import State
-from diffusion_api.schema.request import Frozen, Request
+from diffusion_api.schema.request import Frozen, Request, Sampling, Upscale
 
 if TYPE_CHECKING:
     from diffusion_api.queues.base import Queue, Snapshot
@@ -29,6 +29,9 @@ NEWEST = 0.3
 """Weight of the newest job against all before it."""
 
 MAX_FILE = 2**20
+UPSCALER = "upscaler "
+"""Begins the names of upscalers, to tell them from models."""
+
 LOOK_AHEAD = 64
 LOOK_EVERY = 1.0
 RUNNING = frozenset({State.LOADING, State.PROCESSING})
@@ -57,21 +60,26 @@ class Pace:
             return
         took = seconds / (share * work(request))
         with self._mutex:
-            known = dict(self._known())
-            known[request.model] = took + (1 - NEWEST) * (known.get(request.model, took) - took)
+            known, name = dict(self._known()), _name(request)
+            known[name] = took + (1 - NEWEST) * (known.get(name, took) - took)
             record = _Learned(seconds=known).model_dump_json().encode()
             try:
                 disk.write_whole(self._path, record, tmp=self._tmp, durable=False)
             except OSError as error:
-                log.debug("the pace of %s is forgotten: %s", request.model, error.strerror)
+                log.debug("the pace of %s is forgotten: %s", name, error.strerror)
 
     def seconds(self, request: Request) -> float | None:
         """How long a job will run; None when nothing was learned. A new model counts as the mean of the others."""
         with self._mutex:
             known = self._known()
-        if not known or request.sampler not in {row.name for row in SAMPLERS}:  # a record of another release
+        if isinstance(request, Sampling) and request.sampler not in {row.name for row in SAMPLERS}:
+            return None  # a record of another release
+        others = [
+            seconds for name, seconds in known.items() if name.startswith(UPSCALER) == isinstance(request, Upscale)
+        ]
+        if not others:
             return None
-        return work(request) * known.get(request.model, sum(known.values()) / len(known))
+        return work(request) * known.get(_name(request), sum(others) / len(others))
 
     def _known(self) -> dict[str, float]:
         try:
@@ -85,8 +93,15 @@ class Pace:
         return self._seconds
 
 
+def _name(request: Request) -> str:
+    """What it is that a job's time depends on."""
+    return UPSCALER + request.upscaler if isinstance(request, Upscale) else request.model
+
+
 def work(request: Request) -> float:
-    """What a job costs: model evaluations times megapixels; guidance evaluates twice."""
+    """What a job costs: megapixels, times the model's evaluations if they are drawn; guidance evaluates twice."""
+    if isinstance(request, Upscale):
+        return request.width * request.height / 1e6
     passes = plan(request)
     return sum(p.evaluations * p.width * p.height * (1 if p.guidance_scale == 1 else 2) for p in passes) / 1e6
 

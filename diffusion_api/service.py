@@ -29,7 +29,7 @@ from diffusion_api.errors import (
 )
 from diffusion_api.pace import Forecast
 from diffusion_api.schema.job import Image, Job, State
-from diffusion_api.schema.request import Request, Txt2Img
+from diffusion_api.schema.request import Img2Img, Request, Sampling, Txt2Img, Upscale
 from diffusion_api.storage import Storage
 from diffusion_api.usage import Usage, Use
 from diffusion_api.waiters import Waiters
@@ -167,8 +167,8 @@ class Service:
             raise TooLarge(f"{field}: {error}") from error
         return Picture(name_of(data), data, *image.size)
 
-    def estimate(self, request: Request) -> Estimate:
-        """What a job would do and take. Raises InvalidRequest, TooLarge, and OutOfMemory for one that cannot fit."""
+    def estimate(self, request: Txt2Img | Img2Img) -> Estimate:
+        """What a drawing would do and take. Raises InvalidRequest, TooLarge, and OutOfMemory for one that cannot fit."""
         self._check(request)
         model = self._library.resolve(request.model)
         try:
@@ -345,9 +345,12 @@ class Service:
 
     def _log_queued(self, job: Job) -> None:
         request = job.request
-        prompt = repr(request.prompt) if self.settings.log_prompts else f"a prompt of {len(request.prompt)} characters"
         size = f"{request.width}x{request.height}"
-        with logs.about(job.id, request.prompt, request.negative_prompt):
+        if isinstance(request, Upscale):
+            log.info("job %s queued: %s, upscaled to %s", job.id, request.upscaler, size)
+            return
+        prompt = repr(request.prompt) if self.settings.log_prompts else f"a prompt of {len(request.prompt)} characters"
+        with logs.about(job.id, *request.prompts):
             log.info(
                 "job %s queued: %s, %s, %d steps, n %d, %s",
                 job.id, request.model, size, request.steps, request.count, prompt,
@@ -392,6 +395,8 @@ class Service:
 
     def _fits(self, request: Request) -> None:
         """Refuse what can never fit. What cannot be known is left to the worker. Raises OutOfMemory."""
+        if not isinstance(request, Sampling):
+            return
         model, room = self._library.find(request.model), self._room()
         if model and room:
             with suppress(Unrecognised):
@@ -400,6 +405,14 @@ class Service:
     def _check(self, request: Request) -> None:
         """The operator's limits, before anything is written."""
         limits = self.settings
+        if isinstance(request, Upscale):
+            if request.width * request.height > limits.max_upscaled_pixels:
+                raise InvalidRequest(
+                    f"the picture would have {request.width}x{request.height} = {request.width * request.height} pixels; "
+                    f"at most {limits.max_upscaled_pixels} are allowed",
+                    field="width",
+                )
+            return
         if request.steps > limits.max_steps:
             raise InvalidRequest(f"steps is {request.steps}; it may be 1 to {limits.max_steps}", field="steps")
         if request.count > limits.max_batch:
@@ -442,7 +455,7 @@ class Service:
         if hires and (hires.prompt, hires.negative_prompt) != (request.prompt, request.negative_prompt):
             self._check_texts(request, hires.prompt, hires.negative_prompt)
 
-    def _check_texts(self, request: Request, positive: str, negative: str) -> None:
+    def _check_texts(self, request: Sampling, positive: str, negative: str) -> None:
         self.check_length(positive, negative)
         parsed = prompt.parse(positive)
         parts, networks = parsed.parts, len(request.loras) + len(parsed.networks)

@@ -117,6 +117,7 @@ class Settings(BaseSettings):
     max_input_pixels: int = Field(
         default=32 * 2**20, ge=64, description="width x height of a picture that a request brings along"
     )
+    max_upscaled_pixels: int = Field(default=8192 * 8192, ge=64, description="width x height of an upscaled picture")
     max_batch: int = Field(default=16, ge=1, description="pictures of one job")
     max_seconds: float = Field(default=0, ge=0, description="seconds that one job may run; 0 is no limit")
     max_work: float = Field(default=1000, gt=0, description="width x height x steps x n of one job, in megapixel-steps")

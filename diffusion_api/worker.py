@@ -213,8 +213,7 @@ class Worker:
         Raises DeviceLost with neither: the job that lost the device may do so each time, so it is left to the queue's
         recovery, which counts. Raises QueueUnusable when the service stops before the end could be written.
         """
-        prompts = job.request.prompt, job.request.negative_prompt
-        with self._presence.holding(job.id), logs.about(job.id, *prompts):
+        with self._presence.holding(job.id), logs.about(job.id, *job.request.prompts):
             hand = self._hands[job.id] = _Hand(job, control)
             try:
                 self._handle(hand)

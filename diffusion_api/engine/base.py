@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 from diffusion_api.errors import InputLost, Interrupted, OutOfMemory
 from diffusion_api.schema.job import LoraApplied, LoraSkipped, Progress
 from diffusion_api.schema.report import DeviceReport
-from diffusion_api.schema.request import Request
+from diffusion_api.schema.request import Request, Upscale
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +47,7 @@ class Attached:
 
 @dataclass(frozen=True)
 class Finished:
-    """The pictures, in order, with the seed of each, and what the infotext should say beyond the request.
+    """The pictures, in order, with the seed of each that was drawn, and what the infotext should say beyond the request.
 
     ``partial`` is there when the job was told to stop with what it had: the steps that its last picture got, or 0 when
     all of ``images`` are whole and only the rest of them is missing. ``model_cached`` is true when the model was in
@@ -55,7 +55,7 @@ class Finished:
     """
 
     images: tuple[Pixels, ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[int | None, ...]
     partial: int | None = None
     model_hash: str | None = None
     model_cached: bool | None = None
@@ -86,8 +86,11 @@ PATIENCE = 0.05
 
 def out_of_memory(request: Request) -> OutOfMemory:
     """What the caller of a job is told that did not fit into memory."""
+    size = f"{request.width}x{request.height}"
+    if isinstance(request, Upscale):
+        return OutOfMemory(f"out of memory: {size} pixels, upscaler {request.upscaler!r}; ask for a smaller picture")
     return OutOfMemory(
-        f"out of memory: {request.width}x{request.height} pixels, n {request.count}, model {request.model!r}; "
+        f"out of memory: {size} pixels, n {request.count}, model {request.model!r}; "
         "ask for a smaller picture or for a smaller model"
     )
 

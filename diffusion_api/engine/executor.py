@@ -28,7 +28,7 @@ from diffusion_api.errors import DeviceLost, DeviceUnusable, DiffusionApiError, 
 from diffusion_api.prompt import parse
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.report import DeviceReport
-from diffusion_api.schema.request import Img2Img, Request
+from diffusion_api.schema.request import Img2Img, Request, Sampling
 from diffusion_api.settings import keep_offline
 
 if TYPE_CHECKING:
@@ -128,11 +128,13 @@ class Executor:
             while not isinstance(event := task.next_event(), Finished):
                 yield event
         # The device is free for the next job while this one is saved; so it need not wait for a hash either.
-        model = self._library.find(request.model)
+        model = self._library.find(request.model) if isinstance(request, Sampling) else None
         yield replace(event, model_hash=model.hash if model else None)
 
     def _hash(self, request: Request) -> None:
         """Have the hashes of the job's files made meanwhile, so that the device thread does not wait for them."""
+        if not isinstance(request, Sampling):
+            return
         loras = {use.name for use in request.loras} | {network.name for network in parse(request.prompt).networks}
         rows = [self._library.find(request.model), *(self._library.find_asset("lora", name) for name in loras)]
         if request.vae:

@@ -25,7 +25,7 @@ from diffusion_api.engine.families.base import read_weights
 from diffusion_api.engine.loras import Patches, Step, Weight, steps
 from diffusion_api.prompt import parse
 from diffusion_api.schema.job import NOT_INSTALLED, LoraApplied, LoraSkipped, lora_skipped
-from diffusion_api.schema.request import OWN_VAE, LoraUse, Request
+from diffusion_api.schema.request import OWN_VAE, LoraUse, Sampling
 
 
 class Extras:
@@ -34,7 +34,7 @@ class Extras:
     def __init__(self, library: Library) -> None:
         self._library = library
 
-    def attach(self, lane: Loaded, request: Request) -> Attached:
+    def attach(self, lane: Loaded, request: Sampling) -> Attached:
         """Have the lane draw with the LoRAs, the VAE and the embeddings of this request, and with no others.
 
         What is attached stays until another job of this model asks for something else; the same again costs nothing.
@@ -45,7 +45,7 @@ class Extras:
             patched, warnings=patched.warnings + learned.warnings, infotext={**patched.infotext, **learned.infotext}
         )
 
-    def _patched(self, lane: Loaded, request: Request) -> Attached:
+    def _patched(self, lane: Loaded, request: Sampling) -> Attached:
         uses = [(use, self._library.find_asset("lora", use.name)) for use in lora_uses(request)]
         vae = self._vae(request)
         key = (*((use, row and (row.path, row.stamp)) for use, row in uses), vae and (vae.path, vae.stamp))
@@ -65,7 +65,7 @@ class Extras:
                 words.forget()
         return attached
 
-    def _vae(self, request: Request) -> Asset | None:
+    def _vae(self, request: Sampling) -> Asset | None:
         if request.vae == OWN_VAE:
             return None
         if request.vae:
@@ -96,7 +96,7 @@ class Extras:
         return Attached(warnings=tuple(warnings), infotext={"TI hashes": hashes} if hashes else {})
 
 
-def lora_uses(request: Request) -> tuple[LoraUse, ...]:
+def lora_uses(request: Sampling) -> tuple[LoraUse, ...]:
     """The LoRAs of a request: those of its own field, then those that its prompt names."""
     named = (network for network in parse(request.prompt).networks if network.kind == "lora")
     return (*request.loras, *(LoraUse(name=n.name, scale=n.unet, text_scale=n.text_encoder) for n in named))

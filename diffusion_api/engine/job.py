@@ -34,7 +34,7 @@ from diffusion_api.engine.plan import Pass, plan
 from diffusion_api.engine.upscalers import Upscaler, enlarged
 from diffusion_api.errors import Interrupted, NotFinite
 from diffusion_api.schema.job import Progress, State
-from diffusion_api.schema.request import Img2Img, Request
+from diffusion_api.schema.request import Img2Img, Request, Sampling
 
 OVERFLOWED = (
     "the model's numbers overflowed (NaN), so there is no picture: try another sampler, less guidance or "
@@ -50,7 +50,7 @@ class Loaders:
 
     model: Callable[[str], Lane | Painter]
     upscaler: Callable[[str], Upscaler]
-    attach: Callable[[Loaded, Request], Attached]
+    attach: Callable[[Loaded, Sampling], Attached]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def begun(
     latents: Tensor = yield Run(partial(lane.latents_of, to_tensor(canvas.picture)), Point.ENCODE)
     request = stage.request
     if not isinstance(request, Img2Img):
-        raise TypeError(f"a picture was brought along for {request.kind}")
+        raise TypeError(f"a picture was brought along for {type(request).__name__}")
     shape = lane.latent_shape(stage.width, stage.height)
     if latents.shape != shape:  # resize_mode "latent"
         latents = interpolate(latents, shape[2:], mode="bilinear")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from diffusion_api.catalog import samplers
-from diffusion_api.schema.request import Hires, Img2Img, Request
+from diffusion_api.schema.request import Hires, Img2Img, Request, Sampling, Txt2Img
 
 MOST_DRAWN = 0.999
 """Of a picture, by the first of several steps: there is always a trace left of it (a1111.md, 5.2)."""
@@ -20,7 +20,7 @@ class Pass:
     ``last``: there is a picture when it is done.
     """
 
-    request: Request
+    request: Sampling
     model: str
     prompt: str
     negative_prompt: str
@@ -62,7 +62,9 @@ class Pass:
 
 
 def plan(request: Request) -> tuple[Pass, ...]:
-    """The passes, in order; one or two for each picture."""
+    """The passes, in order; one or two for each picture that a model draws."""
+    if not isinstance(request, Sampling):
+        return ()
     passes: list[Pass] = []
     for number, (seed, variation_seed) in enumerate(zip(request.seeds, request.variation_seeds, strict=True)):
         first = Pass(
@@ -82,7 +84,7 @@ def plan(request: Request) -> tuple[Pass, ...]:
             begins=number / request.count,
             ends=(number + 1) / request.count,
         )
-        passes += [first] if isinstance(request, Img2Img) or request.hires is None else _two(first, request.hires)
+        passes += _two(first, request.hires) if isinstance(request, Txt2Img) and request.hires else [first]
     return tuple(passes)
 
 

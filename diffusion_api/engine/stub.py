@@ -36,6 +36,7 @@ from diffusion_api.engine.base import (
     Event,
     Finished,
     Pictures,
+    Pixels,
     Stop,
     StopAsked,
     no_pictures,
@@ -44,7 +45,7 @@ from diffusion_api.engine.base import (
 from diffusion_api.errors import DeviceLost, Interrupted, NotFinite
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.report import DeviceReport
-from diffusion_api.schema.request import Request, Txt2Img
+from diffusion_api.schema.request import Request, Txt2Img, Upscale
 
 HOOK = re.compile(r"stub:(\w+)(?:=([\w.]+))?")
 
@@ -88,6 +89,10 @@ class StubEngine:
 
 
 def _job(request: Request, stop: StopAsked) -> Generator[Event, None, Finished]:
+    if isinstance(request, Upscale):
+        yield Progress(state=State.LOADING, phase="loading")
+        yield Progress(state=State.PROCESSING, fraction=1, phase="upscaling", step=1, steps=1)
+        return Finished(images=(_picture(request, request.width, request.height),), seeds=request.seeds)
     hooks = dict(HOOK.findall(request.prompt))
     yield Progress(state=State.LOADING, phase="loading")
     if hooks.get("oom") == "load":
@@ -118,7 +123,15 @@ def _job(request: Request, stop: StopAsked) -> Generator[Event, None, Finished]:
     made = request if partial is None else request.model_copy(update={"steps": partial})
     if "nan" in hooks and made.steps >= int(hooks["nan"] or middle):
         raise NotFinite("the stub engine was told to compute what is no number")
-    images = tuple(_picture(made, *seeds) for seeds in zip(made.seeds, made.variation_seeds, strict=True))
+    size = (isinstance(made, Txt2Img) and made.hires) or made
+    images = tuple(
+        _picture(
+            made.model_copy(update={"seed": seed, "variation_seed": variation_seed, "count": 1}),
+            size.width,
+            size.height,
+        )
+        for seed, variation_seed in zip(made.seeds, made.variation_seeds, strict=True)
+    )
     return Finished(images=images, seeds=made.seeds, partial=partial)
 
 
@@ -170,12 +183,8 @@ def _hold_the_interpreter(seconds: float) -> None:
         ctypes.PyDLL(None).usleep(int(seconds * 1e6))
 
 
-def _picture(
-    request: Request, seed: int, variation_seed: int | None
-) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    asked = request.model_copy(update={"seed": seed, "variation_seed": variation_seed, "count": 1})
+def _picture(asked: Request, width: int, height: int) -> Pixels:
     digest = hashlib.sha256(asked.model_dump_json().encode()).digest()
     generator = np.random.default_rng(int.from_bytes(digest, "big"))
-    size = (isinstance(request, Txt2Img) and request.hires) or request
-    coarse = generator.integers(0, 256, (size.height // 8, size.width // 8, 3), dtype=np.uint8)
-    return coarse.repeat(8, 0).repeat(8, 1)
+    coarse = generator.integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
+    return coarse.repeat(8, 0).repeat(8, 1)[:height, :width]

@@ -62,14 +62,14 @@ class Submission(Frozen):
 
     version: int = 1
     job_id: str
-    seed: int
+    seed: int | None
     fingerprint: str
     created: float
 
     @classmethod
     def of(cls, job: Job, key: Key) -> Self:
         """That of a job which comes with this key now."""
-        return cls(job_id=job.id, seed=job.request.seed, fingerprint=key.fingerprint, created=time.time())
+        return cls(job_id=job.id, seed=job.request.seeds[0], fingerprint=key.fingerprint, created=time.time())
 
     @property
     def stands(self) -> bool:
@@ -80,7 +80,9 @@ class Submission(Frozen):
         """The earlier job, made from the one that is sent now with the same key. Raises KeyReused if it is another."""
         if key.fingerprint != self.fingerprint:
             raise KeyReused(f"Idempotency-Key {key.text!r} was sent before with another body; take a new one for this")
-        request = job.request.model_copy(update={"seed": self.seed})
+        request = job.request
+        if self.seed is not None:
+            request = request.model_copy(update={"seed": self.seed})
         return job.model_copy(update={"id": self.job_id, "request": request})
 
 

@@ -41,12 +41,12 @@ class Progress(Frozen):
 
 
 class Image(Frozen):
-    """One stored picture: its path relative to the installation's home, size in pixels, seed, hash of the file."""
+    """One stored picture: its path relative to the installation's home, size in pixels, seed if it was drawn, its hash."""
 
     path: str
     width: int
     height: int
-    seed: int
+    seed: int | None
     sha256: str
     infotext: str
 

@@ -43,6 +43,13 @@ class LoraUse(Frozen):
         return self.scale if self.text_scale is None else self.text_scale
 
 
+class Refiner(Frozen):
+    """The model that draws the rest of a pass once ``switch_at`` of its steps are done, 0 to 1."""
+
+    model: str
+    switch_at: float = Field(ge=0, le=1)
+
+
 class Sampling(Frozen):
     """What every request says that has pictures drawn by a model.
 
@@ -56,6 +63,9 @@ class Sampling(Frozen):
 
     ``loras`` are asked for beside those that the prompt names. ``vae`` is a name, ``"None"`` for the model's own; None for
     the one that is named like the model, where there is one.
+
+    ``refiner`` takes over in the last pass of each picture. With ``tiling`` the edges of a picture fit each other. After
+    every ``preview_every`` steps there is a small picture of what is drawn; 0 for none.
     """
 
     model: str
@@ -91,6 +101,9 @@ class Sampling(Frozen):
 
     loras: tuple[LoraUse, ...] = ()
     vae: str | None = None
+    refiner: Refiner | None = None
+    tiling: bool = False
+    preview_every: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -118,6 +131,11 @@ class Sampling(Frozen):
         if self.variation_seed is None:
             return (None,) * self.count
         return self._counted(self.variation_seed)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All that was asked for in words."""
+        return self.prompt, self.negative_prompt
 
     def _counted(self, first: int) -> tuple[int, ...]:
         return tuple((first + i) % (MAX_SEED + 1) for i in range(self.count))
@@ -163,6 +181,11 @@ class Txt2Img(Sampling):
     kind: Literal["txt2img"] = "txt2img"
     hires: Hires | None = None
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All that was asked for in words."""
+        return super().prompts + ((self.hires.prompt, self.hires.negative_prompt) if self.hires else ())
+
 
 class Img2Img(Sampling):
     """A picture from words and a picture, ``image``, the name of a stored one; with a mask, a part of it.
@@ -183,6 +206,35 @@ class Img2Img(Sampling):
         return (self.image, self.mask.image) if self.mask else (self.image,)
 
 
-Request = Txt2Img | Img2Img
+class Upscale(Frozen):
+    """A picture, ``image``, the name of a stored one, with other pixels, ``width`` x ``height``.
+
+    ``upscaler`` is one of the catalog's that enlarges no latents.
+    """
+
+    kind: Literal["upscale"] = "upscale"
+    image: str
+    upscaler: str
+    width: int = Field(ge=1)
+    height: int = Field(ge=1)
+    output: Output
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The picture."""
+        return (self.image,)
+
+    @property
+    def seeds(self) -> tuple[None]:
+        """Nothing is drawn, so there is none."""
+        return (None,)
+
+    @property
+    def prompts(self) -> tuple[()]:
+        """Nothing is asked for in words."""
+        return ()
+
+
+Request = Txt2Img | Img2Img | Upscale
 AnyRequest = Annotated[Request, Field(discriminator="kind")]
 """For fields of records: the kind says which one it is."""

@@ -196,7 +196,7 @@ class SubmittedBody(BaseModel):
 
     job_id: str
     status: Literal["queued"] = "queued"
-    seed: int
+    seed: int | None = Field(description="null where nothing is drawn")
     warnings: list[str] = []
 
 

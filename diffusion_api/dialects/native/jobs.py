@@ -85,7 +85,7 @@ def add(router: APIRouter, service: Service) -> None:
         stored = service.submit(job, key=key)
         if stored.id != job.id:
             answer.headers["Idempotency-Replayed"] = "true"
-        return SubmittedBody(job_id=stored.id, seed=stored.request.seed, warnings=list(stored.warnings))
+        return SubmittedBody(job_id=stored.id, seed=stored.request.seeds[0], warnings=list(stored.warnings))
 
     @router.get(
         "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=refusals(400, 404, 410, 503),

@@ -114,7 +114,10 @@ else
 	@awk '/^[a-z]/ {skip = $$0 ~ /^($(TORCH_PACKAGES))==/} !skip' requirements.txt >$(VENV)/requirements.txt
 	@$(BIN)/uv pip sync --python $(BIN)/python --require-hashes $(VENV)/requirements.txt requirements-dev.txt
 	@$(BIN)/uv pip install --python $(BIN)/python --torch-backend $(TORCH) torchvision \
-	    "torch<=$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.txt)"
+	    "torch<=$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' requirements.txt)" || { \
+	    echo "TORCH=$(TORCH) comes from the index of PyTorch itself, which must be reachable and must have that build."; \
+	    echo "The build of the package registry needs no more than the registry: make $(or $(MAKECMDGOALS),setup) TORCH=registry"; \
+	    exit 1; }
 endif
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@echo "$(TORCH)" >$(VENV)/.torch

@@ -41,7 +41,7 @@ def main() -> None:
         settings.create_folders()
         shutil.copytree(DATA / "models" / "shapes", settings.models_dir / "copy")
         library, queue = server.build_library(settings), server.build_queue(settings)
-        outputs, engine = Outputs(settings.outputs_dir), server.build_engine(settings, library)
+        outputs, engine = Outputs(settings.outputs_dir), server.build_engine(settings, library, queue)
         service = Service(settings, library, queue, outputs, engine)
         worker = Worker(queue, engine, outputs)
         worker.start()

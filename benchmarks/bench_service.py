@@ -40,7 +40,7 @@ def main() -> None:
         settings = Settings(home=home, device="cpu")
         settings.create_folders()
         library, queue = server.build_library(settings), server.build_queue(settings)
-        outputs, engine = Outputs(settings.outputs_dir), server.build_engine(settings, library)
+        outputs, engine = Outputs(settings.outputs_dir), server.build_engine(settings, library, queue)
         service = Service(settings, library, queue, outputs, engine)
         worker = Worker(queue, engine, outputs)
         worker.start()

@@ -276,6 +276,26 @@ def unlock(fd: int) -> None:
     os.close(fd)
 
 
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[int | None]:
+    """Within, a file that is there, open and locked; None where there is none. Waits until who has the lock lets go."""
+    try:
+        fd = os.open(path, _READ)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield fd if os.fstat(fd).st_nlink else None
+    finally:
+        os.close(fd)
+
+
+def touch(fd: int) -> None:
+    """Let an open file be as one that was written now."""
+    os.utime(fd)
+
+
 def is_locked(path: Path) -> bool:
     """True while someone holds the lock of this file. Looking is shared: those who look do not meet each other."""
     try:

@@ -9,6 +9,7 @@
     │   │   └── UrlRefused          a URL that leads where the operator lets nobody go
     │   ├── NotFound                no such job, no such picture
     │   ├── Gone                    there was one, and its time is over
+    │   ├── InputLost               a picture that a job brought along is no longer there as it was
     │   ├── Conflict                the job is in no state for that
     │   ├── TooLarge                body, picture or job beyond the operator's limits
     │   ├── KeyReused               an Idempotency-Key stands for another request
@@ -77,6 +78,10 @@ class NotFound(CallerError):
 
 class Gone(CallerError):
     """There was such a thing, and it was kept for as long as the operator wants."""
+
+
+class InputLost(CallerError):
+    """A picture that a job brought along is gone or damaged: it must be sent again."""
 
 
 class Conflict(CallerError):

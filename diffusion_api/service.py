@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_api import logs, prompt
+from diffusion_api.blobs import name_of
 from diffusion_api.catalog import styles
 from diffusion_api.catalog.detect import Unrecognised
 from diffusion_api.engine.estimate import Estimate, estimate
 from diffusion_api.errors import (
     Conflict,
+    InvalidImage,
     InvalidRequest,
     NotFound,
     QueueUnusable,
@@ -55,6 +58,9 @@ MAX_NETWORKS = 64
 MAX_TEXTS = 200_000
 """Characters of all the texts that a prompt is at its steps; each is encoded before the first one."""
 
+DECODED_AT_ONCE = 2
+"""Pictures that are being looked at; each may take ten bytes for a pixel."""
+
 SHUTTING_DOWN = "the service is shutting down"
 
 
@@ -88,6 +94,16 @@ class Readiness:
     paused: bool = False
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture that a request brings along: the name that it will be stored by, its bytes, its size in pixels, upright."""
+
+    name: str
+    data: bytes
+    width: int
+    height: int
+
+
 class Service:
     """Submits, looks up and cancels jobs; knows what is installed."""
 
@@ -110,12 +126,14 @@ class Service:
         self._waiters = Waiters(queue)
         self._storage = Storage(queue.check, outputs.check)
         self._usage = Usage({folder.relative_to(settings.home).as_posix(): folder for folder in settings.folders})
+        self._decoding = threading.Semaphore(DECODED_AT_ONCE)
         self._draining = False
 
-    def submit(self, job: Job, *, key: Key | None = None) -> Job:
-        """Store a new job; when this returns it is on disk. The job as stored: without the pictures in its payload, and
-        with the operator's deadline if it had none. It is an earlier job, with another id, if its caller sent that with
-        the same ``key``. Raises InvalidRequest, TooLarge, OutOfMemory, KeyReused, ShuttingDown, DiskFull, QueueUnusable.
+    def submit(self, job: Job, *, key: Key | None = None, pictures: Iterable[Picture] = ()) -> Job:
+        """Store a new job, and the ``pictures`` that it brings along before it; when this returns it is on disk. The job as
+        stored: without the pictures in its payload, and with the operator's deadline if it had none. It is an earlier job,
+        with another id, if its caller sent that with the same ``key``. Raises InvalidRequest, TooLarge, OutOfMemory,
+        KeyReused, ShuttingDown, DiskFull, QueueUnusable.
         """
         from diffusion_api.images import sanitized
 
@@ -124,6 +142,8 @@ class Service:
         self._check(job.request)
         self._fits(job.request)
         stored = job.model_copy(update={"payload": sanitized(job.payload), "deadline": self._deadline(job)})
+        for picture in pictures:
+            self._queue.store_input(picture.data)
         with self._promised(stored):
             kept = self._queue.enqueue(stored, key=key)
         if kept.id == stored.id:
@@ -131,6 +151,21 @@ class Service:
         else:
             self._repeated(stored, kept)
         return kept
+
+    def picture(self, text: str, field: str) -> Picture:
+        """The picture in base64 or a data URL, looked at to its last pixel. Raises InvalidImage and TooLarge of that field."""
+        from diffusion_api import images
+
+        limits = self.settings
+        data = images.from_base64(text, max_bytes=limits.max_body, field=field)
+        try:
+            with self._decoding:
+                image = images.decode(data, max_pixels=limits.max_input_pixels)
+        except InvalidImage as error:
+            raise InvalidImage(f"{field}: {error}", field=field) from error
+        except TooLarge as error:
+            raise TooLarge(f"{field}: {error}") from error
+        return Picture(name_of(data), data, *image.size)
 
     def estimate(self, request: Txt2Img | Img2Img) -> Estimate:
         """What a drawing would do and take. Raises InvalidRequest, TooLarge, and OutOfMemory for one that cannot fit."""

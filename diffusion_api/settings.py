@@ -114,6 +114,9 @@ class Settings(BaseSettings):
 
     max_steps: int = Field(default=150, ge=1, description="steps of one job")
     max_pixels: int = Field(default=2048 * 2048, ge=64, description="width x height of one picture")
+    max_input_pixels: int = Field(
+        default=32 * 2**20, ge=64, description="width x height of a picture that a request brings along"
+    )
     max_upscaled_pixels: int = Field(default=8192 * 8192, ge=64, description="width x height of an upscaled picture")
     max_batch: int = Field(default=16, ge=1, description="pictures of one job")
     max_seconds: float = Field(default=0, ge=0, description="seconds that one job may run; 0 is no limit")

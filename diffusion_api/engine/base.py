@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from diffusion_api.errors import Interrupted, OutOfMemory
+from diffusion_api.errors import InputLost, Interrupted, OutOfMemory
 from diffusion_api.schema.job import LoraApplied, LoraSkipped, Progress
 from diffusion_api.schema.report import DeviceReport
 from diffusion_api.schema.request import Request, Upscale
@@ -17,6 +17,7 @@ from diffusion_api.schema.request import Request, Upscale
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
 Pixels: TypeAlias = "NDArray[np.uint8]"
 """A picture: (height, width, 3), uint8, RGB."""
@@ -69,6 +70,15 @@ class Finished:
 
 
 Event = Progress | Finished
+
+Pictures: TypeAlias = "Callable[[str], Image]"
+"""Gives the stored pictures that requests name. Raises InputLost, InvalidImage, TooLarge."""
+
+
+def no_pictures(name: str) -> Image:
+    """For an engine whose jobs bring nothing along."""
+    raise InputLost(f"there is no picture {name!r}")
+
 
 PATIENCE = 0.05
 """Seconds between two looks at whether a job is to stop, while it waits for the device."""

@@ -7,15 +7,24 @@ import logging
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_api.catalog.library import Library
-from diffusion_api.engine.base import Admission, Event, Finished, Stop, StopAsked, out_of_memory
-from diffusion_api.errors import DeviceLost, DeviceUnusable, DiffusionApiError, Interrupted, NotFound, OutOfMemory
+from diffusion_api.engine.base import (
+    Admission,
+    Event,
+    Finished,
+    Pictures,
+    Stop,
+    StopAsked,
+    no_pictures,
+    out_of_memory,
+)
+from diffusion_api.errors import DeviceLost, DeviceUnusable, DiffusionApiError, Interrupted, OutOfMemory
 from diffusion_api.prompt import parse
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.report import DeviceReport
@@ -23,8 +32,6 @@ from diffusion_api.schema.request import Img2Img, Request, Sampling
 from diffusion_api.settings import keep_offline
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from diffusion_api.canvas import Canvas
     from diffusion_api.engine.denoise import Asks, Evaluate, Run
     from diffusion_api.engine.devices import Device
@@ -51,11 +58,6 @@ class Budget:
 
 
 UNLIMITED = Budget()
-
-
-def no_picture(name: str) -> Image:
-    """For an engine whose jobs bring nothing along."""
-    raise NotFound(f"there is no picture {name!r}")
 
 
 @dataclass
@@ -89,7 +91,7 @@ class Executor:
         device: str,
         tokenizer: Path,
         budget: Budget = UNLIMITED,
-        picture: Callable[[str], Image] = no_picture,
+        picture: Pictures = no_pictures,
     ) -> None:
         self._picture = picture
         self._library, self._wanted, self._tokenizer, self._budget = library, device, tokenizer, budget
@@ -142,7 +144,7 @@ class Executor:
                 row.hash_soon()
 
     def _canvas(self, request: Request) -> Canvas | None:
-        """What the job brings along, made ready while others have the device. Raises InvalidImage, NotFound."""
+        """What the job brings along, made ready while others have the device. Raises InputLost, InvalidImage."""
         if not isinstance(request, Img2Img):
             return None
         from diffusion_api import canvas

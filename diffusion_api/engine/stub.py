@@ -31,7 +31,17 @@ from typing import NoReturn
 
 import numpy as np
 
-from diffusion_api.engine.base import Admission, Event, Finished, Pixels, Stop, StopAsked, out_of_memory
+from diffusion_api.engine.base import (
+    Admission,
+    Event,
+    Finished,
+    Pictures,
+    Pixels,
+    Stop,
+    StopAsked,
+    no_pictures,
+    out_of_memory,
+)
 from diffusion_api.errors import DeviceLost, Interrupted, NotFinite
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.report import DeviceReport
@@ -43,7 +53,8 @@ HOOK = re.compile(r"stub:(\w+)(?:=([\w.]+))?")
 class StubEngine:
     """Satisfies :class:`diffusion_api.engine.base.Engine`."""
 
-    def __init__(self) -> None:
+    def __init__(self, picture: Pictures = no_pictures) -> None:
+        self._picture = picture
         self._admission = Admission()
         self._lost = False
 
@@ -63,7 +74,9 @@ class StubEngine:
         return True
 
     def run(self, request: Request, *, stop: StopAsked) -> Iterator[Event]:
-        """Steps without work, then noise seeded by the request."""
+        """Steps without work, then noise seeded by the request. What it brings along is opened, and seen only by its name."""
+        for name in request.inputs:
+            self._picture(name)
         with self._admission.admitted(stop):
             if self._lost:
                 _lose(request)

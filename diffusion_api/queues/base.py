@@ -158,6 +158,17 @@ class Queue(ABC):
         """
 
     @abstractmethod
+    def store_input(self, data: bytes) -> str:
+        """Store a picture durably, before the job that brings it along; the name by which its request knows it.
+
+        It is swept when it is as old as results are kept and no job names it. Raises QueueFull, DiskFull, QueueUnusable.
+        """
+
+    @abstractmethod
+    def read_input(self, name: str) -> bytes:
+        """The picture of that name, as it was stored. Raises InputLost, QueueUnusable."""
+
+    @abstractmethod
     def check(self) -> None:
         """Try whether a job could be stored now. Raises what :meth:`enqueue` would, and leaves nothing behind."""
 
@@ -183,7 +194,8 @@ class Queue(ABC):
 
     @abstractmethod
     def sweep(self, results: Limits, *, now: float) -> None:
-        """Let go of ended jobs beyond these limits, and of keys and memories whose time is over at ``now``."""
+        """Let go of ended jobs beyond these limits, of keys and memories whose time is over at ``now``, and of inputs that
+        are that old and that no job names."""
 
     @abstractmethod
     def jobs(self, states: frozenset[State] | None = None, *, limit: int | None = None) -> list[Job]:
@@ -202,6 +214,11 @@ class Queue(ABC):
 
         What another process changes may be noticed only by looking.
         """
+
+    def _named(self) -> set[str]:
+        """The inputs that jobs name. Who runs is looked at twice: a job that is given back moves against the way."""
+        unfinished = frozenset(state for state in State if not state.terminal)
+        return {name for job in (*self.jobs(), *self.jobs(unfinished)) for name in job.request.inputs}
 
     def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
         """Snapshots as they change, the present one first; ends after a terminal one, ``timeout`` seconds or close."""

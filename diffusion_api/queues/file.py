@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from diffusion_api import disk
+from diffusion_api.blobs import FileBlobs
 from diffusion_api.errors import QueueUnusable, TooLarge
 from diffusion_api.queues._file import reports
 from diffusion_api.queues._file.ended import Ended
@@ -88,6 +89,7 @@ class FileQueue(Queue):
         )
         self._ended = Ended(self._places)
         self._keys = Keys(self._places)
+        self._inputs = FileBlobs(root / "inputs", tmp=self._places.tmp)
         self._recover_every = recover_every
         self._claims: dict[str, _Claim] = {}
         self._worker: Worker | None = None
@@ -129,6 +131,17 @@ class FileQueue(Queue):
             self._places.write_waiting(name, record)
         self._announce(arrival=True)
         return job
+
+    @as_queue_errors("queue")
+    def store_input(self, data: bytes) -> str:
+        """Store a picture durably, before the job that brings it along; the name by which its request knows it."""
+        self._check_room()
+        return self._inputs.put(data)
+
+    @as_queue_errors("queue")
+    def read_input(self, name: str) -> bytes:
+        """The picture of that name, as it was stored. Raises InputLost."""
+        return self._inputs.get(name)
 
     @as_queue_errors("queue")
     def check(self) -> None:
@@ -183,9 +196,10 @@ class FileQueue(Queue):
 
     @as_queue_errors("queue")
     def sweep(self, results: Limits, *, now: float) -> None:
-        """Let go of ended jobs beyond these limits, and of keys and tombstones whose time is over at ``now``."""
+        """Let go of ended jobs beyond these limits, and of keys, tombstones and inputs whose time is over at ``now``."""
         self._ended.sweep(results, now=now)
         self._keys.sweep(now=now)
+        self._inputs.sweep(results, now=now, named=self._named)
 
     @as_queue_errors("queue")
     def jobs(self, states: frozenset[State] | None = None, *, limit: int | None = None) -> list[Job]:

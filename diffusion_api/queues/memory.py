@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from diffusion_api.blobs import MemoryBlobs
 from diffusion_api.errors import QueueFull
 from diffusion_api.queues.base import (
     PAUSED_BY_OPERATOR,
@@ -60,6 +61,7 @@ class MemoryQueue(Queue):
         self._entries: dict[str, _Entry] = {}
         self._keys: dict[tuple[str, str], Submission] = {}
         self._gone: dict[str, float] = {}
+        self._inputs = MemoryBlobs()
         self._sequence = itertools.count()
         self._turn = threading.Lock()
         self._event = threading.Condition()
@@ -88,6 +90,15 @@ class MemoryQueue(Queue):
             self._entries[job.id] = _Entry(job, _Order(-job.priority, self._round_of(job), next(self._sequence)))
             self._announce()
             return job
+
+    def store_input(self, data: bytes) -> str:
+        """Store a picture before the job that brings it along; the name by which its request knows it."""
+        self.check()
+        return self._inputs.put(data)
+
+    def read_input(self, name: str) -> bytes:
+        """The picture of that name, as it was stored. Raises InputLost."""
+        return self._inputs.get(name)
 
     def check(self) -> None:
         """Raise QueueFull if a job could not be stored now."""
@@ -138,7 +149,7 @@ class MemoryQueue(Queue):
             return ended
 
     def sweep(self, results: Limits, *, now: float) -> None:
-        """Let go of ended jobs beyond these limits, and of keys and tombstones whose time is over at ``now``."""
+        """Let go of ended jobs beyond these limits, and of keys, tombstones and inputs whose time is over at ``now``."""
         with self._event:
             ended = [Entry(e.job.id, e.job.finished or now) for e in self._entries.values() if e.job.state.terminal]
             for entry in due(ended, results, now=now, what="results"):
@@ -147,6 +158,7 @@ class MemoryQueue(Queue):
             for entry in due([Entry(*gone) for gone in self._gone.items()], TOMBSTONES, now=now, what="tombstones"):
                 del self._gone[entry.name]
             self._keys = {name: kept for name, kept in self._keys.items() if kept.stands}
+        self._inputs.sweep(results, now=now, named=self._named)
 
     def jobs(self, states: frozenset[State] | None = None, *, limit: int | None = None) -> list[Job]:
         """Running jobs, with the state of their progress; then waiting ones, next first; then ended, newest first."""

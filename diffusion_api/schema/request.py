@@ -123,6 +123,11 @@ class Sampling(Frozen):
         return self
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the stored pictures that it brings along."""
+        return ()
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """The seed of each picture: ``seed``, ``seed + 1``, …, around at 2**32. All variations have the same one."""
         if self.variation_seed is not None:
@@ -204,6 +209,11 @@ class Img2Img(Sampling):
     noise_multiplier: float = Field(default=1, ge=0, le=2)
     mask: Mask | None = None
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The picture, and the mask if there is one."""
+        return (self.image, self.mask.image) if self.mask else (self.image,)
+
 
 class Upscale(Frozen):
     """A picture, ``image``, the name of a stored one, with other pixels, ``width`` x ``height``.
@@ -217,6 +227,11 @@ class Upscale(Frozen):
     width: int = Field(ge=1)
     height: int = Field(ge=1)
     output: Output
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The picture."""
+        return (self.image,)
 
     @property
     def seeds(self) -> tuple[None]:

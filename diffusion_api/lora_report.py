@@ -15,7 +15,7 @@ from diffusion_api.catalog.kinds import family_of
 from diffusion_api.catalog.library import Library, Model
 from diffusion_api.errors import Misconfigured, NotFound
 from diffusion_api.schema.request import LoraUse, Output, Txt2Img
-from diffusion_api.server import build_engine, build_library
+from diffusion_api.server import build_engine, build_library, build_queue
 from diffusion_api.settings import Settings
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def prove(verdicts: Iterable[Verdict], settings: Settings, folder: Path) -> Iter
     Raises DeviceUnusable.
     """
     library = build_library(settings)
-    engine = build_engine(settings, library)
+    engine = build_engine(settings, library, build_queue(settings))
     engine.start()
     engine.wait()
     plain: dict[str, Finished] = {}

@@ -19,6 +19,7 @@ from diffusion_api.dialects._base import error_body
 from diffusion_api.metrics import CONTENT_TYPE, METHODS, Metrics
 
 if TYPE_CHECKING:
+    from diffusion_api.access import Access
     from diffusion_api.service import Service
     from diffusion_api.settings import Settings
 
@@ -31,6 +32,7 @@ DESCRIPTION = "Post a job, poll its state, get the picture. A queue that loses n
 def create_app(
     service: Service,
     settings: Settings,
+    access: Access,
     *,
     startup: Callable[[], None] = lambda: None,
     shutdown: Callable[[], None] = lambda: None,
@@ -42,7 +44,7 @@ def create_app(
         version=__version__,
         description=DESCRIPTION,
         lifespan=_lifespan(startup, shutdown),
-        middleware=door.middleware(settings, metrics),
+        middleware=door.middleware(settings, metrics, access),
     )
     native.mount(app, service)
 

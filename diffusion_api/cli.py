@@ -56,6 +56,9 @@ def serve(
     isolated: Isolated = None,
     models_from: ModelsFrom = None,
     worker: Annotated[bool, typer.Option(help="Also run jobs.")] = True,
+    allow_anonymous: Annotated[
+        bool, typer.Option("--allow-anonymous", help="Ask nobody for a key, on whatever address.")
+    ] = False,
     handover: HandedOver = "{}",
 ) -> None:
     """Serve the API and run its jobs."""
@@ -63,8 +66,9 @@ def serve(
     from diffusion_api.server import run
 
     settings = _settings(
-        host=host, port=port, home=home, engine=engine, device=device, isolated=isolated, models_from=models_from
-    )
+        host=host, port=port, home=home, engine=engine, device=device, isolated=isolated, models_from=models_from,
+        require_auth=False if allow_anonymous else None,
+    )  # fmt: skip
     run(settings, worker=worker, handover=Handover.model_validate_json(handover))
 
 
@@ -164,6 +168,50 @@ def pull(
     from diffusion_api.pulling import run_pull
 
     raise typer.Exit(run_pull(_settings(home=home), source, sha256, Console()))
+
+
+keys = typer.Typer(no_args_is_help=True, help="Say who may call: docs/access.md.")
+app.add_typer(keys, name="keys")
+
+
+@keys.command("add")
+def keys_add(
+    name: Annotated[str, typer.Argument(help="Whose key it is: a person or a program.")],
+    admin: Annotated[bool, typer.Option("--admin", help="It also pauses the queue, and sees all jobs.")] = False,
+    home: Home = None,
+) -> None:
+    """Make a key and print it, this once: only its hash is kept. It holds at once, also for a service that runs."""
+    from diffusion_api.schema.caller import Role
+    from diffusion_api.server import build_keyring
+
+    print(build_keyring(_settings(home=home)).add(name, Role.ADMIN if admin else Role.USER))
+
+
+@keys.command("list")
+def keys_list(home: Home = None) -> None:
+    """List the keys, but for those that the settings list."""
+    from datetime import datetime
+
+    from diffusion_api.server import build_keyring
+
+    for key in build_keyring(_settings(home=home)).kept():
+        made = datetime.fromtimestamp(key.created).strftime("%Y-%m-%d %H:%M")
+        print(f"{key.id}  {key.role:5}  {made}  {key.name}")
+
+
+@keys.command("revoke")
+def keys_revoke(
+    name: Annotated[str, typer.Argument(help="The name or the id of a key, as `keys list` shows them.")],
+    home: Home = None,
+) -> None:
+    """Take a key away. It opens nothing any more, also for a service that runs."""
+    from diffusion_api.server import build_keyring
+
+    keyring = build_keyring(_settings(home=home))
+    key = keyring.revoke(name)
+    print(f"the key {key.name!r} ({key.id}) opens nothing any more")
+    if not len(keyring):
+        print("it was the last: a service on loopback is open to everybody on this machine now, and others to nobody")
 
 
 @app.command()

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diffusion_api import logs
-from diffusion_api.dialects._base import error_body
+from diffusion_api.dialects._base import error_body, refusal
+from diffusion_api.errors import DiffusionApiError
 
 if TYPE_CHECKING:
+    from diffusion_api.access import Access
     from diffusion_api.metrics import Metrics
     from diffusion_api.settings import Settings
 
@@ -53,11 +56,12 @@ DOCS_LOAD = (
 """For the pages of ``/docs`` and ``/redoc``: they hold nothing that a caller wrote, and load nothing from elsewhere."""
 
 
-def middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
+def middleware(settings: Settings, metrics: Metrics, access: Access) -> list[Middleware]:
     """All of it, outermost first."""
     return [
         Middleware(Conversation, metrics=metrics),
         Middleware(Gate, hosts=allowed_hosts(settings), origins=_listed(settings.allowed_origins)),
+        Middleware(Reception, access=access),
         Middleware(BodyLimit, limit=settings.max_body),
     ]
 
@@ -180,6 +184,26 @@ class Gate:
 
     def _trusts(self, origin: str, host: str) -> bool:
         return origin in self._origins or origin.partition("://")[2] == host
+
+
+class Reception:
+    """Finds out who asks, before anything else is done for them, and sends away whom the service does not let in."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app, self._access = app, access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            caller = await self._access.admit(HTTPConnection(scope), scope["path"])
+        except DiffusionApiError as error:
+            await refusal(error)(scope, receive, send)
+            return
+        scope.setdefault("state", {})["caller"] = caller
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:

@@ -13,6 +13,9 @@
     │   ├── Conflict                the job is in no state for that
     │   ├── TooLarge                body, picture or job beyond the operator's limits
     │   ├── KeyReused               an Idempotency-Key stands for another request
+    │   ├── Unauthenticated         no credential, or one that is no longer valid
+    │   ├── Forbidden               a credential, but not one for this
+    │   ├── RateLimited             this caller has had its share for now
     │   ├── OutOfMemory             the job needs more memory than there is
     │   └── NotFinite               the model's numbers overflowed: there is no picture
     ├── OperatorError           the person who runs the box must act
@@ -20,6 +23,8 @@
     │   ├── DeviceUnusable          a GPU is there but cannot be used
     │   ├── ModelUnreadable         a file under the model folders is broken or of no known kind
     │   ├── Gated                   the owner of a model wants terms accepted, or a token
+    │   ├── NoAdminKey              only an admin may do this, and there is none
+    │   ├── KeysUnreadable          the file of the keys is broken: nobody can be let in
     │   ├── QueueUnusable           the queue's folder cannot be written
     │   ├── OutputsUnusable         the folder of pictures cannot be written
     │   └── DeviceLost              the device works no more until the process starts again
@@ -92,6 +97,26 @@ class KeyReused(CallerError):
     """An Idempotency-Key was sent again, with another request than the first time."""
 
 
+class Unauthenticated(CallerError):
+    """No credential, or one that is no longer valid. ``scheme`` is how one may be sent (RFC 9110, 11.6.1)."""
+
+    def __init__(self, message: str, *, scheme: str) -> None:
+        super().__init__(message)
+        self.scheme = scheme
+
+
+class Forbidden(CallerError):
+    """A credential that does not open this."""
+
+
+class RateLimited(CallerError):
+    """This caller has had its share; ``retry_after`` seconds later there is more."""
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class TooLarge(CallerError):
     """Beyond the operator's limits."""
 
@@ -122,6 +147,14 @@ class ModelUnreadable(OperatorError):
 
 class Gated(OperatorError):
     """The owner of a model lets only those have it who accepted terms, or were invited."""
+
+
+class NoAdminKey(OperatorError):
+    """Only an admin may do this, and the service has no key of one."""
+
+
+class KeysUnreadable(OperatorError):
+    """The file of the keys is broken, or a newer release's."""
 
 
 class QueueUnusable(OperatorError):

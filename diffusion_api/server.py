@@ -18,18 +18,21 @@ from urllib.parse import urlsplit
 import uvicorn
 
 from diffusion_api import connections, door, logs
+from diffusion_api.access import Access
 from diffusion_api.app import App, create_app
 from diffusion_api.catalog.library import Library
 from diffusion_api.dialects import native
 from diffusion_api.engine.base import Engine, Pictures
 from diffusion_api.engine.executor import Budget, Executor
 from diffusion_api.errors import Misconfigured, QueueUnusable
+from diffusion_api.keys import Keyring
 from diffusion_api.outputs import Outputs
 from diffusion_api.pace import Pace
 from diffusion_api.queues.base import Queue
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.restart import Handover, restart
 from diffusion_api.retention import Limits
+from diffusion_api.schema.caller import Role
 from diffusion_api.service import Service
 from diffusion_api.settings import DATA, Settings
 from diffusion_api.supervisor import Supervisor, die_with_supervisor
@@ -167,6 +170,25 @@ def build_sweeper(settings: Settings, queue: Queue, outputs: Outputs) -> Sweeper
     )
 
 
+def build_keyring(settings: Settings) -> Keyring:
+    """Who has a key."""
+    listed = {Role.USER: settings.api_key, Role.ADMIN: settings.admin_api_key}
+    return Keyring(
+        settings.access_dir,
+        [
+            (role, key.strip())
+            for role, keys in listed.items()
+            for key in keys.get_secret_value().split(",")
+            if key.strip()
+        ],
+    )
+
+
+def build_access(settings: Settings) -> Access:
+    """What lets callers in."""
+    return Access(settings, build_keyring(settings))
+
+
 def build_app(settings: Settings, *, worker: bool = True) -> App:
     """The whole service as one ASGI app; its worker starts and stops with the app."""
     return build(settings, worker=worker, handover=None).app
@@ -218,7 +240,8 @@ def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Ser
             webhooks.stop()
         queue.close()
 
-    return Serving(create_app(service, settings, startup=start, shutdown=stop), drain, engine)
+    app = create_app(service, settings, build_access(settings), startup=start, shutdown=stop)
+    return Serving(app, drain, engine)
 
 
 def build_worker(queue: Queue, engine: Engine, outputs: Outputs, pace: Pace, handover: Handover | None) -> Worker:
@@ -246,8 +269,9 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
     logs.configure(settings)
     listener = _adopt(handover.listener) if handover.listener else listen(settings.host, settings.port)
     handover = handover.model_copy(update={"listener": listener.fileno()})
-    serving = build(settings, worker=worker, handover=handover)
     url = f"http://{_shown_host(settings.host)}:{listener.getsockname()[1]}"
+    _show_first_key(settings, url)
+    serving = build(settings, worker=worker, handover=handover)
     config = uvicorn.Config(
         serving.app,
         http=connections.protocol(settings),
@@ -257,7 +281,8 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
         server_header=False,
         timeout_graceful_shutdown=5,
     )
-    Server(config, drain=serving.drain, greeting=_greeting(url)).run(sockets=[listener])
+    greeting = _greeting(url, open_to_all=build_access(settings).open)
+    Server(config, drain=serving.drain, greeting=greeting).run(sockets=[listener])
     if serving.engine:
         leave(serving.engine)
 
@@ -368,10 +393,24 @@ def _shown_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _greeting(url: str) -> str:
+def _show_first_key(settings: Settings, url: str) -> None:
+    """Make the key that an installation needs for its first caller, if it does, and show it. Raises Misconfigured."""
+    key = build_access(settings).first_key()
+    if key:
+        print(
+            f"An admin's key was made, as {settings.host or 'every address'} is not loopback. It is shown this once:\n"
+            f"  {key}\n"
+            f"  curl -s -H 'X-API-Key: {key}' {url}/models\n"
+            "Make others with `diffusion-api keys add NAME`; end this one with `diffusion-api keys revoke first`.",
+            flush=True,
+        )
+
+
+def _greeting(url: str, *, open_to_all: bool) -> str:
+    key = "" if open_to_all else ' -H "X-API-Key: $DIFFUSION_API_KEY"'
     body = '{"prompt": "a large red circle on a blue background", "seed": 1}'
     return (
         f"Diffusion API serves {url} (docs: {url}/docs). Try:\n"
-        f"  curl -s {url}/txt2img -H 'Content-Type: application/json' -d '{body}'\n"
-        f"  curl -s {url}/queue/<job_id>"
+        f"  curl -s {url}/txt2img{key} -H 'Content-Type: application/json' -d '{body}'\n"
+        f"  curl -s {url}/queue/<job_id>{key}"
     )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
+
 from diffusion_api import logs, prompt
 from diffusion_api.blobs import name_of
 from diffusion_api.catalog import styles
@@ -28,6 +30,7 @@ from diffusion_api.errors import (
     UnknownModel,
 )
 from diffusion_api.pace import Forecast
+from diffusion_api.schema.caller import Caller
 from diffusion_api.schema.job import Image, Job, State
 from diffusion_api.schema.request import Img2Img, Request, Sampling, Txt2Img, Upscale
 from diffusion_api.storage import Storage
@@ -180,12 +183,10 @@ class Service:
         """How long a job would run, from those before it; None when that cannot be known."""
         return self._pace.seconds(request) if self._pace else None
 
-    def get(self, job_id: str) -> Snapshot:
-        """The job as it stands. Raises NotFound, Gone."""
+    def get(self, job_id: str, caller: Caller) -> Snapshot:
+        """The job as it stands, if it is this caller's matter. Raises NotFound, Gone."""
         snapshot = self._queue.get(job_id)
-        if snapshot is None:
-            raise NotFound(f"Job {job_id} not found")
-        return snapshot
+        return self._found(job_id, snapshot if snapshot and caller.may_see(snapshot.job.caller) else None)
 
     def seconds_left(self, snapshot: Snapshot) -> float | None:
         """Seconds until a job that has not ended will have; None when that cannot be known."""
@@ -199,23 +200,30 @@ class Service:
         if self._webhooks and snapshot.job.webhook:
             self._webhooks.settle(snapshot.job)
         if not self._queue.forget(job_id):
-            self.get(job_id)  # still there when its worker died in the middle of ending it: then it is read once more
+            # still there when its worker died in the middle of ending it: then it is read once more
+            self._found(job_id, self._queue.get(job_id))
 
-    async def wait(self, job_id: str, seconds: float) -> None:
-        """Return when the job has ended or there is none, or after ``seconds``. No thread is held meanwhile."""
+    async def wait(self, job_id: str, seconds: float, caller: Caller) -> None:
+        """Return when the job has ended or there is none for this caller, or after ``seconds``. No thread is held
+        meanwhile. Raises NotFound, Gone.
+        """
+        if not caller.admin:
+            await anyio.to_thread.run_sync(self.get, job_id, caller)
         await self._waiters.ended(job_id, seconds)
 
-    def watch(self, job_id: str, timeout: float) -> Iterator[Snapshot]:
-        """Snapshots as the job changes, for at most ``timeout`` seconds."""
+    def watch(self, job_id: str, timeout: float, caller: Caller) -> Iterator[Snapshot]:
+        """Snapshots as the job changes, for at most ``timeout`` seconds. Raises NotFound, Gone."""
+        if not caller.admin:
+            self.get(job_id, caller)
         return self._queue.watch(job_id, timeout)
 
-    def cancel(self, job_id: str, *, partial: bool = False) -> Snapshot:
+    def cancel(self, job_id: str, caller: Caller, *, partial: bool = False) -> Snapshot:
         """Cancel a job: a waiting one ends at once, a running one at its next step, with the picture so far if
         ``partial``. Raises NotFound, Gone, and Conflict when it has ended otherwise already.
         """
-        snapshot = self._queue.cancel(job_id, partial=partial)
-        if snapshot is None:
-            raise NotFound(f"Job {job_id} not found")
+        if not caller.admin:
+            self.get(job_id, caller)
+        snapshot = self._found(job_id, self._queue.cancel(job_id, partial=partial))
         if snapshot.state in (State.DONE, State.ERROR):
             raise Conflict(f"job {job_id} cannot be cancelled: its state is {snapshot.state}")
         return snapshot
@@ -329,6 +337,11 @@ class Service:
             disk=self._usage.now(),
             warnings=(*(text for wrong, text in found if wrong), *readiness.reasons),
         )
+
+    def _found(self, job_id: str, snapshot: Snapshot | None) -> Snapshot:
+        if snapshot is None:
+            raise NotFound(f"Job {job_id} not found")
+        return snapshot
 
     def _workers(self) -> list[WorkerReport]:
         try:

@@ -37,7 +37,9 @@ Paths: TypeAlias = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)
 class Settings(BaseSettings):
     """The settings of one installation. Sizes in pixels or bytes, times in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, populate_by_name=True
+    )
 
     home: Path = Field(default=Path("."), description="folder that holds stable_diffusion/, queue/ and outputs/")
     host: str = Field(default="127.0.0.1", description="address to listen on")
@@ -63,6 +65,35 @@ class Settings(BaseSettings):
     )
     min_rate: int = Field(default=8192, ge=1, description="bytes a second that prolong body_seconds")
     max_connections: int = Field(default=800, ge=1, description="connections at a time")
+    max_connections_per_client: int = Field(
+        default=200, ge=0, description="connections of one address at a time, but for proxies; 0 is no limit"
+    )
+
+    require_auth: bool = Field(
+        default=True,
+        validation_alias=AliasChoices(PREFIX + "REQUIRE_AUTH", "REQUIRE_AUTH"),
+        description="ask for a key wherever there are keys, and on every address but loopback",
+    )
+    api_key: SecretStr = Field(
+        default=SecretStr(""),
+        validation_alias=AliasChoices(PREFIX + "API_KEY", "API_KEY"),
+        description="keys of users, with commas, beside those of `keys add`",
+    )
+    admin_api_key: SecretStr = Field(
+        default=SecretStr(""),
+        validation_alias=AliasChoices(PREFIX + "ADMIN_API_KEY", "ADMIN_API_KEY"),
+        description="keys of admins, with commas, beside those of `keys add`",
+    )
+    secret_key: SecretStr = Field(
+        default=SecretStr(""),
+        validation_alias=AliasChoices(PREFIX + "SECRET_KEY", "SECRET_KEY"),
+        description="what tokens are signed with; empty: one that is made and kept in access/",
+    )
+    requests_per_minute: int = Field(default=0, ge=0, description="requests of one caller in a minute; 0 is no limit")
+    pixels_per_minute: int = Field(
+        default=0, ge=0, description="pixels that one caller may ask for in a minute; 0 is no limit"
+    )
+    max_queue_per_caller: int = Field(default=0, ge=0, description="jobs of one caller that may wait; 0 is no limit")
 
     engine: Literal["diffusers", "stub"] = Field(default="diffusers", description="what makes the pictures")
     device: Annotated[str, AfterValidator(_device)] = Field(
@@ -165,6 +196,11 @@ class Settings(BaseSettings):
     def queue_dir(self) -> Path:
         """The file queue."""
         return self.home / "queue"
+
+    @property
+    def access_dir(self) -> Path:
+        """The keys' hashes, and what tokens are signed with; made when there is something to keep."""
+        return self.home / "access"
 
     @property
     def outputs_dir(self) -> Path:

@@ -28,7 +28,9 @@ MODES = {"in-process": (), "isolated": ("--isolated",)}
 
 def environment(**settings: object) -> dict[str, str]:
     """This process's environment with no setting of the service in it but these, named as in ``Settings``."""
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("DIFFUSION_API_")}
+    plain = {
+        name: value for name, value in os.environ.items() if not re.match(r"DIFFUSION_API_|(ADMIN_)?API_KEY$", name)
+    }
     wanted = {f"DIFFUSION_API_{name.upper()}": str(value) for name, value in settings.items()}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return plain | {"PYTHONPATH": path, "NO_COLOR": "1", "COLUMNS": "200"} | wanted
@@ -69,11 +71,16 @@ class Program:
     home: Path
     log_path: Path
     url: str = ""
+    said: str = ""
+    """What it printed before it greeted."""
+    key: str = ""
+    """What requests bear, if anything."""
 
     @cached_property
     def _client(self) -> httpx.Client:
         limits = httpx.Limits(max_keepalive_connections=0)
-        return httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False, limits=limits)
+        headers = {"X-API-Key": self.key} if self.key else {}
+        return httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False, limits=limits, headers=headers)
 
     @property
     def log(self) -> str:
@@ -176,8 +183,8 @@ def serving(home: Path, *arguments: object, **settings: object) -> Iterator[Prog
     """A service that has said where it listens."""
     with started("serve", "--port", 0, *arguments, home=home, **settings) as program:
         assert program.process.stdout is not None
-        greeting = program.process.stdout.readline()
-        found = re.search(r"http://\S+", greeting)
-        assert found, f"no address in {greeting!r}; its log: {program.log}"
-        program.url = found[0]
+        while not (found := re.search(r"serves (https?://\S+)", line := program.process.stdout.readline())):
+            assert line, f"no address in {program.said!r}; its log: {program.log}"
+            program.said += line
+        program.url = found[1]
         yield program

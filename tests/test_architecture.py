@@ -24,11 +24,12 @@ LAYERS = (
     ("client",),
     ("dialects",),
     ("access", "users"),
+    ("keys", "certificates"),
     ("service",),
     ("worker", "waiters", "sweeper"),
     ("presence", "pace", "restart"),
     ("metrics",),
-    ("webhooks", "pull", "downloads", "fetch"),
+    ("webhooks", "pull", "downloads", "fetch", "quotas"),
     ("queues",),
     ("outputs", "blobs"),
     ("engine",),
@@ -59,6 +60,10 @@ HOMES = {
     "starlette": ("dialects", "app", "access", "door", "connections"),
     "uvicorn": ("server", "connections"),
     "prometheus_client": ("metrics",),
+    "argon2": ("keys",),
+    "jwt": ("access",),
+    "limits": ("quotas",),
+    "cryptography": ("certificates",),
 }
 
 # In these folders modules do not know each other, only what their folder shares.

@@ -39,6 +39,9 @@ AS_NOBODY = [
     ),
 ]
 
+FOLDERS = ("stable_diffusion", "queue", "outputs", "access")
+"""What the program writes to."""
+
 LONGEST_STOP = Settings.model_fields["grace"].default + CLEARING
 
 
@@ -148,7 +151,7 @@ def test_it_runs_as_a_user_who_may_write_to_the_volumes_only() -> None:
     home = re.search(r"DIFFUSION_API_HOME=(\S+)", the_last("ENV"))
     assert home
     volumes = json.loads(the_last("VOLUME"))
-    assert volumes == [f"{home[1]}/{name}" for name in ("stable_diffusion", "queue", "outputs")]
+    assert volumes == [f"{home[1]}/{name}" for name in FOLDERS]
     owned = re.search(r"chown \S+ (.*)", made)
     assert owned
     assert owned[1].split() == volumes
@@ -158,7 +161,7 @@ def test_it_runs_as_a_user_who_may_write_to_the_volumes_only() -> None:
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv")
 def test_its_command_and_its_check_work_for_a_user_with_no_home(home: Path, tmp_path: Path) -> None:
     """As in the image: another user, folders made beforehand in a home that is not his, an environment of its own."""
-    for name in ("stable_diffusion", "queue", "outputs"):
+    for name in FOLDERS:
         (home / name).mkdir(parents=True)
         os.chown(home / name, NOBODY, NOBODY)
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -176,7 +179,9 @@ def test_its_command_and_its_check_work_for_a_user_with_no_home(home: Path, tmp_
     try:
         eventually(lambda: "serves http" in log.read_text() or process.poll() is not None, "it to listen")
         assert process.poll() is None, log.read_text()
-        server = Program(process, home, log, f"http://127.0.0.1:{port}")
+        key = re.search(r"dapi_\S+", log.read_text())
+        assert key, "the key of the first start"
+        server = Program(process, home, log, f"http://127.0.0.1:{port}", key=key[0])
 
         def healthy() -> bool:
             return subprocess.run([*AS_NOBODY, *check], env=settings, check=False).returncode == 0

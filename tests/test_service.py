@@ -21,6 +21,7 @@ from diffusion_api.errors import InvalidRequest, NotFound, ShuttingDown, TooLarg
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.queues.memory import MemoryQueue
+from diffusion_api.schema.caller import Caller, Role
 from diffusion_api.schema.job import Image, Job, State, loads
 from diffusion_api.service import Readiness, Service
 from diffusion_api.settings import Settings
@@ -39,6 +40,9 @@ def service(tmp_path: Path) -> Iterator[Service]:
     queue.close()
 
 
+ADMIN = Caller(id="127.0.0.1", role=Role.ADMIN)
+
+
 def new_job(**fields: Any) -> Job:
     return Job(request=plain(), **fields)
 
@@ -47,7 +51,7 @@ def test_a_submitted_job_is_on_disk_and_found(service: Service) -> None:
     job = service.submit(new_job(payload={"prompt": "a lighthouse"}, warnings=("w",), dialect="other"))
     (record,) = (service.settings.queue_dir / "queued").iterdir()
     assert loads(record.read_bytes()) == job
-    snapshot = service.get(job.id)
+    snapshot = service.get(job.id, ADMIN)
     assert snapshot.job == job
     assert (snapshot.state, snapshot.position) == (State.QUEUED, 0)
     assert (job.payload, job.warnings, job.dialect) == ({"prompt": "a lighthouse"}, ("w",), "other")
@@ -97,14 +101,14 @@ def test_a_job_may_not_run_longer_than_the_operator_allows(tmp_path: Path) -> No
 def test_an_unknown_job_is_not_found(service: Service, job_id: str) -> None:
     for look in (service.get, service.cancel):
         with pytest.raises(NotFound) as caught:
-            look(job_id)
+            look(job_id, ADMIN)
         assert str(caught.value) == f"Job {job_id} not found"
-    assert list(service.watch(job_id, timeout=1)) == []
+    assert list(service.watch(job_id, 1, ADMIN)) == []
 
 
 def test_a_waiting_job_is_cancelled(service: Service) -> None:
     job = service.submit(new_job())
-    assert service.cancel(job.id).state is State.CANCELLED
+    assert service.cancel(job.id, ADMIN).state is State.CANCELLED
     assert service.health().active_jobs == 0
 
 
@@ -113,12 +117,12 @@ def test_a_job_is_watched_to_its_end(service: Service, tmp_path: Path) -> None:
     queue = FileQueue(tmp_path / "queue")
     worker = Worker(queue, StubEngine(), Outputs(tmp_path / "outputs"))
     worker.start()
-    states = [snapshot.state for snapshot in service.watch(job.id, timeout=30)]
+    states = [snapshot.state for snapshot in service.watch(job.id, 30, ADMIN)]
     worker.stop(grace=1)
     queue.close()
     assert states[0] in (State.QUEUED, State.LOADING)
     assert states[-1] is State.DONE
-    (image,) = service.get(job.id).job.result.images  # type: ignore[union-attr]
+    (image,) = service.get(job.id, ADMIN).job.result.images  # type: ignore[union-attr]
     assert service.image(image) == (tmp_path / image.path).read_bytes()
 
 
@@ -138,7 +142,7 @@ def test_health_counts_what_is_there(service: Service) -> None:
     for name in ("two.pt", "notes.txt"):
         (service.settings.loras_dir / name).touch()
     jobs = [service.submit(new_job()) for _ in range(3)]
-    service.cancel(jobs[0].id)
+    service.cancel(jobs[0].id, ADMIN)
     health = service.health()
     assert (health.models, health.loras, health.active_jobs) == (1, 2, 2)
     assert health.device is not None
@@ -196,8 +200,8 @@ def test_a_service_that_drains_takes_no_job_and_says_so(service: Service) -> Non
     with pytest.raises(ShuttingDown, match="the service is shutting down"):
         service.submit(new_job())
     assert service.readiness().reasons == ("the service is shutting down",)
-    assert service.get(job.id).state is State.QUEUED
-    assert service.cancel(job.id).state is State.CANCELLED
+    assert service.get(job.id, ADMIN).state is State.QUEUED
+    assert service.cancel(job.id, ADMIN).state is State.CANCELLED
 
 
 @pytest.mark.parametrize(("folder", "reason"), [("queue/tmp", "queue"), ("outputs/.tmp", "outputs")])

@@ -15,6 +15,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 from diffusion_api import errors, wire
+from diffusion_api.schema.caller import Caller
 from diffusion_api.schema.request import MAX_SEED
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,16 @@ STATUS: tuple[tuple[type[errors.DiffusionApiError], int], ...] = (
     (errors.Conflict, 409),
     (errors.TooLarge, 413),
     (errors.KeyReused, 422),
+    (errors.Unauthenticated, 401),
+    (errors.Forbidden, 403),
+    (errors.RateLimited, 429),
     (errors.OutOfMemory, 422),
     (errors.CallerError, 400),
     (errors.DiskFull, 507),
     (errors.Unavailable, 503),
     (errors.QueueUnusable, 503),
+    (errors.KeysUnreadable, 503),
+    (errors.NoAdminKey, 501),
     (errors.DiffusionApiError, 500),
 )
 """HTTP status of each error; the first row that fits."""
@@ -50,6 +56,17 @@ def status_of(error: errors.DiffusionApiError) -> int:
 def error_body(message: str) -> dict[str, str]:
     """The body of every refusal: ``detail`` and ``error`` say the same, as the two READMEs name it differently."""
     return {"status": "error", "detail": message, "error": message}
+
+
+def refusal(error: errors.DiffusionApiError) -> JSONResponse:
+    """The answer to a request that ended in this error."""
+    status = status_of(error)
+    headers = {"Retry-After": "10"} if status in (503, 507) else {}
+    if isinstance(error, errors.RateLimited):
+        headers = {"Retry-After": str(error.retry_after)}
+    if isinstance(error, errors.Unauthenticated):
+        headers = {"WWW-Authenticate": error.scheme}
+    return JSONResponse(error_body(str(error)), status, headers)
 
 
 def explain(error: dict[str, Any], body: Any = None) -> str:
@@ -102,16 +119,15 @@ class ErrorRoute(APIRoute):
             except RequestValidationError as error:
                 return JSONResponse(error_body("; ".join(explain(e, error.body) for e in error.errors()[:5])), 400)
             except errors.DiffusionApiError as error:
-                status = status_of(error)
-                headers = {"Retry-After": "10"} if status in (503, 507) else None
-                return JSONResponse(error_body(str(error)), status, headers)
+                return refusal(error)
 
         return answer
 
 
-def caller_of(request: Request) -> str:
-    """Who asks, as fairness between callers counts them: the address, until there are credentials."""
-    return request.client.host if request.client else ""
+def caller_of(request: Request) -> Caller:
+    """Who asks; the door has found that out."""
+    caller: Caller = request.state.caller
+    return caller
 
 
 async def hears(request: Request, waiting: Coroutine[Any, Any, None]) -> bool:

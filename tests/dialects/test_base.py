@@ -20,6 +20,7 @@ from diffusion_api.outputs import Outputs
 from diffusion_api.queues.base import Control, Queue
 from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.schema.job import Job, Progress, State
+from diffusion_api.server import build_access
 from diffusion_api.service import Service
 from diffusion_api.settings import Settings
 
@@ -38,7 +39,7 @@ def app(queue: Queue, tmp_path: Path) -> App:
     settings = Settings(home=tmp_path)
     settings.create_folders()
     library, outputs = Library(tmp_path, settings.models_dir), Outputs(settings.outputs_dir)
-    return create_app(Service(settings, library, queue, outputs, None), settings)
+    return create_app(Service(settings, library, queue, outputs, None), settings, build_access(settings))
 
 
 class Caller:

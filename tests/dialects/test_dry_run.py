@@ -20,12 +20,16 @@ from diffusion_api.engine.base import Event, Finished, StopAsked
 from diffusion_api.engine.stub import StubEngine
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.memory import MemoryQueue
+from diffusion_api.schema.caller import Caller, Role
 from diffusion_api.schema.job import Job, State, dumps, loads
 from diffusion_api.schema.report import DeviceReport, Room
 from diffusion_api.schema.request import Request
+from diffusion_api.server import build_access
 from diffusion_api.service import Service
 from diffusion_api.settings import DATA, Settings
 from diffusion_api.worker import Worker
+
+ADMIN = Caller(id="127.0.0.1", role=Role.ADMIN)
 
 
 class Card(StubEngine):
@@ -42,7 +46,7 @@ def ask(tmp_path: Path, **body: Any) -> tuple[httpx.Response, int]:
     queue = MemoryQueue()
     library = Library(tmp_path, settings.models_dir, DATA / "models")
     service = Service(settings, library, queue, Outputs(settings.outputs_dir), Card())
-    app = create_app(service, settings)
+    app = create_app(service, settings, build_access(settings))
 
     async def post() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
@@ -100,7 +104,7 @@ def test_what_was_done_for_memory_is_in_the_record_and_the_reply(tmp_path: Path)
     worker = Worker(queue, Frugal(), outputs)
     worker.start()
     job = service.submit(Job(request=plain()))
-    ended = list(service.watch(job.id, 30))[-1].job
+    ended = list(service.watch(job.id, 30, ADMIN))[-1].job
     worker.stop(5)
     queue.close()
     assert ended.result

@@ -77,7 +77,7 @@ def add(router: APIRouter, service: Service) -> None:
             request=request,
             payload=payload,
             warnings=tuple(warnings),
-            caller=caller_of(http),
+            caller=caller_of(http).id,
             priority=given(body.priority, 0),
             deadline=body.deadline,
             webhook=body.webhook,
@@ -92,18 +92,20 @@ def add(router: APIRouter, service: Service) -> None:
         response_model=StatusBody,
     )  # fmt: skip
     async def queue(job_id: str, http: Request, wait: Wait = 0) -> Response:
-        if wait and not await hears(http, service.wait(job_id, wait)):
+        caller = caller_of(http)
+        if wait and not await hears(http, service.wait(job_id, wait, caller)):
             return Response(status_code=NOBODY)
-        return await run_in_threadpool(read, job_id, service)
+        return await run_in_threadpool(read, job_id, caller, service)
 
     @router.delete(
         "/queue/{job_id}", tags=["jobs"], summary="Cancel a job", responses=refusals(400, 404, 409, 410, 503),
         response_model=StatusBody,
     )  # fmt: skip
     async def cancel(job_id: str, http: Request, partial: Partial = False) -> Response:
-        await run_in_threadpool(service.cancel, job_id, partial=partial)
-        if not await hears(http, service.wait(job_id, NEXT_STEP)):
+        caller = caller_of(http)
+        await run_in_threadpool(service.cancel, job_id, caller, partial=partial)
+        if not await hears(http, service.wait(job_id, NEXT_STEP, caller)):
             return Response(status_code=NOBODY)
         # Asked once more: it may have ended in another way before it was heard.
-        cancelled = await run_in_threadpool(service.cancel, job_id, partial=partial)
+        cancelled = await run_in_threadpool(service.cancel, job_id, caller, partial=partial)
         return await run_in_threadpool(lambda: JSONResponse(answer_of(cancelled, service) | {"cancelled": True}))

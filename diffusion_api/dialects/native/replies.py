@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 
 from diffusion_api.dialects.native.bodies import DryRunBody, NeedBody, PassBody
 from diffusion_api.queues.base import Snapshot
+from diffusion_api.schema.caller import Caller
 from diffusion_api.schema.job import Job, Result, State
 from diffusion_api.schema.request import Txt2Img
 
@@ -51,9 +52,9 @@ def ended(job: Job) -> dict[str, Any]:
     return _status(Snapshot(job))
 
 
-def read(job_id: str, service: Service) -> Response:
+def read(job_id: str, caller: Caller, service: Service) -> Response:
     """The answer about a job; built before the result is let go of, if it may be read once."""
-    snapshot = service.get(job_id)
+    snapshot = service.get(job_id, caller)
     answer = JSONResponse(answer_of(snapshot, service))
     service.was_read(snapshot)
     return answer

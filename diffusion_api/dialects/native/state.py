@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from diffusion_api import __version__
+from diffusion_api.dialects._base import caller_of
 from diffusion_api.dialects.native.bodies import HelloBody, NotReadyBody, PausedBody, ReadyBody, refusals
+from diffusion_api.schema.caller import Role
 
 if TYPE_CHECKING:
     from diffusion_api.schema.report import DeviceReport, WorkerReport
@@ -28,8 +30,10 @@ def add(router: APIRouter, service: Service) -> None:
         return HelloBody()
 
     @router.get("/health", tags=["service"], summary="How the box is")
-    def health() -> dict[str, Any]:
-        return _health(service)
+    def health(http: Request) -> dict[str, Any]:
+        answer = _health(service)
+        known = caller_of(http).role is not Role.NOBODY
+        return answer if known else {name: answer[name] for name in ("status", "timestamp")}
 
     @router.get(
         "/ready", tags=["service"], summary="Would a job be run now?", response_model=ReadyBody,
@@ -38,12 +42,16 @@ def add(router: APIRouter, service: Service) -> None:
     def ready() -> JSONResponse:
         return _ready(service)
 
-    @router.post("/queue/pause", tags=["queue"], summary="Let no job begin", responses=refusals(503, 507))
+    @router.post(
+        "/queue/pause", tags=["queue"], summary="Let no job begin", responses=refusals(401, 403, 501, 503, 507)
+    )
     def pause() -> PausedBody:
         service.pause()
         return PausedBody(paused=True)
 
-    @router.post("/queue/resume", tags=["queue"], summary="Let jobs begin again", responses=refusals(503, 507))
+    @router.post(
+        "/queue/resume", tags=["queue"], summary="Let jobs begin again", responses=refusals(401, 403, 501, 503, 507)
+    )
     def resume() -> PausedBody:
         service.resume()
         return PausedBody(paused=False)

@@ -20,7 +20,7 @@ from diffusion_api.catalog import samplers
 from diffusion_api.engine import text
 from diffusion_api.engine.base import Stop, StopAsked
 from diffusion_api.engine.loras import Patches
-from diffusion_api.engine.noise import drawn, streams
+from diffusion_api.engine.noise import SOURCES, streams
 from diffusion_api.engine.plan import Pass
 from diffusion_api.engine.samplers import SAMPLERS, Options
 from diffusion_api.engine.samplers.brownian import Brownian
@@ -341,7 +341,8 @@ def denoised(
     first, later = streams(stage, lane.latent_shape)
     if row.brownian:
         shape = lane.latent_shape(stage.width, stage.height)
-        motion = Brownian(min(s for s in sigmas if s > 0), sigmas[0], stage.seed, partial(drawn, asked.rng, shape))
+        draw = partial(SOURCES[asked.rng].firsts, shape=shape)
+        motion = Brownian(min(s for s in sigmas if s > 0), sigmas[0], stage.seed, draw)
 
     def noise(sigma: float, following: float) -> Tensor:
         return (motion(sigma, following) if row.brownian else later()).to(lane.device)

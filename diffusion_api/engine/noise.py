@@ -23,11 +23,15 @@ Words = NDArray[np.uint64]
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_STEPS = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = np.arange(10, dtype=np.uint64)
+_STEPS = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 
 _UNIT = 2.0**-32
 _TURN = _UNIT * float(np.float32(2 * math.pi))
 """cuRAND's constants: a word as a share of 1, and of a turn in single precision."""
+
+_BLOCK = 2**15
+"""Numbers that are computed at a time, so that all that lies between stays near the processor."""
 
 
 class Stream(Protocol):
@@ -37,15 +41,21 @@ class Stream(Protocol):
         """The next ones, float32 on the CPU."""
 
 
-def philox(counters: Sequence[Words | int], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
-    """Philox 4x32-10 of four counter words (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", 3.3)."""
+def philox(counters: Sequence[Words | int], key: Sequence[Words | int]) -> tuple[Words, Words]:
+    """The first two words of Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", 3.3).
+
+    The four words of a counter and the two of a key may be arrays of many, which are broadcast. In their first rounds they
+    are still small: what a word does not depend on yet is computed once.
+    """
     one, two, three, four = (np.asarray(word, np.uint64) for word in counters)
-    for round_ in range(10):
-        first, second = (np.uint64((k + round_ * step) & 0xFFFFFFFF) for k, step in zip(key, _STEPS, strict=True))
+    keys = (
+        np.add.outer(_ROUNDS * step, np.asarray(word, np.uint64)) & _LOW for step, word in zip(_STEPS, key, strict=True)
+    )
+    for first, second in zip(*keys, strict=True):
         left, right = one * _MULTIPLIERS[0], three * _MULTIPLIERS[1]
         one, two = (right >> _HALF) ^ two ^ first, right & _LOW
         three, four = (left >> _HALF) ^ four ^ second, left & _LOW
-    return one, two, three, four
+    return one, two
 
 
 class Nvidia:
@@ -57,16 +67,46 @@ class Nvidia:
     """
 
     def __init__(self, seed: int) -> None:
-        self._key = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-        self._calls = 0
+        self._seed, self._calls = seed, 0
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
         """The numbers of the next call."""
-        places = np.arange(math.prod(shape), dtype=np.uint64)
-        one, two, _, _ = philox((np.full_like(places, self._calls), 0, places, 0), self._key)
         self._calls += 1
-        radius = np.sqrt(-2 * np.log(one * _UNIT + _UNIT / 2))
-        return torch.from_numpy((radius * np.sin(two * _TURN + _TURN / 2)).astype(np.float32)).reshape(tuple(shape))
+        return self._drawn((self._seed,), shape, self._calls - 1)[0]
+
+    @classmethod
+    def firsts(cls, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """What the first call gives for each of the seeds, computed together; (seeds, *shape)."""
+        return cls._drawn(seeds, shape, 0)
+
+    @staticmethod
+    def _drawn(seeds: Sequence[int], shape: Sequence[int], call: int) -> Tensor:
+        count = math.prod(shape)
+        made = np.empty((len(seeds), count), np.float32)
+        keys = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64)[:, None]
+        rows = max(_BLOCK // count, 1)
+        for row in range(0, len(seeds), rows):
+            for place in range(0, count, _BLOCK):
+                part = made[row : row + rows, place : place + _BLOCK]
+                places = np.arange(place, place + part.shape[1], dtype=np.uint64)
+                key = keys[row : row + rows]
+                part[:] = _normal(*philox((call, 0, places, 0), (key & _LOW, key >> _HALF)))
+        return torch.from_numpy(made).reshape(len(seeds), *shape)
+
+
+def _normal(one: Words, two: Words) -> NDArray[np.float64]:
+    """The first of the pair of normal numbers that two uniform words give (Box and Muller 1958)."""
+    radius = one * _UNIT
+    radius += _UNIT / 2
+    np.log(radius, out=radius)
+    radius *= -2
+    np.sqrt(radius, out=radius)
+    angle = two * _TURN
+    angle += _TURN / 2
+    turned = torch.from_numpy(angle)
+    torch.sin(turned, out=turned)
+    radius *= angle
+    return radius
 
 
 class Cpu:
@@ -79,8 +119,13 @@ class Cpu:
         """The next numbers of the generator."""
         return torch.randn(tuple(shape), generator=self._generator, dtype=torch.float32)
 
+    @classmethod
+    def firsts(cls, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """What each of the seeds gives first, (seeds, *shape)."""
+        return torch.stack([cls(seed)(shape) for seed in seeds])
 
-SOURCES: dict[str, Callable[[int], Stream]] = {"nv": Nvidia, "cpu": Cpu}
+
+SOURCES: dict[str, type[Nvidia | Cpu]] = {"nv": Nvidia, "cpu": Cpu}
 """By the names of :attr:`diffusion_api.schema.request.Sampling.rng`."""
 
 
@@ -103,11 +148,6 @@ def streams(stage: Pass, latent_shape: Callable[[int, int], tuple[int, ...]]) ->
         noise = _pasted(noise, stream(shape))
     later = source(stage.seed + request.ensd) if request.ensd else stream
     return noise, lambda: later(shape)
-
-
-def drawn(source: str, shape: Sequence[int], seed: int) -> Tensor:
-    """The first noise that a seed gives."""
-    return SOURCES[source](seed)(shape)
 
 
 def slerp(one: Tensor, other: Tensor, share: float) -> Tensor:

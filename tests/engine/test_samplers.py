@@ -10,9 +10,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import diffusers
+import numpy as np
 import pytest
 import references
 import torch
@@ -26,6 +27,7 @@ from diffusion_api.engine import denoise, devices
 from diffusion_api.engine.base import Event, Finished, Pixels
 from diffusion_api.engine.executor import Executor
 from diffusion_api.engine.families.sd1 import SD1
+from diffusion_api.engine.noise import Cpu, Nvidia
 from diffusion_api.engine.plan import plan
 from diffusion_api.engine.samplers import SAMPLERS, Options
 from diffusion_api.engine.samplers.brownian import Brownian
@@ -377,9 +379,7 @@ def test_brownian_noise_is_k_diffusions() -> None:
     like = torch.zeros(1, 4, 8, 8)
     sigmas = torch.tensor(spacing(LEVELS, "dpmpp_sde", "karras", 12)[:-1])
 
-    def draw(seed: int) -> Tensor:
-        return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
-
+    draw = partial(Cpu.firsts, shape=like.shape)
     low, high = sigmas[-1].item(), sigmas[0].item()
     theirs = references.k_diffusion().BrownianTreeNoiseSampler(like, sigmas[-1], sigmas[0], seed=1234)
     ours = Brownian(low, high, 1234, draw)
@@ -391,10 +391,41 @@ def test_brownian_noise_is_k_diffusions() -> None:
             assert expected.std().item() == pytest.approx(1, abs=0.2)
 
 
-def test_brownian_noise_of_a_way_does_not_depend_on_its_steps() -> None:
-    def draw(seed: int) -> Tensor:
-        return torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
+def halved(low: float, high: float, seed: int, sigma: float) -> Tensor:
+    """The motion up to ``sigma``, halved from the whole way down with the noise of one seed after the other."""
 
+    def noise(*key: int) -> Tensor:
+        drawn = np.random.SeedSequence(seed, spawn_key=key, pool_size=24).generate_state(1)[0]
+        return Nvidia(int(drawn))((1, 4, 8, 8)).double()
+
+    start, end, place, depth = round(low, 6), round(high, 6), 0, 0
+    change = noise() * math.sqrt(high - low)
+    before = change * 0
+    while sigma not in (start, end):
+        middle = round((start + end) / 2, 6)
+        left, right = middle - start, end - middle
+        first = change * (left / (end - start)) + noise(place, depth) * math.sqrt(left * right / (end - start))
+        place, depth = 2 * place, depth + 1
+        if sigma < middle:
+            end, change = middle, first
+        else:
+            start, place, before, change = middle, place + 1, before + first, change - first
+    return before if sigma == start else before + change
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
+def test_not_a_bit_of_brownian_noise_depends_on_how_it_is_computed(seed: int) -> None:
+    sigmas = [4000.5, 80.0, *spacing(LEVELS, "dpmpp_sde", "karras", 8)[:-1]]
+    motion = Brownian(sigmas[-1], sigmas[0], seed, partial(Nvidia.firsts, shape=(1, 4, 8, 8)))
+    for sigma, following in itertools.pairwise(sigmas):
+        for end in (math.sqrt(sigma * following), following):
+            ends = (halved(sigmas[-1], sigmas[0], seed, round(level, 6)) for level in (end, sigma))
+            expected = torch.sub(*ends) / math.sqrt(sigma - end)
+            assert torch.equal(motion(sigma, end), expected.float())
+
+
+def test_brownian_noise_of_a_way_does_not_depend_on_its_steps() -> None:
+    draw = partial(Cpu.firsts, shape=(1, 1, 16, 16))
     whole = Brownian(0.03, 14.6, 5, draw)(8, 2) * math.sqrt(6)
     parts = Brownian(0.03, 14.6, 5, draw)
     halves = parts(8, 4) * math.sqrt(4) + parts(4, 2) * math.sqrt(2)

@@ -3,55 +3,135 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-Draw = Callable[[int], Tensor]
-"""Standard normal noise from a seed of its own, (1, c, h, w)."""
+Draw = Callable[[Sequence[int]], Tensor]
+"""Standard normal noise, from each seed its own, (seeds, 1, c, h, w) float32 on the CPU."""
+
+Values = NDArray[np.float64]
+"""A motion, (1, c, h, w); double, as it is the sum of two dozen parts."""
+
+Words = NDArray[np.uint32]
 
 DIGITS = 6
 POOL_SIZE = 24
+SHARED = 12
+"""Halvings whose motion is kept for the next point; further down the two hardly ever lie in one half."""
+
+
+class Span(NamedTuple):
+    """A part of the way that halving gives: where it lies, its place among those of its length, how often was halved."""
+
+    start: float
+    end: float
+    place: int = 0
+    depth: int = 0
+
+    @property
+    def middle(self) -> float:
+        """Where it is halved."""
+        return round((self.start + self.end) / 2, DIGITS)
+
+    def half(self, sigma: float) -> Span:
+        """The half that ``sigma`` lies in."""
+        if sigma < self.middle:
+            return Span(self.start, self.middle, 2 * self.place, self.depth + 1)
+        return Span(self.middle, self.end, 2 * self.place + 1, self.depth + 1)
 
 
 class Brownian:
     """A path that is refined by halving (Lévy's construction), each half with the noise of its own seed.
 
     The same motion as torchsde's BrownianTree (Li et al. 2020, arXiv:2001.01328, section 4) with this entropy, which
-    k-diffusion and A1111 use: same halves, same seeds, times rounded to 6 digits.
+    k-diffusion and A1111 use: same halves, same seeds, times rounded to 6 digits. A point takes some two dozen halvings,
+    whose noise is drawn together; those at the top are kept from one point to the next.
     """
 
     def __init__(self, low: float, high: float, seed: int, draw: Draw) -> None:
-        self._start, self._end, self._seed, self._draw = round(low, DIGITS), round(high, DIGITS), seed, draw
-        self._whole = self._noise(()) * math.sqrt(high - low)
-        self._known: dict[float, Tensor] = {self._start: self._whole * 0, self._end: self._whole}
+        self._seeds, self._draw = Seeds(seed), draw
+        whole = Span(round(low, DIGITS), round(high, DIGITS))
+        change = self._noise([()])[0] * math.sqrt(high - low)
+        self._known = {whole.start: change * 0, whole.end: change}
+        self._path = [(whole, self._known[whole.start], change)]
+        """Each half of the one before, the motion up to it and the motion on it."""
 
     def __call__(self, sigma: float, following: float) -> Tensor:
         """The motion from ``sigma`` down to ``following``, as standard normal noise, (1, c, h, w) float32."""
         change = self._at(round(following, DIGITS)) - self._at(round(sigma, DIGITS))
-        return (change / math.sqrt(abs(sigma - following))).float()
+        return torch.from_numpy((change / math.sqrt(abs(sigma - following))).astype(np.float32))
 
-    def _at(self, sigma: float) -> Tensor:
+    def _at(self, sigma: float) -> Values:
         if sigma not in self._known:
-            self._known[sigma] = self._found(min(max(sigma, self._start), self._end))
+            whole = self._path[0][0]
+            self._known[sigma] = self._found(min(max(sigma, whole.start), whole.end))
         return self._known[sigma]
 
-    def _found(self, sigma: float) -> Tensor:
-        start, end, place, depth = self._start, self._end, 0, 0
-        before, change = self._known[start], self._whole
-        while sigma not in (start, end):
-            middle = round((start + end) / 2, DIGITS)
-            left, right = middle - start, end - middle
-            spread = math.sqrt(left * right / (end - start))
-            first = change * (left / (end - start)) + self._noise((place, depth)) * spread
-            place, depth = 2 * place, depth + 1
-            if sigma < middle:
-                end, change = middle, first
-            else:
-                start, place, before, change = middle, place + 1, before + first, change - first
-        return before if sigma == start else before + change
+    def _found(self, sigma: float) -> Values:
+        while not self._path[-1][0].start <= sigma < self._path[-1][0].end:
+            self._path.pop()
+        span, before, change = self._path[-1]
+        spans = [span]
+        while sigma != span.start:
+            span = span.half(sigma)
+            spans.append(span)
+        noises = self._noise([(span.place, span.depth) for span in spans[:-1]])
+        for (span, half), noise in zip(pairwise(spans), noises, strict=True):
+            left, right, length = span.middle - span.start, span.end - span.middle, span.end - span.start
+            noise *= math.sqrt(left * right / length)
+            first = change * (left / length)
+            first += noise
+            before, change = (before + first, change - first) if half.start == span.middle else (before, first)
+            if half.depth <= SHARED:
+                self._path.append((half, before, change))
+        return before
 
-    def _noise(self, key: tuple[int, ...]) -> Tensor:
-        seeds = np.random.SeedSequence(self._seed, spawn_key=key, pool_size=POOL_SIZE)
-        return self._draw(int(seeds.generate_state(1)[0])).double()
+    def _noise(self, keys: Sequence[tuple[int, ...]]) -> Values:
+        """The noise of each key, (keys, 1, c, h, w)."""
+        return self._draw(self._seeds(keys)).numpy().astype(np.float64)
+
+
+class Seeds:
+    """Seeds out of a seed and keys: the first word of numpy's SeedSequence with that spawn_key, of many keys at once.
+
+    What the seed does to its pool (O'Neill 2015, "Developing a seed_seq alternative") is done once for all keys, and what
+    a key does only to the word that is asked for.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._pool = np.random.SeedSequence(seed, pool_size=POOL_SIZE).pool[:1]
+
+    def __call__(self, keys: Sequence[tuple[int, ...]]) -> list[int]:
+        """The seed of each of the keys, which are as long as each other; numbers below 2**32."""
+        pool = self._pool
+        for words, factors in zip(np.array(keys, np.uint32).T, FACTORS, strict=False):
+            pool = LEFT * pool - RIGHT * _hashed(words, *factors)
+            pool ^= pool >> HALF
+        seeds: list[int] = _hashed(pool, *LAST_FACTORS).tolist()
+        return seeds
+
+
+HALF, LEFT, RIGHT = np.uint32(16), np.uint32(0xCA01F9DD), np.uint32(0x4973F715)
+
+LAST_FACTORS = np.uint32(0x8B51F9DD), np.uint32(0x8B51F9DD * 0x58F38DED % 2**32)
+
+
+def _factors(words: int) -> tuple[np.uint32, np.uint32]:
+    """What a word is hashed with after so many others; each takes as many factors as the pool has words."""
+    first, second = (0x43B0D7E5 * pow(0x931E8875, words * POOL_SIZE + i, 2**32) % 2**32 for i in range(2))
+    return np.uint32(first), np.uint32(second)
+
+
+FACTORS = _factors(POOL_SIZE), _factors(POOL_SIZE + 1)
+"""Of the two words of a key; before them come those of the seed, filled up to the size of the pool."""
+
+
+def _hashed(words: Words, first: np.uint32, second: np.uint32) -> Words:
+    hashed = (words ^ first) * second
+    return hashed ^ (hashed >> HALF)

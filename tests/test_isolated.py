@@ -101,7 +101,9 @@ def test_jobs_run_in_a_process_of_their_own(home: Path) -> None:
         health = server.get("/health").json()
         assert health["gpu"]["device_name"] == "stub"
         assert [(w["device_name"], w["restarts"]) for w in health["workers"]] == [("stub", 0)]
-        assert eventually(lambda: f"[INFO] [worker {worker.pid}] job {job_id} done" in server.log, "the line of the log")
+        assert eventually(
+            lambda: f"[INFO] [worker {worker.pid}] job {job_id} done" in server.log, "the line of the log"
+        )
 
 
 def test_it_also_runs_isolated_under_uvicorn(home: Path) -> None:

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from diffusion_api.errors import DiskFull, Gone, KeyReused, QueueUnusable
 from diffusion_api.retention import Limits
@@ -42,6 +42,22 @@ class Snapshot:
     def state(self) -> State:
         """The record's state, refined by the progress of a running job."""
         return self.progress.state if self.progress else self.job.state
+
+
+class Place(NamedTuple):
+    """Where a job stands in a list of jobs by the time of their POST: it never changes."""
+
+    created: float
+    id: str
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """The place of this job."""
+        return cls(job.created, job.id)
+
+
+Wanted = Callable[[Snapshot], bool]
+"""Whether a job is one of those that are looked for."""
 
 
 @dataclass(frozen=True)
@@ -202,6 +218,14 @@ class Queue(ABC):
         """Records in these states (all by default): waiting ones in the order they will run, finished ones newest first.
 
         With a ``limit``, no more than so many: the first.
+        """
+
+    @abstractmethod
+    def newest(
+        self, wanted: Wanted, *, states: frozenset[State], limit: int, before: Place | None = None
+    ) -> list[Snapshot]:
+        """The jobs in these states that are wanted, newest first by their POST, ``limit`` at most; with ``before``, those
+        that are older than that place, so that one call goes on where another ended, whatever has happened in between.
         """
 
     @abstractmethod

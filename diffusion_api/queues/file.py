@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from diffusion_api import disk
@@ -20,12 +21,15 @@ from diffusion_api.errors import QueueUnusable, TooLarge
 from diffusion_api.queues._file import reports
 from diffusion_api.queues._file.ended import Ended
 from diffusion_api.queues._file.keys import Keys
+from diffusion_api.queues._file.listing import Candidate, newest
 from diffusion_api.queues._file.places import (
     FOLDERS,
     MAX_RECORD,
     Folder,
+    id_of,
     is_id,
     note_of,
+    posted,
     read,
     read_claimed,
     read_if_there,
@@ -37,9 +41,11 @@ from diffusion_api.queues.base import (
     Control,
     Handler,
     Key,
+    Place,
     Queue,
     Snapshot,
     Submission,
+    Wanted,
     as_queue_errors,
 )
 from diffusion_api.retention import Limits
@@ -167,10 +173,10 @@ class FileQueue(Queue):
     @as_queue_errors("queue")
     def get(self, job_id: str) -> Snapshot | None:
         """The job with that id, or None; also None for one whose record has become unreadable. Raises Gone."""
-        found = self._look(job_id)
+        found = self._snapshot(job_id)
         if found is None:
             self._ended.check(job_id)
-        return found[0] if found else None
+        return found
 
     @as_queue_errors("queue")
     def cancel(self, job_id: str, *, partial: bool = False) -> Snapshot | None:
@@ -213,6 +219,23 @@ class FileQueue(Queue):
         running = [job for job in running if job.id not in moved_on and job.state in wanted]
         moved_on.update(job.id for job in running)
         return (running + [job for job in waiting if job.id not in moved_on] + ended)[:limit]
+
+    @as_queue_errors("queue")
+    def newest(
+        self, wanted: Wanted, *, states: frozenset[State], limit: int, before: Place | None = None
+    ) -> list[Snapshot]:
+        """The jobs in these states that are wanted, newest first, ``limit`` at most, those before a place if there is one."""
+        candidates = {}  # by id, in the order in which jobs move on: one that does so meanwhile is there once
+        if not states <= frozenset(_ENDS):
+            self._places.waiting.sync(now=True)
+            for name in (*self._places.waiting.names(), *(path.name for path, _ in self._places.claimed())):
+                candidates[id_of(name)] = Candidate(posted(name), partial(self._snapshot, id_of(name)))
+        for state in states.intersection(_ENDS):
+            for job_id, written in self._places.written(state):
+                candidates[job_id] = Candidate(written, partial(self._ended_snapshot, state, job_id))
+        return newest(
+            candidates.values(), lambda found: found.state in states and wanted(found), limit=limit, before=before
+        )
 
     @as_queue_errors("queue")
     def counts(self) -> dict[State, int]:
@@ -363,6 +386,14 @@ class FileQueue(Queue):
             if job := self._places.read_ended(state, job_id):
                 return Snapshot(job), self._places.ended_path(state, job_id)
         return None
+
+    def _snapshot(self, job_id: str) -> Snapshot | None:
+        found = self._look(job_id)
+        return found[0] if found else None
+
+    def _ended_snapshot(self, state: State, job_id: str) -> Snapshot | None:
+        job = self._places.read_ended(state, job_id)
+        return Snapshot(job) if job else None
 
     def _waiting_jobs(self, limit: int | None) -> list[Job]:
         self._places.waiting.sync(now=True)

@@ -17,9 +17,11 @@ from diffusion_api.queues.base import (
     Control,
     Handler,
     Key,
+    Place,
     Queue,
     Snapshot,
     Submission,
+    Wanted,
     gone,
 )
 from diffusion_api.retention import Entry, Limits, due
@@ -169,6 +171,17 @@ class MemoryQueue(Queue):
             ended = [e.job for e in entries if e.job.state.terminal]
         ended.sort(key=lambda job: job.finished or job.created, reverse=True)
         return [job for job in running + waiting + ended if states is None or job.state in states][:limit]
+
+    def newest(
+        self, wanted: Wanted, *, states: frozenset[State], limit: int, before: Place | None = None
+    ) -> list[Snapshot]:
+        """The jobs in these states that are wanted, newest first, ``limit`` at most, those before a place if there is one."""
+        with self._event:
+            found = [
+                snapshot for job_id in self._entries if (snapshot := self.get(job_id)) and snapshot.state in states
+            ]
+        placed = sorted(((Place.of(snapshot.job), snapshot) for snapshot in found if wanted(snapshot)), reverse=True)
+        return [snapshot for place, snapshot in placed if before is None or place < before][:limit]
 
     def counts(self) -> dict[State, int]:
         """How many jobs are in each state."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from diffusion_api.errors import QueueFull
-from diffusion_api.queues.base import Control, Queue, Snapshot
+from diffusion_api.queues.base import Control, Place, Queue, Snapshot
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.schema.job import Job, Progress, Result, State
@@ -873,3 +873,57 @@ def test_a_worker_is_seen_for_as_long_as_it_serves(queue: Queue, serving: Any, e
         queue.report(report.model_copy(update={"jobs": ("a", "b")}))
         assert [(seen.state, seen.jobs) for seen in queue.workers()] == [("running", ("a", "b"))]
     assert queue.workers() == []
+
+
+def everything(queue: Queue, limit: int, **options: Any) -> list[str]:
+    """The ids that a caller sees who asks page after page."""
+    seen: list[str] = []
+    before = None
+    while page := queue.newest(lambda _: True, states=frozenset(State), limit=limit, before=before, **options):
+        assert len(page) <= limit
+        seen += [snapshot.job.id for snapshot in page]
+        before = Place.of(page[-1].job)
+    return seen
+
+
+@pytest.mark.parametrize("limit", [1, 3, 100])
+def test_pages_of_the_newest_jobs_show_each_job_once(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result, limit: int
+) -> None:
+    jobs = [new_job(id=f"j{n}", created=1000.0 + n // 2) for n in range(8)]  # two have the same time
+    for job in jobs:
+        queue.enqueue(job)
+    queue.cancel("j3")
+
+    def handle(job: Job, control: Control) -> None:
+        control.commit(control.started().succeeded(result))
+        if job.id == "j2":
+            queue.stop()
+
+    with serving(queue, handle):
+        eventually(is_ended(queue, *jobs[:3]))
+    assert everything(queue, limit) == ["j7", "j6", "j5", "j4", "j3", "j2", "j1", "j0"]
+
+
+def test_the_newest_jobs_are_those_that_are_wanted(queue: Queue, new_job: Any) -> None:
+    for n in range(6):
+        queue.enqueue(new_job(id=f"j{n}", created=1000.0 + n, caller="ann" if n % 2 else "bob"))
+    queue.cancel("j5")
+    waiting = queue.newest(
+        lambda found: found.job.caller == "ann", states=frozenset({State.QUEUED, State.DONE}), limit=5
+    )
+    assert [(found.job.id, found.position) for found in waiting] == [("j3", 3), ("j1", 1)]
+    (cancelled,) = queue.newest(lambda _: True, states=frozenset({State.CANCELLED}), limit=5)
+    assert cancelled.job.id == "j5"
+
+
+def test_what_happens_between_two_pages_hides_no_job(queue: Queue, new_job: Any) -> None:
+    jobs = [new_job(id=f"j{n}", created=1000.0 + n) for n in range(6)]
+    for job in jobs:
+        queue.enqueue(job)
+    first = queue.newest(lambda _: True, states=frozenset(State), limit=2)
+    queue.enqueue(new_job(id="later", created=2000.0))
+    for job_id in ("j2", "j4"):
+        queue.cancel(job_id)
+    rest = queue.newest(lambda _: True, states=frozenset(State), limit=9, before=Place.of(first[-1].job))
+    assert [found.job.id for found in (*first, *rest)] == ["j5", "j4", "j3", "j2", "j1", "j0"]

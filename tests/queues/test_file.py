@@ -1359,3 +1359,21 @@ def test_progress_that_cannot_be_written_fails_no_job(
     queue.enqueue(job)
     with serving(queue, handle):
         eventually(lambda: names(root, "done"))
+
+
+def test_the_newest_jobs_are_found_without_reading_old_records(
+    root: Path, queue: FileQueue, new_job: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those cannot be read, which would be in the log."""
+    now = time.time()
+    for n in range(40):
+        job = new_job(id=f"j{n}", created=now - 1000 + n)
+        queue.enqueue(job)
+        queue.cancel(job.id)
+        record = root / "cancelled" / f"j{n}.json"
+        if n < 20:
+            record.write_text("none")
+        os.utime(record, (job.created + 5, job.created + 5))
+    found = queue.newest(lambda _: True, states=frozenset({State.CANCELLED}), limit=10)
+    assert [snapshot.job.id for snapshot in found] == [f"j{n}" for n in range(39, 29, -1)]
+    assert caplog.text == ""

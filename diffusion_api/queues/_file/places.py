@@ -120,6 +120,12 @@ class Folder:
         ids = (name.removesuffix(".json") for name in disk.names(self._root / state) if name.endswith(".json"))
         return [job_id for job_id in ids if is_id(job_id)]
 
+    def written(self, state: State) -> Iterator[tuple[str, float]]:
+        """Ids of the jobs that ended so, and when their records were written, in epoch seconds."""
+        for name, written, _ in disk.files(self._root / state):
+            if name.endswith(".json") and is_id(name.removesuffix(".json")):
+                yield name.removesuffix(".json"), written
+
     def read_ended(self, state: State, job_id: str) -> Job | None:
         """The record of a job that ended so.
 
@@ -450,6 +456,11 @@ def _make_folders(root: Path) -> None:
     disk.fsync_dir(root)
     disk.fsync_dir(root.parent)
     disk.probe(root / "tmp")
+
+
+def posted(name: str) -> float:
+    """When a job was posted, at the latest, in epoch seconds, from the name of its waiting or claimed record."""
+    return _sequence_of(name) / 1e9
 
 
 def _sequence_of(name: str) -> int:

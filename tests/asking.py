@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffusion_api.engine.base import Engine, Event, Finished, Pixels
-from diffusion_api.schema.request import Img2Img, Output, Request, Txt2Img
+from diffusion_api.schema.request import Hires, Img2Img, Output, Request, Txt2Img
 
 Draw = Callable[..., Pixels]
 """``draw(prompt, steps=…)`` → the picture."""
@@ -24,12 +24,24 @@ def plain(**changes: Any) -> Txt2Img:
     return Txt2Img(**FIELDS | changes)
 
 
-def request(prompt: str = "a large red circle on a blue background", **changes: object) -> Txt2Img:
+SCENE = "a large red circle on a blue background"
+
+
+def request(prompt: str = SCENE, **changes: object) -> Txt2Img:
     fields: dict[str, object] = dict(
         model="shapes", prompt=prompt, negative_prompt="", steps=20, guidance_scale=5, width=128, height=128,
         sampler="dpmpp_2m", schedule="karras", seed=1, output=Output(),
     )  # fmt: skip
     return Txt2Img.model_validate(fields | changes)
+
+
+def hires(upscaler: str = "Latent", **changes: object) -> Hires:
+    """A second pass with the shipped model."""
+    fields: dict[str, object] = dict(
+        upscaler=upscaler, width=256, height=256, steps=10, strength=0.4, sampler="dpmpp_2m", schedule="karras",
+        model="shapes", prompt=SCENE, negative_prompt="",
+    )  # fmt: skip
+    return Hires.model_validate(fields | changes)
 
 
 def from_picture(prompt: str, image: str, **changes: object) -> Img2Img:

@@ -37,12 +37,38 @@ StopAsked: TypeAlias = Callable[[], Stop | None]
 
 @dataclass(frozen=True)
 class Attached:
-    """What became of a job's LoRAs, VAE and embeddings; ``infotext`` holds fields by A1111's keys."""
+    """What became of the LoRAs, the VAE and the embeddings of a job, or of one of its passes.
+
+    ``hashes`` are those of the files by their names, ``vae`` more fields of an infotext; both by A1111's keys.
+    """
 
     applied: tuple[LoraApplied, ...] = ()
     skipped: tuple[LoraSkipped, ...] = ()
     warnings: tuple[str, ...] = ()
-    infotext: Mapping[str, str] = field(default_factory=dict)
+    hashes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    vae: Mapping[str, str] = field(default_factory=dict)
+
+    def and_then(self, other: Attached) -> Attached:
+        """What became of them in the passes so far and in one more. A LoRA that was applied in any was not skipped."""
+        applied = (*self.applied, *(one for one in other.applied if one not in self.applied))
+        names = {one.name for one in applied}
+        skipped = dict.fromkeys(one for one in (*self.skipped, *other.skipped) if one.name not in names)
+        return Attached(
+            applied=applied,
+            skipped=tuple(skipped),
+            warnings=tuple(dict.fromkeys(self.warnings + other.warnings)),
+            hashes={
+                key: {**self.hashes.get(key, {}), **other.hashes.get(key, {})}
+                for key in {**self.hashes, **other.hashes}
+            },
+            vae={**other.vae, **self.vae},
+        )
+
+    @property
+    def infotext(self) -> dict[str, str]:
+        """What is said of it in an infotext."""
+        rows = {key: ", ".join(f"{name}: {value}" for name, value in row.items()) for key, row in self.hashes.items()}
+        return {**rows, **self.vae}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from diffusion_api.errors import DeviceLost, DeviceUnusable, DiffusionApiError, 
 from diffusion_api.prompt import parse
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.report import DeviceReport
-from diffusion_api.schema.request import Img2Img, Request, Sampling
+from diffusion_api.schema.request import Img2Img, Request, Sampling, Txt2Img
 from diffusion_api.settings import keep_offline
 
 if TYPE_CHECKING:
@@ -135,7 +135,11 @@ class Executor:
         """Have the hashes of the job's files made meanwhile, so that the device thread does not wait for them."""
         if not isinstance(request, Sampling):
             return
-        loras = {use.name for use in request.loras} | {network.name for network in parse(request.prompt).networks}
+        prompts = [request.prompt]
+        if isinstance(request, Txt2Img) and request.hires:
+            prompts.append(request.hires.prompt)
+        loras = {use.name for use in request.loras}
+        loras |= {network.name for prompt in prompts for network in parse(prompt).networks}
         rows = [self._library.find(request.model), *(self._library.find_asset("lora", name) for name in loras)]
         if request.vae:
             rows.append(self._library.find_asset("vae", request.vae))

@@ -6,7 +6,6 @@ None of them can fail a job: what cannot be used is skipped, and the job says so
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -41,9 +40,7 @@ class Extras:
         """
         patched = self._patched(lane, request)
         learned = self._learned(lane, f"{request.prompt}\n{request.negative_prompt}")
-        return replace(
-            patched, warnings=patched.warnings + learned.warnings, infotext={**patched.infotext, **learned.infotext}
-        )
+        return patched.and_then(learned)
 
     def _patched(self, lane: Loaded, request: Sampling) -> Attached:
         uses = [(use, self._library.find_asset("lora", use.name)) for use in lora_uses(request)]
@@ -92,8 +89,8 @@ class Extras:
         lesson = tuple((row.path, row.stamp) for row in vectors)
         for part, words in lane.words.items():
             words.learn(lesson, {row.name: found[part] for row, found in vectors.items()})
-        hashes = ", ".join(f"{row.name}: {row.network_hash}" for row in vectors)
-        return Attached(warnings=tuple(warnings), infotext={"TI hashes": hashes} if hashes else {})
+        hashes = {row.name: row.network_hash for row in vectors}
+        return Attached(warnings=tuple(warnings), hashes={"TI hashes": hashes} if hashes else {})
 
 
 def lora_uses(request: Sampling) -> tuple[LoraUse, ...]:
@@ -117,9 +114,9 @@ class _Fitting:
 
     def result(self) -> Attached:
         """What became of all that was added."""
-        hashes = ", ".join(f"{name}: {value}" for name, value in self._hashes.items())
-        infotext = ({"Lora hashes": hashes} if hashes else {}) | self._vae
-        return Attached(tuple(self._applied), tuple(self._skipped), tuple(dict.fromkeys(self._warnings)), infotext)
+        hashes = {"Lora hashes": self._hashes} if self._hashes else {}
+        told = tuple(dict.fromkeys(self._warnings))
+        return Attached(tuple(self._applied), tuple(self._skipped), told, hashes, self._vae)
 
     def add(self, use: LoraUse, row: Asset | None) -> None:
         """One more LoRA, after those before it."""

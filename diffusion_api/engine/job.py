@@ -107,8 +107,8 @@ def job(
             break
     if not made:
         raise Interrupted("stopped before there was a picture")
-    first = found[0]
-    told = [text for extras in found for text in extras.warnings] + [text for one in made for text in one.warnings]
+    attached = reduce(Attached.and_then, found, Attached())
+    told = [*attached.warnings, *(text for one in made for text in one.warnings)]
     return Finished(
         images=tuple(picture.image for picture in made),
         seeds=request.seeds[: len(made)],
@@ -116,16 +116,17 @@ def job(
         memory_before_mb=before,
         memory_after_mb=memory(),
         warnings=tuple(dict.fromkeys(told)),
-        loras_applied=first.applied,
-        loras_skipped=first.skipped,
-        infotext=reduce(or_, (dict(one.infotext) for one in made), dict(first.infotext)),
+        loras_applied=attached.applied,
+        loras_skipped=attached.skipped,
+        infotext=reduce(or_, (dict(one.infotext) for one in made), attached.infotext),
     )
 
 
 def loaded(stage: Pass, loaders: Loaders) -> Generator[Run, Any, tuple[Lane | Painter, Attached]]:
-    """The model of a pass, with what the request attaches to it."""
+    """The model of a pass, with what the request attaches to it and the words of this pass name."""
     model: Lane | Painter = yield Run(partial(loaders.model, stage.model), Point.LOAD)
-    request = stage.request.model_copy(update={"model": stage.model})
+    own = {"model": stage.model, "prompt": stage.prompt, "negative_prompt": stage.negative_prompt}
+    request = stage.request.model_copy(update=own)
     extras: Attached = yield Run(partial(loaders.attach, model, request))
     return model, extras
 

@@ -11,12 +11,14 @@ import lora_zoo as zoo
 import numpy as np
 import pytest
 import torch
-from asking import Draw, finished, request
+from asking import Draw, finished, from_picture, hires, request
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from semantics import asked, seen
 from torch import Tensor
 
+from diffusion_api.canvas import LANCZOS
 from diffusion_api.catalog import library
 from diffusion_api.engine.embeddings import read_embedding
 from diffusion_api.engine.executor import Executor
@@ -224,3 +226,41 @@ def test_an_embedding_and_a_lora_go_together(
     )
     assert np.array_equal(words, learned)
     assert not np.array_equal(without, learned)
+
+
+# A second pass with words of its own.
+
+
+def test_a_second_pass_has_the_loras_and_embeddings_that_its_own_prompt_names(
+    executor: Executor, pictures: dict[str, Image.Image], put: Callable[[str], Path], vector: Callable[[str], Tensor]
+) -> None:
+    """Each pass against the same one made alone: a picture, and one that begins with it, enlarged."""
+    file = put("embeddings/zorb.safetensors")
+    save_file({"emb_params": vector("red")}, file)
+    zoo.write(
+        put("loras/text.safetensors"),
+        zoo.kohya("lora_te_text_model_encoder_layers_0_self_attn_q_proj", (128, 128), zoo.Maker()),
+    )
+    first, second = "<lora:text:1>a blue circle", "<lora:shapes-ink:0.5>a zorb circle"
+    job = request(
+        first, **SMALL, count=2, hires=hires("Lanczos", width=128, height=128, steps=2, prompt=second, strength=0.5)
+    )
+    done = finished(executor, job)
+    for number, image in enumerate(done.images):
+        small, _ = drawn(executor, first, seed=1 + number)
+        pictures["small"] = Image.fromarray(small).resize((128, 128), LANCZOS)
+        alone = from_picture(second, "small", steps=4, strength=0.25, seed=1 + number)  # 2 of 4 steps, as above
+        assert np.array_equal(image, finished(executor, alone).images[0])
+    assert [(lora.name, lora.scale) for lora in done.loras_applied] == [("text", 1), ("shapes-ink", 0.5)]
+    assert done.loras_skipped == ()
+    assert [item.split(":")[0] for item in done.infotext["Lora hashes"].split(", ")] == ["text", "shapes-ink"]
+    assert done.infotext["TI hashes"] == f"zorb: {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+
+
+def test_a_lora_that_only_the_second_pass_names_is_skipped_with_the_reason_where_it_is_missing(
+    executor: Executor,
+) -> None:
+    second = hires(width=128, height=128, steps=1, prompt="<lora:gone:1><lora:shapes-ink:1>a circle")
+    done = finished(executor, request("<lora:shapes-ink:1>a circle", **SMALL, hires=second))
+    assert [lora.name for lora in done.loras_applied] == ["shapes-ink"]
+    assert [lora.name for lora in done.loras_skipped] == ["gone"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from asking import Draw, events, finished, from_picture, request
+from asking import Draw, events, finished, from_picture, hires, request
 from PIL import Image, ImageDraw
 from semantics import asked, seen
 
@@ -12,17 +12,9 @@ from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.engine.base import Finished, Pixels
 from diffusion_api.engine.executor import Executor
 from diffusion_api.schema.job import Progress
-from diffusion_api.schema.request import Hires, Mask
+from diffusion_api.schema.request import Mask
 
 PROMPT = "a large red circle on a blue background"
-
-
-def hires(upscaler: str = "Latent", **changes: object) -> Hires:
-    fields: dict[str, object] = dict(
-        upscaler=upscaler, width=256, height=256, steps=10, strength=0.4, sampler="dpmpp_2m", schedule="karras",
-        model="shapes", prompt=PROMPT, negative_prompt="",
-    )  # fmt: skip
-    return Hires.model_validate(fields | changes)
 
 
 def close(one: Pixels, other: Pixels) -> float:

@@ -56,7 +56,8 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     height, height_note = round_size(given(body.height, model.default_size[1]), "height", model.multiple)
     warnings += [note for note in (width_note, height_note) if note]
     loras = tuple(_lora(lora) for lora in body.loras or [])
-    warnings += _absent([*(("lora", lora.name) for lora in loras), *_networks(prompt)], service)
+    asked = [*(("lora", lora.name) for lora in loras), *_networks(prompt)]
+    warnings += _absent(asked, service)
     if body.refiner_checkpoint:
         warnings.append(f"refiner_checkpoint is ignored: model {model.name!r} is no SDXL model")
     first = build(
@@ -79,6 +80,8 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
         output=_output(body),
     )
     hires, notes = _hires(body.hires, first, service)
+    if hires:
+        notes += _absent([network for network in _networks(hires.prompt) if network not in asked], service)
     return first.model_copy(update={"hires": hires}), warnings + notes
 
 

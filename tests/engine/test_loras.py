@@ -209,7 +209,7 @@ def test_a_patch_that_fails_half_way_changes_nothing(lane: SD1) -> None:
 def test_the_same_set_again_costs_nothing(loras: Path, lane: SD1, attach: Callable[..., Any]) -> None:
     zoo.write(loras / "one.safetensors", zoo.kohya(f"lora_unet_{flat(LINEAR)}", (128, 128), zoo.Maker()))
     first = attach("<lora:one:1>a circle")
-    lane.patches.label[1].infotext["seen"] = "once"  # a set that is attached anew would not know
+    lane.patches.label[1].vae["seen"] = "once"  # a set that is attached anew would not know
     again = attach("<lora:one:1>a star")
     assert again.applied == first.applied
     assert again.infotext["seen"] == "once"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from serving import ROOT, Program, eventually
 
 from diffusion_api import images
@@ -26,13 +28,18 @@ def shape(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(("command", "documented"), EXAMPLES, ids=[command[:60] for command, _ in EXAMPLES])
-def test_an_example_of_the_page_is_answered_as_it_says(stub_server: Program, command: str, documented: str) -> None:
+def test_an_example_of_the_page_is_answered_as_it_says(
+    stub_server: Program, tmp_path: Path, command: str, documented: str
+) -> None:
+    for name in ("picture.png", "mask.png"):
+        Image.new("RGB", (64, 64), "white").save(tmp_path / name)
     job_id = ""
     if "$JOB" in command:
         job_id = stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=40)
         eventually(lambda: stub_server.status(job_id)["state"] == "processing", "the job to run")
     done = subprocess.run(
         ["bash", "-euc", command.replace(EXAMPLE_URL, stub_server.url)],
+        cwd=tmp_path,
         env={"JOB": job_id, "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,

@@ -25,6 +25,8 @@ from diffusion_api.quotas import Minutes
 from diffusion_api.schema.caller import Caller, Role
 
 if TYPE_CHECKING:
+    from jwt.types import Options
+
     from diffusion_api.keys import Keyring
     from diffusion_api.settings import Settings
 
@@ -209,7 +211,7 @@ class Access:
         import jwt  # with the library under it, a fifth of a second
 
         try:
-            required = {"require": ["sub", "role", "exp"]}
+            required: Options = {"require": ["sub", "role", "exp"]}
             claims: dict[str, Any] = jwt.decode(credential.text, self._secret, algorithms=[ALGORITHM], options=required)
             caller = Caller(id=claims["sub"], role=claims["role"], name=claims.get("name", ""))
         except (jwt.InvalidTokenError, ValueError):

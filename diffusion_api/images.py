@@ -75,6 +75,7 @@ _SIDEWAYS = (5, 6, 7, 8)
 _COMMENT_ENCODINGS = {b"ASCII": "utf-8", b"JIS": "shift_jis", b"": "utf-8"}
 
 _LONG = 100
+_SHOWN = 40
 _BASE64_LINE = 40
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 
@@ -197,7 +198,8 @@ def from_base64(text: str, *, max_bytes: int, field: str) -> bytes:
     try:
         return base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
     except ValueError as error:
-        raise InvalidImage(f"{field}: neither base64 nor a data URL ({error})", field=field) from error
+        shown = text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+        raise InvalidImage(f"{field} is {shown!r}: neither base64 nor a data URL ({error})", field=field) from error
 
 
 def sanitized(value: Any) -> Any:
@@ -216,10 +218,15 @@ def sanitized(value: Any) -> Any:
             target[key] = rows = [None] * len(item)
             pending.extend((rows, index, inner) for index, inner in enumerate(item))
         elif isinstance(item, str) and _is_picture(item):
-            target[key] = f"[BASE64_IMAGE_DATA_{len(item)}_chars]"
+            target[key] = placeholder(item)
         else:
             target[key] = item
     return root[""]
+
+
+def placeholder(picture: str) -> str:
+    """What logs and records have in place of a picture in base64."""
+    return f"[BASE64_IMAGE_DATA_{len(picture)}_chars]"
 
 
 def _is_picture(text: str) -> bool:
@@ -279,7 +286,7 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise TooLarge("the picture has more pixels than any limit allows") from error
     except UnidentifiedImageError as error:
-        raise InvalidImage(f"not a picture that can be read; send {_KINDS}") from error
+        raise InvalidImage(f"not a picture that can be read: it begins with {data[:19]!r}; send {_KINDS}") from error
     except _DAMAGE as error:
         raise InvalidImage(f"the picture is damaged: {error}") from error
 

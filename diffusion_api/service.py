@@ -142,7 +142,7 @@ class Service:
 
         if self._draining:
             raise ShuttingDown(SHUTTING_DOWN)
-        self._check(job.request)
+        self.check(job.request)
         self._fits(job.request)
         stored = job.model_copy(update={"payload": sanitized(job.payload), "deadline": self._deadline(job)})
         for picture in pictures:
@@ -172,7 +172,7 @@ class Service:
 
     def estimate(self, request: Txt2Img | Img2Img) -> Estimate:
         """What a drawing would do and take. Raises InvalidRequest, TooLarge, and OutOfMemory for one that cannot fit."""
-        self._check(request)
+        self.check(request)
         model = self._library.resolve(request.model)
         try:
             return estimate(model, request, self._room())
@@ -415,8 +415,8 @@ class Service:
             with suppress(Unrecognised):
                 estimate(model, request, room)
 
-    def _check(self, request: Request) -> None:
-        """The operator's limits and the format's, before anything is written."""
+    def check(self, request: Request) -> None:
+        """The operator's limits and the format's, before anything is written. Raises InvalidRequest, TooLarge."""
         limits = self.settings
         self._check_format(request)
         if isinstance(request, Upscale):

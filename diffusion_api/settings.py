@@ -143,6 +143,10 @@ class Settings(BaseSettings):
     keep_outputs: int = Field(default=0, ge=0, description="pictures that are kept; 0 is all")
     keep_outputs_mb: float = Field(default=0, ge=0, description="MiB of pictures that are kept; 0 is all")
 
+    apply_loras: bool = Field(
+        default=False, description="let the field loras work on /img2img, where it is ignored otherwise"
+    )
+
     max_steps: int = Field(default=150, ge=1, description="steps of one job")
     max_pixels: int = Field(default=2048 * 2048, ge=64, description="width x height of one picture")
     max_input_pixels: int = Field(

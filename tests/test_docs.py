@@ -12,7 +12,7 @@ import pytest
 from serving import ROOT
 
 from diffusion_api.catalog import samplers
-from diffusion_api.dialects.native.bodies import Txt2ImgBody
+from diffusion_api.dialects.native.bodies import Img2ImgBody, Txt2ImgBody, UpscaleBody
 from diffusion_api.settings import Settings
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -51,7 +51,8 @@ def test_the_operating_guide_names_no_setting_that_does_not_exist() -> None:
 
 def test_the_api_page_names_every_field() -> None:
     text = (ROOT / "docs" / "native.md").read_text("utf-8")
-    assert [name for name in Txt2ImgBody.model_fields if f"`{name}`" not in text] == []
+    bodies = (Txt2ImgBody, Img2ImgBody, UpscaleBody)
+    assert [name for body in bodies for name in body.model_fields if f"`{name}`" not in text] == []
 
 
 def test_the_architecture_page_names_every_module_at_the_top() -> None:

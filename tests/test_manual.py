@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from serving import ROOT, Program, eventually
 
 from diffusion_api import images
@@ -29,7 +30,7 @@ def shape(value: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(stub_server: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``picture.png``, made by the service as the page says."""
+    """A folder with ``picture.png``, made by the service as the page says, and a ``mask.png``."""
     status = stub_server.result(
         prompt="a lighthouse",
         model="small",
@@ -41,6 +42,7 @@ def folder(stub_server: Program, tmp_path_factory: pytest.TempPathFactory) -> Pa
     )
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "picture.png").write_bytes(base64.b64decode(status["image"]))
+    Image.new("RGB", (64, 64), "white").save(folder / "mask.png")
     return folder
 
 

@@ -96,7 +96,7 @@ class Nvidia:
 
 def _normal(one: Words, two: Words) -> NDArray[np.float64]:
     """The first of the pair of normal numbers that two uniform words give (Box and Muller 1958)."""
-    radius = one * _UNIT
+    radius = np.multiply(one, _UNIT, dtype=np.float64)
     radius += _UNIT / 2
     np.log(radius, out=radius)
     radius *= -2

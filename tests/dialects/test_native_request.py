@@ -14,7 +14,7 @@ from diffusion_api.catalog import samplers
 from diffusion_api.catalog.library import Library
 from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects.native.bodies import Txt2ImgBody
-from diffusion_api.dialects.native.requests import to_request
+from diffusion_api.dialects.native.requests import txt2img
 from diffusion_api.engine.stub import StubEngine
 from diffusion_api.errors import InvalidRequest, TooLarge, UnknownSampler
 from diffusion_api.infotext import for_request
@@ -37,7 +37,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def meant(service: Service, **fields: Any) -> tuple[Txt2Img, list[str]]:
-    return to_request(Txt2ImgBody.model_validate(fields), service)
+    found = txt2img(Txt2ImgBody.model_validate(fields), service)
+    return found.request, found.warnings
 
 
 def written(request: Txt2Img, number: int = 0) -> str:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from diffusion_api.dialects._base import MAX_SIDE
 from diffusion_api.schema.job import LoraApplied, LoraSkipped
-from diffusion_api.schema.request import MAX_SEED, Emphasis, Format, Source
+from diffusion_api.schema.request import MAX_SEED, Emphasis, Fill, Format, ResizeMode, Source
 
 MAX_UNKNOWN = 100
 """Fields of a body that are ignored with a warning each; looking for a near name takes its time."""
+
+EXAMPLE_PICTURE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAcklEQVR42s3QsQ3CMBSE4c/PSKRkBDYhbO4RGCEjuIwQiilMCgsKyvzV6e6e9H"
+    "Qcj3P9iNuGjCWlIkjMvdJaJZiYiP00uHAiuBJjNJNGp5MpSOU7+kdkzNx/dwptdBY2gsprjFZWgicPgtZ/29cY9jkAb7FqFwcNkzldAAAAAElF"
+    "TkSuQmCC"
+)
+"""A white disc on black, 64 pixels."""
 
 RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
 
@@ -36,6 +44,15 @@ def _word(value: Any) -> Any:
 
 def _source(value: Any) -> Any:
     return "nv" if (word := _word(value)) == "gpu" else word
+
+
+def _numbered(choices: Any) -> Callable[[Any], Any]:
+    """Understands words, in any case, and the numbers that A1111's API has for them."""
+    numbered = {str(number): word for number, word in enumerate(get_args(choices))}
+    return lambda value: numbered.get(str(value), _word(value))
+
+
+Factor = Annotated[float, Field(gt=0, le=16, allow_inf_nan=False)]
 
 
 class LoraBody(BaseModel):
@@ -65,29 +82,33 @@ class HiresBody(BaseModel):
     negative_prompt: str | None = None
 
 
-class Txt2ImgBody(BaseModel):
-    """The body of ``POST /txt2img``. Every field may be left out; numbers may come as strings."""
+class JobBody(BaseModel):
+    """What a body says of its job, whatever that is. Fields that are not known are ignored with a warning."""
 
-    model_config = ConfigDict(
-        extra="allow",
-        json_schema_extra={
-            "examples": [
-                {"prompt": "a large red circle on a blue background"},
-                {
-                    "prompt": "a small green star on a black background on the left",
-                    "negative_prompt": "blurry",
-                    "steps": 20,
-                    "cfg_scale": 5,
-                    "width": 256,
-                    "height": 256,
-                    "model": "shapes",
-                    "sampler_name": "DPM++ 2M Karras",
-                    "fileType": "png",
-                    "seed": 42,
-                },
-            ]
-        },
+    model_config = ConfigDict(extra="allow")
+
+    fileType: str | None = Field(default=None, description="jpg, png, webp, avif or gif; jpg when left out")
+    jpeg_quality: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        validation_alias=_also("jpeg_quality", "quality"),
+        description="of jpg, webp and avif; 85 when left out",
     )
+    lossless: bool | None = Field(default=None, description="true: a webp that loses nothing, as png is")
+    priority: int | None = Field(default=None, ge=-9, le=9, description="higher runs first; 0 when left out")
+    deadline: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that the job may run; the operator's when left out",
+    )
+    webhook: str | None = Field(default=None, description="URL that is told of the job's end")
+    dry_run: bool = Field(default=False, description="say what the job would be and take, and store nothing")
+
+
+class SamplingBody(JobBody):
+    """What a body says of pictures that a model draws. Every field may be left out; numbers may come as strings."""
 
     prompt: str = ""
     negative_prompt: str | None = None
@@ -102,15 +123,6 @@ class Txt2ImgBody(BaseModel):
     model: str | None = Field(default=None, description="a name or label of /models")
     sampler_name: str | None = Field(default=None, description="DPM++ 2M when left out; may end in a scheduler_type")
     scheduler_type: str | None = Field(default=None, description="karras when left out")
-    fileType: str | None = Field(default=None, description="jpg, png, webp, avif or gif; jpg when left out")
-    jpeg_quality: int | None = Field(
-        default=None,
-        ge=1,
-        le=100,
-        validation_alias=_also("jpeg_quality", "quality"),
-        description="of jpg, webp and avif; 85 when left out",
-    )
-    lossless: bool | None = Field(default=None, description="true: a webp that loses nothing, as png is")
     seed: int | None = Field(default=None, description="0 to 4294967295; null or -1 draws one")
     n: int | None = Field(default=None, ge=1, description="pictures, with seeds seed, seed + 1, ...; 1 when left out")
     rng: Annotated[Source, BeforeValidator(_source)] | None = Field(
@@ -184,18 +196,179 @@ class Txt2ImgBody(BaseModel):
         validation_alias=_also("vae", "sd_vae"),
         description="a VAE by name; None: the model's own; Automatic, also when left out: the one named like the model",
     )
-    hires: HiresBody | None = None
-    refiner_checkpoint: str | None = None
-    refiner_switch_at: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False, description="0 to 1")
-    priority: int | None = Field(default=None, ge=-9, le=9, description="higher runs first; 0 when left out")
-    deadline: float | None = Field(
-        default=None,
-        gt=0,
-        allow_inf_nan=False,
-        description="seconds that the job may run; the operator's when left out",
+    refiner_checkpoint: str | None = Field(
+        default=None, description="an SDXL model that draws the last steps of a picture of another"
     )
-    webhook: str | None = Field(default=None, description="URL that is told of the job's end")
-    dry_run: bool = Field(default=False, description="say what the job would be and take, and store nothing")
+    refiner_switch_at: float | None = Field(
+        default=None, ge=0, le=1, allow_inf_nan=False, description="share of the steps before that; 0.8 when left out"
+    )
+    tiling: bool | None = Field(default=None, description="opposite edges fit each other")
+    preview_every: int | None = Field(
+        default=None,
+        ge=0,
+        description="steps after which there is a small picture of what is drawn; 0, none, when left out",
+    )
+
+
+class Txt2ImgBody(SamplingBody):
+    """The body of ``POST /txt2img``. Every field may be left out; numbers may come as strings."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompt": "a large red circle on a blue background"},
+                {
+                    "prompt": "a small green star on a black background on the left",
+                    "negative_prompt": "blurry",
+                    "steps": 20,
+                    "cfg_scale": 5,
+                    "width": 256,
+                    "height": 256,
+                    "model": "shapes",
+                    "sampler_name": "DPM++ 2M Karras",
+                    "fileType": "png",
+                    "seed": 42,
+                },
+            ]
+        },
+    )
+
+    hires: HiresBody | None = None
+
+
+class SizeBody(BaseModel):
+    """A size in pixels. A side that is left out keeps the proportions."""
+
+    width: int | None = None
+    height: int | None = None
+
+
+class FactorsBody(BaseModel):
+    """How many times as wide and as high."""
+
+    width: Factor = 1.0
+    height: Factor = 1.0
+
+
+class Img2ImgBody(SamplingBody):
+    """The body of ``POST /img2img`` and ``POST /inpaint``: what ``POST /txt2img`` takes, and pictures to begin with."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompt": "a large blue circle on a red background", "image": EXAMPLE_PICTURE},
+                {
+                    "prompt": "a small green star on a black background",
+                    "image": f"data:image/png;base64,{EXAMPLE_PICTURE}",
+                    "mask": EXAMPLE_PICTURE,
+                    "denoising_strength": 0.9,
+                    "mask_blur": 8,
+                    "mask_fill": "latent noise",
+                    "steps": 20,
+                    "fileType": "png",
+                    "seed": 42,
+                },
+            ]
+        },
+    )
+
+    image: str | None = Field(
+        default=None,
+        validation_alias=_also("image", "init_image"),
+        description="the picture to begin with: a PNG, JPEG, WebP, GIF or AVIF in base64 or as a data URL; required",
+    )
+    denoising_strength: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        validation_alias=_also("denoising_strength", "strength"),
+        description="how much of it is drawn anew; 0.75 when left out",
+    )
+    resize_mode: Annotated[ResizeMode, BeforeValidator(_numbered(ResizeMode))] | None = Field(
+        default=None, description="how it is brought to the size; just resize when left out"
+    )
+    resize_to: SizeBody | None = Field(default=None, description="the size, before resize_by, width and height")
+    resize_by: Factor | FactorsBody | None = Field(
+        default=None,
+        validation_alias=_also("resize_by", "resized_by"),
+        description="the size as a factor of that of image, or one for each side; before width and height",
+    )
+    initial_noise_multiplier: float | None = Field(
+        default=None, ge=0, le=2, allow_inf_nan=False, description="of the noise that is added; 1 when left out"
+    )
+    image_guidance_scale: float | None = Field(
+        default=None, description="has no effect; models that are told how to edit a picture would know it"
+    )
+    apply_loras: bool | None = Field(
+        default=None, description="let loras work on /img2img, which ignores them unless the operator says otherwise"
+    )
+    mask: str | None = Field(
+        default=None,
+        validation_alias=_also("mask", "mask_image"),
+        description="a picture of the same size, white or opaque where image is painted anew; required on /inpaint",
+    )
+    mask_blur: float | None = Field(
+        default=None, ge=0, le=256, allow_inf_nan=False, description="of its edge, pixels; 4 when left out"
+    )
+    mask_invert: bool | None = Field(
+        default=None,
+        validation_alias=_also("mask_invert", "inpainting_mask_invert"),
+        description="paint anew where it is black or transparent",
+    )
+    mask_fill: Annotated[Fill, BeforeValidator(_numbered(Fill))] | None = Field(
+        default=None,
+        validation_alias=_also("mask_fill", "inpainting_fill"),
+        description="what is under it to begin with; fill, the blurred surroundings, when left out",
+    )
+    only_masked: bool | None = Field(
+        default=None,
+        validation_alias=_also("only_masked", "inpaint_full_res"),
+        description="draw only what is around the mask, at the size of the request, and paste it back",
+    )
+    mask_padding: int | None = Field(
+        default=None,
+        ge=0,
+        le=2048,
+        validation_alias=_also("mask_padding", "inpaint_full_res_padding"),
+        description="pixels around the mask that are drawn with only_masked; 32 when left out",
+    )
+
+
+class UpscaleBody(JobBody):
+    """The body of ``POST /upscale``."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"image": EXAMPLE_PICTURE}, {"image": EXAMPLE_PICTURE, "upscaler": "Nearest", "scale": 4}]
+        }
+    )
+
+    image: str | None = Field(
+        default=None,
+        validation_alias=_also("image", "init_image"),
+        description="the picture: a PNG, JPEG, WebP, GIF or AVIF in base64 or as a data URL; required",
+    )
+    upscaler: str | None = Field(
+        default=None,
+        validation_alias=_also("upscaler", "upscaler_1"),
+        description="a name of /upscalers that does not begin with Latent; Lanczos when left out",
+    )
+    scale: Factor | None = Field(
+        default=None,
+        validation_alias=_also("scale", "upscaling_resize"),
+        description="how many times as wide and as high, where no size is given; 2 when left out",
+    )
+    width: int | None = Field(
+        default=None,
+        validation_alias=_also("width", "upscaling_resize_w"),
+        description="pixels; in proportion to height when left out",
+    )
+    height: int | None = Field(
+        default=None,
+        validation_alias=_also("height", "upscaling_resize_h"),
+        description="pixels; in proportion to width when left out",
+    )
 
 
 class SubmittedBody(BaseModel):
@@ -229,6 +402,18 @@ class NeedBody(BaseModel):
     ram: int = Field(description="weights that wait in RAM")
     ram_budget: int | None
     measures: list[str] = Field(description="what will be done so that it fits")
+
+
+class UpscaleDryRunBody(BaseModel):
+    """What an upscaling would be; nothing was stored."""
+
+    status: Literal["success"] = "success"
+    dry_run: Literal[True] = True
+    upscaler: str
+    width: int = Field(description="pixels")
+    height: int = Field(description="pixels")
+    seconds: float | None = Field(description="how long it will probably run; null when not known")
+    warnings: list[str] = []
 
 
 class DryRunBody(BaseModel):
@@ -289,7 +474,11 @@ class StatusBody(BaseModel):
     generation_time_sec: float = 0
     memory_before_mb: float = Field(default=0, description="resident on a CPU, allocated on a GPU")
     memory_after_mb: float = 0
-    seed: int = 0
+    seed: int | None = Field(default=0, description="null where nothing is drawn")
+    denoising_strength: float = Field(default=0.75, description="of a job that brought a picture along, like the rest")
+    resize_mode: ResizeMode = "just resize"
+    resize_to: SizeBody | None = None
+    resize_by: float | FactorsBody | None = None
 
 
 class ImgInfoBody(BaseModel):

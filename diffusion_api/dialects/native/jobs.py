@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -11,9 +11,20 @@ from fastapi.responses import JSONResponse
 from pydantic import AfterValidator
 
 from diffusion_api.dialects._base import build, caller_of, hears
-from diffusion_api.dialects.native.bodies import DryRunBody, StatusBody, SubmittedBody, Txt2ImgBody, refusals
-from diffusion_api.dialects.native.replies import answer_of, dry_run, read
-from diffusion_api.dialects.native.requests import given, to_request
+from diffusion_api.dialects.native import pictures, requests
+from diffusion_api.dialects.native.bodies import (
+    DryRunBody,
+    Img2ImgBody,
+    JobBody,
+    StatusBody,
+    SubmittedBody,
+    Txt2ImgBody,
+    UpscaleBody,
+    UpscaleDryRunBody,
+    refusals,
+)
+from diffusion_api.dialects.native.replies import answer_of, dry_run, dry_upscale, read
+from diffusion_api.dialects.native.requests import Meant, given
 from diffusion_api.queues.base import Key
 from diffusion_api.schema.job import Job
 
@@ -29,6 +40,9 @@ LINKS = {
     for name in ("get", "delete")
 }
 """What can be asked of a job that was stored, for the documentation."""
+POSTED: dict[int | str, dict[str, Any]] = refusals(400, 413, 422, 503, 507) | {200: {"links": LINKS}}
+PICTURES = {"image", "mask"}
+"""Fields of bodies that are pictures, and go into no record."""
 Wait = Annotated[
     float,
     Query(
@@ -59,30 +73,52 @@ IdempotencyKey = Annotated[
 def add(router: APIRouter, service: Service) -> None:
     """Add the routes that make jobs, and those of a job."""
 
-    @router.post(
-        "/txt2img", tags=["jobs"], summary="A picture from words",
-        responses=refusals(400, 413, 422, 503, 507) | {200: {"links": LINKS}},
-    )  # fmt: skip
+    @router.post("/txt2img", tags=["jobs"], summary="A picture from words", responses=POSTED)
     def txt2img(
         body: Annotated[Txt2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
     ) -> SubmittedBody | DryRunBody:
-        request, warnings = to_request(body, service)
-        if body.dry_run:
-            return dry_run(request, warnings, service)
+        meant = requests.txt2img(body, service)
+        return dry_run(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
+
+    @router.post("/img2img", tags=["jobs"], summary="A picture from words and a picture", responses=POSTED)
+    def img2img(
+        body: Annotated[Img2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
+    ) -> SubmittedBody | DryRunBody:
+        meant = pictures.img2img(body, service)
+        return dry_run(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
+
+    @router.post("/inpaint", tags=["jobs"], summary="A picture with a part painted anew", responses=POSTED)
+    def inpaint(
+        body: Annotated[Img2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
+    ) -> SubmittedBody | DryRunBody:
+        meant = pictures.inpaint(body, service)
+        return dry_run(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
+
+    @router.post("/upscale", tags=["jobs"], summary="A larger picture", responses=POSTED)
+    def upscale(
+        body: Annotated[UpscaleBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
+    ) -> SubmittedBody | UpscaleDryRunBody:
+        meant = pictures.upscale(body, service)
+        return dry_upscale(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
+
+    def post(body: JobBody, meant: Meant[Any], http: Request, answer: Response, key: str | None) -> SubmittedBody:
+        from diffusion_api.images import placeholder  # NumPy and Pillow: a third of the time until the service answers
+
         payload = body.model_dump(exclude_unset=True)
-        key = None if idempotency_key is None else Key.of(idempotency_key, payload)
+        named = None if key is None else Key.of(key, payload)
         payload.pop("webhook", None)  # its query may hold a credential
         job = build(
             Job,
-            request=request,
-            payload=payload,
-            warnings=tuple(warnings),
+            request=meant.request,
+            payload=payload
+            | {field: placeholder(payload[field]) for field in PICTURES & payload.keys() if payload[field]},
+            warnings=tuple(meant.warnings),
             caller=caller_of(http).id,
             priority=given(body.priority, 0),
             deadline=body.deadline,
             webhook=body.webhook,
         )
-        stored = service.submit(job, key=key)
+        stored = service.submit(job, key=named, pictures=meant.pictures)
         if stored.id != job.id:
             answer.headers["Idempotency-Replayed"] = "true"
         return SubmittedBody(job_id=stored.id, seed=stored.request.seeds[0], warnings=list(stored.warnings))

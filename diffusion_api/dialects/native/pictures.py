@@ -1,47 +1,147 @@
-"""What a picture says of itself."""
+"""Bodies that bring pictures along, to frozen requests: which pictures, what size, what mask."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Body
-
-from diffusion_api import infotext
-from diffusion_api.dialects.native.bodies import ImgInfoBody, InfoBody, refusals
-from diffusion_api.errors import InvalidImage
+from diffusion_api.catalog.upscalers import LATENT
+from diffusion_api.dialects._base import MAX_SIDE, build
+from diffusion_api.dialects.native.bodies import FactorsBody, Img2ImgBody, UpscaleBody
+from diffusion_api.dialects.native.requests import (
+    Meant,
+    Size,
+    drawing,
+    given,
+    output,
+    rounded,
+    unknown_fields,
+    upscaler_name,
+)
+from diffusion_api.errors import InvalidRequest
+from diffusion_api.schema.request import Img2Img, Mask, Upscale
 
 if TYPE_CHECKING:
-    from diffusion_api.service import Service
+    from diffusion_api.catalog.library import Model
+    from diffusion_api.service import Picture, Service
+
+STRENGTH = 0.75
+SCALE = 2.0
+UPSCALER = "Lanczos"
 
 
-def add(router: APIRouter, service: Service) -> None:
-    """Add the route that reads pictures."""
+def img2img(body: Img2ImgBody, service: Service) -> Meant[Img2Img]:
+    """The picture from a picture that a body means. ``loras`` in it is ignored, as the original API does, unless it or the
+    operator says otherwise. Raises InvalidRequest.
+    """
+    ignored = body.loras and not given(body.apply_loras, service.settings.apply_loras)
+    meant = inpaint(body.model_copy(update={"loras": None}) if ignored else body, service, needs_mask=False)
+    if ignored:
+        meant.warnings.append('loras is ignored on /img2img; add "apply_loras": true, or name them in the prompt')
+    return meant
 
-    @router.post("/img-info", tags=["pictures"], summary="What a picture says of itself", responses=refusals(400, 413))
-    def img_info(body: Annotated[ImgInfoBody, Body()]) -> InfoBody:
-        from diffusion_api import images  # NumPy and Pillow: a third of the time until the service answers
 
-        if not (body.image or "").strip():
-            raise InvalidImage("No image data provided: image is a picture in base64, or a data URL", field="image")
-        try:
-            data = images.from_base64(body.image or "", max_bytes=service.settings.max_body, field="image")
-        except InvalidImage as error:
-            raise InvalidImage(f"Invalid base64 image data: {error}", field="image") from error
-        try:
-            found = images.read_metadata(data)
-        except InvalidImage as error:
-            raise InvalidImage(f"Failed to load image: {error}", field="image") from error
-        return InfoBody(
-            info=found.infotext or "",
-            items=dict(found.items),
-            parameters=_taken_apart(found.infotext) if found.infotext else {},
-            format=found.format,
-            width=found.width,
-            height=found.height,
+def inpaint(body: Img2ImgBody, service: Service, *, needs_mask: bool = True) -> Meant[Img2Img]:
+    """The picture with a part painted anew that a body means. Raises InvalidRequest."""
+    picture = _picture(body.image, "image", service)
+    if not (body.prompt or body.infotext or body.styles):
+        raise InvalidRequest("Prompt field is required", field="prompt")
+    mask = _picture(body.mask, "mask", service) if body.mask or needs_mask else None
+    if mask and (mask.width, mask.height) != (picture.width, picture.height):
+        raise InvalidRequest(
+            f"mask has {mask.width}x{mask.height} pixels and image {picture.width}x{picture.height}: "
+            "they must have the same size",
+            field="mask",
         )
 
+    def size_of(body: Img2ImgBody, model: Model) -> Size:
+        if model.whole:
+            raise InvalidRequest(
+                f"image: model {model.name!r} is drawn by a pipeline of its own, from words alone", field="image"
+            )
+        return rounded(_wanted(body, picture), model)
 
-def _taken_apart(text: str) -> dict[str, infotext.Value]:
-    told = infotext.parse(text)
-    prompts: dict[str, infotext.Value] = {"prompt": told.prompt, "negative_prompt": told.negative_prompt}
-    return prompts | {key: value for key, value in told.fields.items() if key not in prompts}
+    body, fields, warnings = drawing(body, service, size_of)
+    asked = build(
+        Img2Img,
+        **fields,
+        image=picture.name,
+        strength=given(body.denoising_strength, STRENGTH),
+        **_said(resize_mode=body.resize_mode, noise_multiplier=body.initial_noise_multiplier),
+        mask=_mask(body, mask) if mask else None,
+    )
+    return Meant(asked, warnings, (picture, mask) if mask else (picture,))
+
+
+def upscale(body: UpscaleBody, service: Service) -> Meant[Upscale]:
+    """The larger picture that a body means. Raises InvalidRequest."""
+    picture = _picture(body.image, "image", service)
+    upscaler = upscaler_name(body.upscaler or UPSCALER, service)
+    if upscaler in LATENT:
+        raise InvalidRequest(
+            f"upscaler is {upscaler!r}, which enlarges what a model draws and no picture; one of those of /upscalers "
+            "whose names do not begin with Latent",
+            field="upscaler",
+        )
+    if body.width or body.height:
+        sides = _in_proportion(body.width, body.height, picture)
+    else:
+        sides = _scaled(picture, FactorsBody(width=given(body.scale, SCALE), height=given(body.scale, SCALE)))
+    for name, side in zip(("width", "height"), sides, strict=True):
+        if not 1 <= side <= MAX_SIDE:
+            raise InvalidRequest(f"{name} would be {side} pixels; it may be 1 to {MAX_SIDE}", field=name)
+    width, height = sides
+    asked = build(Upscale, image=picture.name, upscaler=upscaler, width=width, height=height, output=output(body))
+    return Meant(asked, unknown_fields(body), (picture,))
+
+
+def _picture(text: str | None, field: str, service: Service) -> Picture:
+    if not text:
+        raise InvalidRequest(f"{field.capitalize()} field is required", field=field)
+    return service.picture(text, field)
+
+
+def _mask(body: Img2ImgBody, mask: Picture) -> Mask:
+    return build(
+        Mask,
+        image=mask.name,
+        **_said(
+            blur=body.mask_blur,
+            invert=body.mask_invert,
+            fill=body.mask_fill,
+            only_masked=body.only_masked,
+            padding=body.mask_padding,
+        ),
+    )
+
+
+def _said(**fields: Any) -> dict[str, Any]:
+    """The fields that were not left out."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _wanted(body: Img2ImgBody, picture: Picture) -> dict[str, int]:
+    """Width and height that a body asks for, by what it calls them; those of the picture if it does not."""
+    if body.resize_to and (body.resize_to.width or body.resize_to.height):
+        prefix, sides = "resize_to.", _in_proportion(body.resize_to.width, body.resize_to.height, picture)
+    elif body.resize_by:
+        factors = body.resize_by
+        if not isinstance(factors, FactorsBody):
+            factors = FactorsBody(width=factors, height=factors)
+        prefix, sides = "resize_by: ", _scaled(picture, factors)
+    elif body.width or body.height:
+        prefix, sides = "", _in_proportion(body.width, body.height, picture)
+    else:
+        prefix, sides = "image's ", (picture.width, picture.height)
+    return {f"{prefix}width": sides[0], f"{prefix}height": sides[1]}
+
+
+def _scaled(picture: Picture, factors: FactorsBody) -> tuple[int, int]:
+    return round(picture.width * factors.width), round(picture.height * factors.height)
+
+
+def _in_proportion(width: int | None, height: int | None, picture: Picture) -> tuple[int, int]:
+    """Both sides; one that is left out is as the picture has it."""
+    return (
+        width or round(picture.width * given(height, 0) / picture.height),
+        height or round(picture.height * given(width, 0) / picture.width),
+    )

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
-from diffusion_api.dialects.native.bodies import DryRunBody, NeedBody, PassBody
+from diffusion_api.dialects.native.bodies import DryRunBody, NeedBody, PassBody, UpscaleDryRunBody
+from diffusion_api.dialects.native.requests import Meant
 from diffusion_api.queues.base import Snapshot
 from diffusion_api.schema.caller import Caller
 from diffusion_api.schema.job import Job, Result, State
-from diffusion_api.schema.request import Txt2Img
+from diffusion_api.schema.request import Img2Img, Txt2Img, Upscale
 
 if TYPE_CHECKING:
     from diffusion_api.service import Service
 
 
-def dry_run(request: Txt2Img, warnings: list[str], service: Service) -> DryRunBody:
+def dry_run(meant: Meant[Txt2Img | Img2Img], service: Service) -> DryRunBody:
+    request = meant.request
     found = service.estimate(request)
     room = found.room
     return DryRunBody(
@@ -27,7 +29,7 @@ def dry_run(request: Txt2Img, warnings: list[str], service: Service) -> DryRunBo
         family=found.model.family,
         passes=[
             PassBody(
-                phase=each.phase, width=each.width, height=each.height, sampler=each.sampler, steps=each.steps,
+                phase=each.phase, width=each.width, height=each.height, sampler=each.sampler, steps=each.run,
                 evaluations=each.evaluations,
             )
             for each in found.passes
@@ -43,8 +45,20 @@ def dry_run(request: Txt2Img, warnings: list[str], service: Service) -> DryRunBo
             ram_budget=room.host if room else None,
             measures=list(found.measures.names),
         ),
-        warnings=warnings,
+        warnings=meant.warnings,
     )  # fmt: skip
+
+
+def dry_upscale(meant: Meant[Upscale], service: Service) -> UpscaleDryRunBody:
+    request = meant.request
+    service.check(request)
+    return UpscaleDryRunBody(
+        upscaler=request.upscaler,
+        width=request.width,
+        height=request.height,
+        seconds=service.seconds(request),
+        warnings=meant.warnings,
+    )
 
 
 def ended(job: Job) -> dict[str, Any]:
@@ -118,7 +132,16 @@ def _result(job: Job, result: Result) -> dict[str, Any]:
             "memory_after_mb": round(result.memory_after_mb, 2),
             "seed": image.seed,
         }
+        | _brought(job)
     )
+
+
+def _brought(job: Job) -> dict[str, Any]:
+    """What the original API's client expects to be told again of a job that brought a picture along."""
+    if not isinstance(job.request, Img2Img):
+        return {}
+    sizes = {name: job.payload[name] for name in ("resize_to", "resize_by") if name in job.payload}
+    return {"denoising_strength": job.request.strength, "resize_mode": job.request.resize_mode} | sizes
 
 
 def _pictures(job: Job, service: Service) -> dict[str, Any]:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from diffusion_api import infotext
 from diffusion_api.catalog import samplers
 from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects._base import build, resolve_seed, round_size
-from diffusion_api.dialects.native.bodies import MAX_UNKNOWN, HiresBody, LoraBody, Txt2ImgBody
+from diffusion_api.dialects.native.bodies import MAX_UNKNOWN, HiresBody, JobBody, LoraBody, SamplingBody, Txt2ImgBody
 from diffusion_api.errors import InvalidRequest, UnknownModel, UnknownSampler
 from diffusion_api.prompt import parse, uncommented
 from diffusion_api.schema.job import NOT_INSTALLED, lora_skipped
-from diffusion_api.schema.request import OWN_VAE, Format, Hires, LoraUse, Output, Txt2Img
+from diffusion_api.schema.request import OWN_VAE, Format, Hires, LoraUse, Output, Refiner, Request, Txt2Img
 
 if TYPE_CHECKING:
     from diffusion_api.catalog.library import Model
-    from diffusion_api.service import Service
+    from diffusion_api.service import Picture, Service
+
+Asked = TypeVar("Asked", bound=Request, covariant=True)
+Drawn = TypeVar("Drawn", bound=SamplingBody)
+Size: TypeAlias = tuple[int, int, list[str]]
+"""Width and height in pixels, and what the caller should know of how they came about."""
 
 FILE_TYPES: dict[str, Format] = {
     "jpg": "jpeg",
@@ -33,17 +39,56 @@ DEFAULT_SAMPLER = "DPM++ 2M"
 LONGEST_NAME = 100
 OPTIONS = (
     *("rng", "ensd", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "discard_next_to_last_sigma"),
-    *("guidance_rescale", "clip_skip", "emphasis"),
+    *("guidance_rescale", "clip_skip", "emphasis", "tiling", "preview_every"),
 )
 """Fields that are passed on as they are, and left to the request's defaults when they are not given."""
+SWITCH_AT = 0.8
+"""Share of the steps after which the refiner takes over, where nothing else is said."""
+
 KNOWN = "<lora:name:weight> is one"
 IN_BODY = {"guidance_scale": "cfg_scale", "sampler": "sampler_name", "schedule": "scheduler_type"}
 """What the body calls a field of the request, where the names differ."""
 
 
-def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]:
-    """The frozen request that a body means, and what the caller should know. Raises InvalidRequest."""
-    warnings = _unknown_fields(list(body.model_extra or {}))
+@dataclass(frozen=True)
+class Meant(Generic[Asked]):
+    """What a body means: the frozen request, what the caller should know of it, and the pictures that it brings along."""
+
+    request: Asked
+    warnings: list[str]
+    pictures: tuple[Picture, ...] = ()
+
+
+def txt2img(body: Txt2ImgBody, service: Service) -> Meant[Txt2Img]:
+    """The picture from words that a body means. Raises InvalidRequest."""
+    body, fields, warnings = drawing(body, service, _own_size)
+    first = build(Txt2Img, **fields)
+    hires, notes = _hires(body.hires, first, service)
+    if hires:
+        asked = [*(("lora", lora.name) for lora in first.loras), *_networks(first.prompt)]
+        notes += _absent([network for network in _networks(hires.prompt) if network not in asked], service)
+    return Meant(first.model_copy(update={"hires": hires}), warnings + notes)
+
+
+def _own_size(body: Txt2ImgBody, model: Model) -> Size:
+    width, height = given(body.width, model.default_size[0]), given(body.height, model.default_size[1])
+    return rounded({"width": width, "height": height}, model)
+
+
+def rounded(sides: dict[str, int], model: Model) -> Size:
+    """Width and height, by what callers call them, as multiples of what the model can make. Raises InvalidRequest."""
+    (width, one), (height, other) = (round_size(side, name, model.multiple) for name, side in sides.items())
+    return width, height, [note for note in (one, other) if note]
+
+
+def drawing(
+    body: Drawn, service: Service, size_of: Callable[[Drawn, Model], Size]
+) -> tuple[Drawn, dict[str, Any], list[str]]:
+    """The body with its holes filled, the fields of a request for drawings, and what the caller should know.
+
+    Raises InvalidRequest.
+    """
+    warnings = unknown_fields(body)
     if body.infotext:
         body, notes = _filled(body, service)
         warnings += notes
@@ -52,40 +97,38 @@ def to_request(body: Txt2ImgBody, service: Service) -> tuple[Txt2Img, list[str]]
     model = service.model(body.model)
     body = _defaulted(body, model)
     sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
-    width, width_note = round_size(given(body.width, model.default_size[0]), "width", model.multiple)
-    height, height_note = round_size(given(body.height, model.default_size[1]), "height", model.multiple)
-    warnings += [note for note in (width_note, height_note) if note]
+    width, height, notes = size_of(body, model)
+    warnings += notes
     loras = tuple(_lora(lora) for lora in body.loras or [])
-    asked = [*(("lora", lora.name) for lora in loras), *_networks(prompt)]
-    warnings += _absent(asked, service)
-    if body.refiner_checkpoint:
-        warnings.append(f"refiner_checkpoint is ignored: model {model.name!r} is no SDXL model")
-    first = build(
-        Txt2Img,
-        model=model.name,
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        steps=given(body.steps, 30),
-        guidance_scale=given(body.cfg_scale, 7.0),
-        width=width,
-        height=height,
-        sampler=sampler.name,
-        schedule=schedule.name,
-        seed=resolve_seed(body.seed),
-        count=given(body.n, 1),
-        loras=loras,
-        vae=_vae(body.vae, service),
-        **_noise(body),
-        **{name: value for name in OPTIONS if (value := getattr(body, name)) is not None},
-        output=_output(body),
+    warnings += _absent([*(("lora", lora.name) for lora in loras), *_networks(prompt)], service)
+    refiner, notes = _refiner(body, model, service)
+    warnings += notes
+    return (
+        body,
+        dict(
+            model=model.name,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            steps=given(body.steps, 30),
+            guidance_scale=given(body.cfg_scale, 7.0),
+            width=width,
+            height=height,
+            sampler=sampler.name,
+            schedule=schedule.name,
+            seed=resolve_seed(body.seed),
+            count=given(body.n, 1),
+            loras=loras,
+            vae=_vae(body.vae, service),
+            refiner=refiner,
+            **_noise(body),
+            **{name: value for name in OPTIONS if (value := getattr(body, name)) is not None},
+            output=output(body),
+        ),
+        warnings,
     )
-    hires, notes = _hires(body.hires, first, service)
-    if hires:
-        notes += _absent([network for network in _networks(hires.prompt) if network not in asked], service)
-    return first.model_copy(update={"hires": hires}), warnings + notes
 
 
-def _output(body: Txt2ImgBody) -> Output:
+def output(body: JobBody) -> Output:
     """How a body wants its pictures stored. Raises InvalidRequest with the choices."""
     file_type = (body.fileType or "jpg").lower()
     if file_type not in FILE_TYPES:
@@ -97,6 +140,21 @@ def _output(body: Txt2ImgBody) -> Output:
     return Output(format=FILE_TYPES[file_type], quality=given(body.jpeg_quality, 85), lossless=bool(body.lossless))
 
 
+def _refiner(body: SamplingBody, model: Model, service: Service) -> tuple[Refiner | None, list[str]]:
+    """The refiner that a body means, and what the caller should know of it. Raises InvalidRequest."""
+    if not body.refiner_checkpoint:
+        return None, []
+    if model.type != "sdxl":
+        return None, [f"refiner_checkpoint is ignored: model {model.name!r} is no SDXL model"]
+    try:
+        found = service.model(body.refiner_checkpoint)
+    except UnknownModel as error:
+        raise UnknownModel(f"refiner_checkpoint: {error}", field="refiner_checkpoint") from error
+    if found.type != "sdxl":
+        return None, [f"refiner_checkpoint is ignored: {found.name!r} is no SDXL model"]
+    return build(Refiner, model=found.name, switch_at=given(body.refiner_switch_at, SWITCH_AT)), []
+
+
 def _hires(body: HiresBody | None, first: Txt2Img, service: Service) -> tuple[Hires | None, list[str]]:
     """The second pass that a body means, and what the caller should know of it. Raises InvalidRequest."""
     if body is None or not body.enabled:
@@ -106,12 +164,12 @@ def _hires(body: HiresBody | None, first: Txt2Img, service: Service) -> tuple[Hi
     sides = [
         given(wanted, side) for wanted, side in zip((body.width or None, body.height or None), scaled, strict=True)
     ]
+    if sides[0] < first.width + 4 and sides[1] < first.height + 4:  # which the rounding to 8 would take away
+        return None, [f"hires is left out: {sides[0]}x{sides[1]} is no larger than the first pass"]
     (width, one), (height, other) = (
         round_size(side, f"hires.{name}") for side, name in zip(sides, ("width", "height"), strict=True)
     )
     notes = [note for note in (one, other) if note and sides != scaled]
-    if width <= first.width and height <= first.height:
-        return None, [f"hires is left out: {width}x{height} is no larger than the first pass"]
     model = first.model
     if body.model:
         model = service.model(body.model).name
@@ -126,7 +184,7 @@ def _hires(body: HiresBody | None, first: Txt2Img, service: Service) -> tuple[Hi
         sampler, schedule = found[0].name, found[1].name
     return build(
         Hires,
-        upscaler=_upscaler_name(body.upscaler, service),
+        upscaler=upscaler_name(body.upscaler, service),
         width=width,
         height=height,
         steps=body.steps or first.steps,
@@ -139,7 +197,7 @@ def _hires(body: HiresBody | None, first: Txt2Img, service: Service) -> tuple[Hi
     ), notes
 
 
-def _upscaler_name(name: str, service: Service) -> str:
+def upscaler_name(name: str, service: Service) -> str:
     """The upscaler that a body means, whatever its case. Raises InvalidRequest with the choices."""
     own = [row.name for row in service.assets("upscaler")]
     found = next((known for known in (*INTERNAL, *own) if known.lower() == name.lower()), None)
@@ -152,7 +210,7 @@ def _upscaler_name(name: str, service: Service) -> str:
     return found
 
 
-def _filled(body: Txt2ImgBody, service: Service) -> tuple[Txt2ImgBody, list[str]]:
+def _filled(body: Drawn, service: Service) -> tuple[Drawn, list[str]]:
     """The body with what its infotext says of all that it leaves out, and what the infotext says in vain."""
     told, unused = infotext.asked(infotext.parse(body.infotext or ""))
     notes = [f"infotext: {', '.join(unused[:MAX_UNKNOWN])} is not used here"] if unused else []
@@ -171,13 +229,13 @@ def _filled(body: Txt2ImgBody, service: Service) -> tuple[Txt2ImgBody, list[str]
     upscaler = told.get("hires", {}).get("upscaler")
     if upscaler and "hires" not in said:
         try:
-            _upscaler_name(str(upscaler), service)
+            upscaler_name(str(upscaler), service)
         except InvalidRequest as error:
             raise InvalidRequest(f"infotext: {error}", field="infotext") from error
     if "vae" in told and "vae" not in said and service.asset("vae", str(told["vae"])) is None:
         del fields["vae"]
         notes.append(f"infotext: vae {told['vae']!r} is not installed; the model's own is used")
-    filled = build(Txt2ImgBody, **fields)
+    filled = build(type(body), **fields)
     try:
         samplers.resolve(filled.sampler_name or DEFAULT_SAMPLER, filled.scheduler_type)
     except UnknownSampler as error:
@@ -187,7 +245,7 @@ def _filled(body: Txt2ImgBody, service: Service) -> tuple[Txt2ImgBody, list[str]
     return filled, notes
 
 
-def _styled(body: Txt2ImgBody, service: Service) -> tuple[str, str, list[str]]:
+def _styled(body: SamplingBody, service: Service) -> tuple[str, str, list[str]]:
     """Both prompts with the body's styles around them, and which of these are not known. Raises TooLarge."""
     prompt, negative_prompt, notes = body.prompt, body.negative_prompt or "", []
     if body.styles:
@@ -207,7 +265,7 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _noise(body: Txt2ImgBody) -> dict[str, Any]:
+def _noise(body: SamplingBody) -> dict[str, Any]:
     """The variation and the other size of the noise, each whole or not there at all."""
     fields: dict[str, Any] = {}
     if body.variation_strength:
@@ -251,7 +309,7 @@ def _vae(name: str | None, service: Service) -> str | None:
     return row.name
 
 
-def _defaulted(body: Txt2ImgBody, model: Model) -> Txt2ImgBody:
+def _defaulted(body: Drawn, model: Model) -> Drawn:
     """The body with the model's own defaults in place of what it leaves out."""
     profile = model.profile
     names = ("steps", "clip_skip", "vae")
@@ -262,20 +320,21 @@ def _defaulted(body: Txt2ImgBody, model: Model) -> Txt2ImgBody:
     left_out = {
         name: value
         for name, value in defaults.items()
-        if value is not None and name in Txt2ImgBody.model_fields and getattr(body, name) is None
+        if value is not None and name in type(body).model_fields and getattr(body, name) is None
     }
     return body.model_copy(update=left_out)
 
 
-def _unknown_fields(names: list[str]) -> list[str]:
+def unknown_fields(body: JobBody) -> list[str]:
     """What to tell the caller of fields that mean nothing here. Raises InvalidRequest when that would be a book."""
+    names = list(body.model_extra or {})
     if len(names) > MAX_UNKNOWN:
         raise InvalidRequest(f"the body has {len(names)} fields that are not known; at most {MAX_UNKNOWN} are ignored")
-    return [_unknown(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...") for name in names]
+    return [_unknown(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...", body) for name in names]
 
 
-def _unknown(name: str) -> str:
-    return f"unknown field {name!r} was ignored" + near(name, Txt2ImgBody.model_fields)
+def _unknown(name: str, body: JobBody) -> str:
+    return f"unknown field {name!r} was ignored" + near(name, type(body).model_fields)
 
 
 def given(value: Any, default: Any) -> Any:

@@ -58,8 +58,8 @@ class Brownian:
         self._seeds, self._draw = Seeds(seed), draw
         whole = Span(round(low, DIGITS), round(high, DIGITS))
         change = self._noise([()])[0] * math.sqrt(high - low)
-        self._known = {whole.start: change * 0, whole.end: change}
-        self._path = [(whole, self._known[whole.start], change)]
+        self._known: dict[float, Values] = {whole.start: change * 0, whole.end: change}
+        self._path: list[tuple[Span, Values, Values]] = [(whole, self._known[whole.start], change)]
         """Each half of the one before, the motion up to it and the motion on it."""
 
     def __call__(self, sigma: float, following: float) -> Tensor:

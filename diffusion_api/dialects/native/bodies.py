@@ -454,6 +454,9 @@ class StatusBody(BaseModel):
     eta_seconds: float | None = Field(
         default=None, description="until it ends: in how many seconds that will probably be; null when not known"
     )
+    preview: str = Field(
+        default="", description="while it runs, with preview_every: a small JPEG in base64 of what is drawn"
+    )
     cancelled: bool = Field(default=False, description="there, and true, once it was cancelled")
     warnings: list[str] = []
     webhook: dict[str, Any] = Field(default={}, description="the URL that is told of its end, and the tries so far")

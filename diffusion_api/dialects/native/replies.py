@@ -100,6 +100,8 @@ def _status(snapshot: Snapshot) -> dict[str, Any]:
     }
     if position is not None:
         answer["position"] = position
+    if progress and progress.preview:
+        answer["preview"] = progress.preview
     if job.warnings:
         answer["warnings"] = list(job.warnings)
     if job.state is State.CANCELLED:

@@ -233,6 +233,9 @@ class Txt2ImgBody(SamplingBody):
         },
     )
 
+    image: str | None = Field(
+        default=None, description="a picture in base64, or as a data URL: the infotext in it counts, not its pixels"
+    )
     hires: HiresBody | None = None
 
 

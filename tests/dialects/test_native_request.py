@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from diffusion_api.catalog import samplers
 from diffusion_api.catalog.library import Library
 from diffusion_api.catalog.upscalers import INTERNAL
-from diffusion_api.dialects.native.bodies import Txt2ImgBody
+from diffusion_api.dialects.native.bodies import EXAMPLE_PICTURE, Img2ImgBody, Txt2ImgBody
+from diffusion_api.dialects.native.pictures import inpaint
 from diffusion_api.dialects.native.requests import txt2img
 from diffusion_api.engine.stub import StubEngine
 from diffusion_api.errors import InvalidRequest, TooLarge, UnknownSampler
 from diffusion_api.infotext import for_request
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.memory import MemoryQueue
-from diffusion_api.schema.request import MAX_SEED, Txt2Img
+from diffusion_api.schema.request import MAX_SEED, Img2Img, Mask, Txt2Img
 from diffusion_api.service import Service
 from diffusion_api.settings import Settings
 
@@ -41,7 +42,7 @@ def meant(service: Service, **fields: Any) -> tuple[Txt2Img, list[str]]:
     return found.request, found.warnings
 
 
-def written(request: Txt2Img, number: int = 0) -> str:
+def written(request: Txt2Img | Img2Img, number: int = 0) -> str:
     return for_request(
         request,
         number=number,
@@ -114,6 +115,61 @@ def test_the_infotext_of_a_picture_asks_for_it_again(service: Service, fields: d
     seeds = {"seed": request.seeds[number], "variation_seed": request.variation_seeds[number], "count": 1}
     assert again == request.model_copy(update=seeds)
     assert warnings == []
+
+
+def drawn_over(service: Service, **fields: Any) -> tuple[Img2Img, list[str]]:
+    body = Img2ImgBody.model_validate({"image": EXAMPLE_PICTURE, "mask": EXAMPLE_PICTURE} | fields)
+    found = inpaint(body, service)
+    return found.request, found.warnings
+
+
+OVER = st.fixed_dictionaries(
+    {
+        "prompt": PROMPTS.filter(bool),
+        "denoising_strength": st.floats(0, 1),
+        "width": st.integers(2, 64).map(lambda n: 8 * n),
+        "height": st.integers(2, 64).map(lambda n: 8 * n),
+        "seed": SEEDS,
+    },
+    optional={
+        "resize_mode": st.sampled_from(["just resize", "crop and resize", "resize and fill", "latent"]),
+        "initial_noise_multiplier": st.floats(0, 2),
+        "mask_blur": st.floats(0, 256),
+        "mask_invert": st.booleans(),
+        "mask_fill": st.sampled_from(["fill", "original", "latent noise", "latent nothing"]),
+        "tiling": st.booleans(),
+    },
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(fields=OVER, padding=st.none() | st.integers(0, 2048))
+def test_the_infotext_of_a_picture_from_a_picture_asks_for_it_again(
+    service: Service, fields: dict[str, Any], padding: int | None
+) -> None:
+    box = {} if padding is None else {"only_masked": True, "mask_padding": padding}
+    request, _ = drawn_over(service, **fields, **box)
+    assert drawn_over(service, infotext=written(request)) == (request, [])
+
+
+def test_what_was_said_of_the_mask_is_of_no_use_without_a_picture(service: Service) -> None:
+    request, _ = drawn_over(service, prompt="a castle", seed=1)
+    _, warnings = meant(service, infotext=written(request))
+    assert warnings == ["infotext: Denoising strength, Mask blur, Masked content is not used here"]
+
+
+def test_a_second_pass_is_of_no_use_with_a_picture(service: Service) -> None:
+    request, _ = meant(service, prompt="a castle", hires={"enabled": True, "denoising_strength": 0.3})
+    again, warnings = drawn_over(service, infotext=written(request))
+    assert again.strength == 0.75
+    assert warnings == ["infotext: Denoising strength, Hires upscale, Hires steps, Hires upscaler is not used here"]
+
+
+def test_an_infotext_of_a1111_from_a_picture_means_what_it_leaves_out(service: Service) -> None:
+    told = f"{A1111}, Denoising strength: 0.5, Mask blur: 8, Version: v1.10.1"
+    request, warnings = drawn_over(service, infotext=told)
+    assert (request.strength, warnings) == (0.5, [])
+    assert request.mask == Mask(image=request.image, blur=8, fill="original")
 
 
 A1111 = """a castle, (stone:1.2)

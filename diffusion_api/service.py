@@ -18,6 +18,7 @@ from diffusion_api import logs, prompt
 from diffusion_api.blobs import name_of
 from diffusion_api.catalog import styles
 from diffusion_api.catalog.detect import Unrecognised
+from diffusion_api.catalog.finder import Finder
 from diffusion_api.engine.estimate import Estimate, estimate
 from diffusion_api.errors import (
     Conflict,
@@ -124,6 +125,7 @@ class Service:
         self.settings = settings
         self._webhooks = webhooks
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
+        self._finder = Finder(library)
         self._pace = pace
         self._forecast = Forecast(queue, pace) if pace else None
         self._waiters = Waiters(queue)
@@ -267,6 +269,10 @@ class Service:
     def asset(self, kind: Kind, name: str) -> Asset | None:
         """The file of that kind that a caller means."""
         return self._library.find_asset(kind, name)
+
+    def told(self, kind: Kind, name: str, hashed: str | None) -> tuple[Asset | None, bool]:
+        """The file that a text means: by the hash that it tells, else by its name; and whether it was the hash."""
+        return self._finder.find(kind, name, hashed)
 
     def model(self, name: str | None) -> Model:
         """The model that a request means. Raises UnknownModel."""

@@ -117,3 +117,41 @@ def test_what_is_no_picture_is_refused(stub_server: Program, fields: dict[str, A
     assert answer.status_code == 400
     assert answer.json()["detail"].startswith(said)
     assert answer.json()["error"] == answer.json()["detail"]
+
+
+# Pictures made again
+
+
+def test_a_picture_that_is_posted_makes_the_same_one(stub_server: Program) -> None:
+    asked: dict[str, Any] = {"prompt": PROMPT, "model": "small", "steps": 3, "n": 2, "seed": 7, "rng": "cpu"}
+    first = stub_server.result(**asked, fileType="webp", lossless=True)
+    second = stub_server.result(image=f"data:image/webp;base64,{first['images'][1]}", fileType="png")
+    assert np.array_equal(pixels_of(second), images.decode(base64.b64decode(first["images"][1]), max_pixels=2**20))
+    assert second["payload"] == {
+        "image": f"[BASE64_IMAGE_DATA_{23 + len(first['images'][1])}_chars]",
+        "fileType": "png",
+    }
+
+
+def test_what_the_body_says_goes_before_its_picture(stub_server: Program) -> None:
+    first = stub_server.result(prompt=PROMPT, model="small", steps=3, seed=7)
+    second = stub_server.result(image=first["image"], seed=8)
+    assert (second["seed"], infotext.parse(images.read_infotext(data_of(second)) or "").prompt) == (8, PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"image": picture()}, "image has no infotext in it"),
+        ({"image": picture(WEBUI), "infotext": WEBUI}, "image and infotext are both there"),
+        ({"image": "AAAA"}, "not a picture that can be read"),
+        ({"image": "?"}, "image: neither base64 nor a data URL"),
+        ({"image": picture(WEBUI)}, "infotext: model 'dream' is not installed"),
+    ],
+)
+def test_a_picture_that_cannot_be_made_again_is_refused(
+    stub_server: Program, fields: dict[str, Any], said: str
+) -> None:
+    answer = stub_server.post(**fields)
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith(said)

@@ -176,6 +176,9 @@ class Txt2ImgBody(BaseModel):
     infotext: str | None = Field(
         default=None, description="the parameters of a picture, as A1111 writes them: for all that is left out here"
     )
+    image: str | None = Field(
+        default=None, description="a picture in base64, or as a data URL: the infotext in it counts, not its pixels"
+    )
     loras: list[LoraBody | str] | None = Field(
         default=None, description="beside those that the prompt names as <lora:name:scale>"
     )

@@ -32,7 +32,7 @@ from diffusion_api.errors import (
 )
 from diffusion_api.pace import Forecast
 from diffusion_api.schema.caller import Caller
-from diffusion_api.schema.job import Image, Job, State
+from diffusion_api.schema.job import Earlier, Image, Job, State
 from diffusion_api.schema.request import Img2Img, Request, Sampling, Txt2Img, Upscale
 from diffusion_api.storage import Storage
 from diffusion_api.usage import Usage, Use
@@ -156,6 +156,21 @@ class Service:
         else:
             self._repeated(stored, kept)
         return kept
+
+    def reproduce(self, job_id: str, caller: Caller, *, key: Key | None = None) -> tuple[Job, bool]:
+        """Store a new job with the request of one that is done; once it is done as well, it knows whether it made the same
+        pixels. The job, and whether it is new and not one of the same ``key``. Raises what :meth:`get` and :meth:`submit`
+        raise, Conflict for a job that is not done, and UnknownModel.
+        """
+        earlier = self.get(job_id, caller).job
+        if earlier.state is not State.DONE or earlier.result is None:
+            raise Conflict(f"job {job_id} has no whole picture that could be made again: its state is {earlier.state}")
+        if isinstance(earlier.request, Sampling):
+            self.model(earlier.request.model)
+        made = Earlier(id=earlier.id, result=earlier.result)
+        again = Job(request=earlier.request, payload=earlier.payload, caller=caller.id, reproduces=made)
+        stored = self.submit(again, key=key)
+        return stored, stored.id == again.id
 
     def picture(self, text: str, field: str) -> Picture:
         """The picture in base64 or a data URL, looked at to its last pixel. Raises InvalidImage and TooLarge of that field."""

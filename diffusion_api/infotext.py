@@ -76,6 +76,7 @@ _JSON = re.compile(f"({_json_pattern(6)}){_END}")
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,29})")
 _FLOAT = re.compile(r"-?[0-9]{1,30}(?:\.[0-9]{1,30}(?:e[+-][0-9]{2,3})?|e[+-][0-9]{2,3})")
 _USE = re.compile(r"\s*+([^,:][^,:]*+):(-?[0-9.]++)(?::(-?[0-9.]++))?\s*+(?:,|\Z)")
+_NAMED = re.compile(r"(.+?)\s*+\[([0-9a-fA-F]{8,64})\]", re.DOTALL)
 _SIZE = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")
 _VERSION = re.compile(r"v?(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?(?:-(\d{1,9}))?(?![.\w])")
 
@@ -151,6 +152,9 @@ _ASKED = _OPTIONS | {
     "VAE": "vae",
     "RNG": "rng",
     "Emphasis": "emphasis",
+    "Tiling": "tiling",
+    "Refiner": "refiner_checkpoint",
+    "Refiner switch at": "refiner_switch_at",
 }
 
 _ASKED_OF_HIRES = {
@@ -172,6 +176,9 @@ _IN_WORDS = ("rng", "emphasis")
 
 UNSAID = ("", 0, None, "Use same checkpoint", "Use same sampler", "Use same scheduler")
 """What A1111 writes, or means, of a second pass that does as the first."""
+
+_SINGLE = {"model": "Model", "vae": "VAE"}
+"""Kinds of files of which a text names one, and where."""
 
 _NO_MATTER = {"Model hash", "Lora hashes", "TI hashes", "VAE hash", "Hashes", "Version", "User", "Created Date"}
 """What is said of a picture, and decides nothing of how it looks."""
@@ -260,10 +267,13 @@ def for_request(
         "Variation seed": request.variation_seeds[number],
         "Seed resize from": resized,
         "RNG": request.rng.upper(),
+        "Tiling": request.tiling or None,
         "Emphasis": emphasis and emphasis.capitalize(),
         "Eta DDIM" if request.sampler.startswith("ddim") else "Eta": request.eta,
         **options,
         **_hires(request),
+        "Refiner": request.refiner and request.refiner.model,
+        "Refiner switch at": request.refiner and request.refiner.switch_at,
         "LoRAs": ", ".join(f"{use.name}:{_strengths(use)}" for use in request.loras) or None,
         **(known or {}),
         "Version": version,
@@ -318,7 +328,8 @@ def _unless_default(request: Sampling, field: str) -> Any:
 
 
 def asked(parameters: Parameters) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What a picture like that is asked for with, by the names of :class:`Sampling`; and the keys that are not understood.
+    """What a picture like that is asked for with, by the names of :class:`Sampling`, and ``refiner_checkpoint`` and
+    ``refiner_switch_at``; and the keys that are not understood.
 
     Sampler, schedule and model are as written. What A1111 means by leaving a key out is filled in, so that the noise is
     A1111's where no RNG is named. Whether the values are good ones is not looked at.
@@ -329,6 +340,8 @@ def asked(parameters: Parameters) -> tuple[dict[str, Any], tuple[str, ...]]:
         if key in full.fields:
             value = full.fields[key]
             found[field] = str(value).lower() if field in _IN_WORDS else value
+    if "model" not in found and ("model", "") in hashes(parameters):
+        found["model"] = ""  # as before 2023, when the hash was all
     if found.get("rng") == "gpu":
         found["rng"] = "nv"
     if loras := [_use(item) for item in _USE.finditer(str(full.fields.get("LoRAs", "")))]:
@@ -340,6 +353,40 @@ def asked(parameters: Parameters) -> tuple[dict[str, Any], tuple[str, ...]]:
         }
         found["hires"] = {"enabled": True, "steps": 0} | second  # A1111's 0: as many as the first pass
     return found, tuple(key for key in parameters.fields if not {key, f"{key}-1"} & known)
+
+
+def named(told: str) -> tuple[str, str | None]:
+    """The name and the hash in a field of the form ``name [hash]``; without the brackets all is name."""
+    found = _NAMED.fullmatch(told)
+    return (found[1], found[2]) if found else (told, None)
+
+
+def hashes(parameters: Parameters) -> dict[tuple[str, str], str]:
+    """The hashes that a text tells of files, by kind (model, vae, lora, upscaler) and name: in A1111's fields, or in Civitai's
+    ``Hashes``. The name is empty where the text has none.
+    """
+    fields = parameters.fields
+    names = {kind: str(fields.get(key, "")) for kind, key in _SINGLE.items()}
+    found: dict[tuple[str, str], str] = {}
+    for key, value in _object(fields.get("Hashes")).items():
+        kind, _, name = key.partition(":")
+        found[kind, name or names.get(kind, "")] = str(value)
+    for kind, key in _SINGLE.items():
+        if f"{key} hash" in fields:
+            found[kind, names[kind]] = str(fields[f"{key} hash"])
+    for pair in str(fields.get("Lora hashes", "")).split(","):
+        name, _, value = pair.rpartition(":")
+        if name:
+            found["lora", name.strip()] = value.strip()
+    return found
+
+
+def _object(text: Value | None) -> dict[str, Any]:
+    try:
+        value = json.loads(str(text))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _use(item: re.Match[str]) -> dict[str, str | float]:

@@ -130,5 +130,6 @@ class Outputs:
             height=pixels.shape[0],
             seed=seed,
             sha256=hashlib.sha256(data).hexdigest(),
+            pixels=hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest(),
             infotext=text,
         )

@@ -18,6 +18,7 @@ from diffusion_api import logs, prompt
 from diffusion_api.blobs import name_of
 from diffusion_api.catalog import styles
 from diffusion_api.catalog.detect import Unrecognised
+from diffusion_api.catalog.finder import Finder
 from diffusion_api.engine.estimate import Estimate, estimate
 from diffusion_api.errors import (
     Conflict,
@@ -31,7 +32,7 @@ from diffusion_api.errors import (
 )
 from diffusion_api.pace import Forecast
 from diffusion_api.schema.caller import Caller
-from diffusion_api.schema.job import Image, Job, State
+from diffusion_api.schema.job import Earlier, Image, Job, State
 from diffusion_api.schema.request import Img2Img, Request, Sampling, Txt2Img, Upscale
 from diffusion_api.storage import Storage
 from diffusion_api.usage import Usage, Use
@@ -124,6 +125,7 @@ class Service:
         self.settings = settings
         self._webhooks = webhooks
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
+        self._finder = Finder(library)
         self._pace = pace
         self._forecast = Forecast(queue, pace) if pace else None
         self._waiters = Waiters(queue)
@@ -154,6 +156,21 @@ class Service:
         else:
             self._repeated(stored, kept)
         return kept
+
+    def reproduce(self, job_id: str, caller: Caller, *, key: Key | None = None) -> tuple[Job, bool]:
+        """Store a new job with the request of one that is done; once it is done as well, it knows whether it made the same
+        pixels. The job, and whether it is new and not one of the same ``key``. Raises what :meth:`get` and :meth:`submit`
+        raise, Conflict for a job that is not done, and UnknownModel.
+        """
+        earlier = self.get(job_id, caller).job
+        if earlier.state is not State.DONE or earlier.result is None:
+            raise Conflict(f"job {job_id} has no whole picture that could be made again: its state is {earlier.state}")
+        if isinstance(earlier.request, Sampling):
+            self.model(earlier.request.model)
+        made = Earlier(id=earlier.id, result=earlier.result)
+        again = Job(request=earlier.request, payload=earlier.payload, caller=caller.id, reproduces=made)
+        stored = self.submit(again, key=key)
+        return stored, stored.id == again.id
 
     def picture(self, text: str, field: str) -> Picture:
         """The picture in base64 or a data URL, looked at to its last pixel. Raises InvalidImage and TooLarge of that field."""
@@ -267,6 +284,10 @@ class Service:
     def asset(self, kind: Kind, name: str) -> Asset | None:
         """The file of that kind that a caller means."""
         return self._library.find_asset(kind, name)
+
+    def told(self, kind: Kind, name: str, hashed: str | None) -> tuple[Asset | None, bool]:
+        """The file that a text means: by the hash that it tells, else by its name; and whether it was the hash."""
+        return self._finder.find(kind, name, hashed)
 
     def model(self, name: str | None) -> Model:
         """The model that a request means. Raises UnknownModel."""

@@ -331,7 +331,12 @@ class Worker:
             loras_applied=finished.loras_applied,
             loras_skipped=finished.loras_skipped,
             memory_steps=finished.memory_steps,
+            made_with=self._made_with(),
         )
+
+    def _made_with(self) -> dict[str, str]:
+        report = self._engine.report()
+        return {"device": report.name, **report.versions} if report else {}
 
 
 def _left_behind(job: Job) -> QueueUnusable:

@@ -53,7 +53,8 @@ def test_an_example_of_the_page_is_answered_as_it_says(
     job_id = ""
     if "$JOB" in command:
         job_id = stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=40)
-        eventually(lambda: stub_server.status(job_id)["state"] == "processing", "the job to run")
+        state = "done" if "reproduce" in command else "processing"
+        eventually(lambda: stub_server.status(job_id)["state"] == state, f"the job to be {state}")
     done = subprocess.run(
         ["bash", "-euc", command.replace(EXAMPLE_URL, stub_server.url)],
         cwd=folder,

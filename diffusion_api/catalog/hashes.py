@@ -41,6 +41,16 @@ class Hashes:
         """The SHA-256 of what follows the header of a safetensors file, which stays when the file is described anew."""
         return self._ask(f"{path}#tensors", path, _after_header)
 
+    def known(self, path: Path) -> list[str]:
+        """Those hashes of a file that were made: of the whole, of its tensors."""
+        try:
+            status = path.stat()
+        except OSError:
+            return []
+        with self._lock:
+            found = [self._known(key, status.st_size, status.st_mtime_ns) for key in (str(path), f"{path}#tensors")]
+        return [made for made in found if made]
+
     def _ask(self, key: str, path: Path, make: Callable[[Path], str]) -> Future[str]:
         answer: Future[str] = Future()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import logging
 import queue
 import threading
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +161,7 @@ class Executor:
         """What the engine runs on; None while torch loads."""
         if self._device is None or self._weights is None:
             return None
-        return replace(self._device.report(), models=self._weights.report)
+        return replace(self._device.report(), models=self._weights.report, versions=_versions())
 
     def close(self, seconds: float | None = None) -> bool:
         """End the device thread after the job in hand; False if it is in torch for longer than that."""
@@ -275,6 +277,11 @@ class Executor:
             if task.stop() is Stop.NOW:
                 raise Interrupted("stopped while it ran")
             answer = _answered(question, ladder)
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("torch", "diffusers", "transformers")}
 
 
 def _answered(question: Evaluate | Run, ladder: Ladder) -> Any:

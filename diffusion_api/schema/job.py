@@ -41,13 +41,16 @@ class Progress(Frozen):
 
 
 class Image(Frozen):
-    """One stored picture: its path relative to the installation's home, size in pixels, seed if it was drawn, its hash."""
+    """One stored picture: its path relative to the installation's home, size in pixels, seed if it was drawn, its hash, and
+    the hash of its ``pixels``, which is the same in any format.
+    """
 
     path: str
     width: int
     height: int
     seed: int | None
     sha256: str
+    pixels: str = ""
     infotext: str
 
 
@@ -76,7 +79,7 @@ class LoraSkipped(Frozen):
 
 class Result(Frozen):
     """What a finished job made. Times in seconds, memory in MiB (resident on a CPU, allocated on a GPU); ``memory_steps`` is
-    what was done so that it fitted.
+    what was done so that it fitted. ``made_with`` are the device and the versions of libraries.
     """
 
     images: tuple[Image, ...]
@@ -86,6 +89,14 @@ class Result(Frozen):
     loras_applied: tuple[LoraApplied, ...] = ()
     loras_skipped: tuple[LoraSkipped, ...] = ()
     memory_steps: tuple[str, ...] = ()
+    made_with: dict[str, str] = Field(default_factory=dict)
+
+
+class Earlier(Frozen):
+    """What a job is to make again: the id of the job that made it first, and its result."""
+
+    id: str
+    result: Result
 
 
 class Failure(Frozen):
@@ -100,7 +111,7 @@ class Job(Frozen):
 
     ``deadline`` is the seconds that it may run, ``webhook`` the URL that is told of its end. ``boot`` is the boot of the
     machine in which it was ``started``; a ``suspect`` had begun when its worker died, so it runs alone, and ``shared`` of
-    its attempts ended so when others had begun as well.
+    its attempts ended so when others had begun as well. ``reproduces`` is the job that it makes again.
     """
 
     version: int = VERSION
@@ -113,6 +124,7 @@ class Job(Frozen):
     priority: int = Field(default=0, ge=-9, le=9)
     deadline: float | None = Field(default=None, gt=0)
     webhook: str | None = None
+    reproduces: Earlier | None = None
     created: float = Field(default_factory=time.time)
     state: State = State.QUEUED
     attempts: int = 0
@@ -128,6 +140,13 @@ class Job(Frozen):
     def begun(self) -> bool:
         """True while the job runs: it was charged and has not ended."""
         return self.started is not None and not self.state.terminal
+
+    @property
+    def matched(self) -> bool | None:
+        """Whether it made the same pixels again; None while that is not known."""
+        if self.reproduces is None or self.result is None or self.state is not State.DONE:
+            return None
+        return [image.pixels for image in self.result.images] == [i.pixels for i in self.reproduces.result.images]
 
     def charged(self, boot: str = "") -> Job:
         """The job with one more attempt on its account, about to use the device in that boot of the machine."""

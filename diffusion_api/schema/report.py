@@ -35,7 +35,7 @@ class Room:
 @dataclass(frozen=True)
 class DeviceReport:
     """What the engine runs on. ``facts`` are the keys of ``gpu`` in ``GET /health``; of the ``models`` in memory the last
-    used is the last.
+    used is the last; ``versions`` are those of the libraries on which pixels depend.
     """
 
     name: str
@@ -43,6 +43,7 @@ class DeviceReport:
     facts: dict[str, bool | int | float | str] = field(default_factory=dict)
     room: Room | None = None
     models: tuple[HeldModel, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 class WorkerReport(Frozen):

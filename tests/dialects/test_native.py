@@ -464,8 +464,8 @@ def test_the_payload_is_the_request_as_it_was_written(stub_server: Program) -> N
 
 
 def test_pictures_in_a_payload_are_not_sent_back(stub_server: Program) -> None:
-    payload = stub_server.result(model="small", steps=1, image="data:image/png;base64,iVBORw0KGgo=")["payload"]
-    assert payload["image"] == "[BASE64_IMAGE_DATA_34_chars]"
+    payload = stub_server.result(model="small", steps=1, mystery="data:image/png;base64,iVBORw0KGgo=")["payload"]
+    assert payload["mystery"] == "[BASE64_IMAGE_DATA_34_chars]"
 
 
 def test_a_picture_that_was_deleted_is_null(stub_server: Program) -> None:

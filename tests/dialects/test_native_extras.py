@@ -53,7 +53,7 @@ def test_a_real_service_applies_what_fits_and_tells_of_the_rest(tmp_path: Path) 
         said = parse(infotext_of(done))
         assert str(said.fields["Lora hashes"]).count(": ") == 2
         assert said.prompt.startswith("<lora:shapes-ink:0.5:1>")
-        again = server.result(infotext=infotext_of(done), fileType="png")
+        again = server.result(image=done["image"], fileType="png")
         assert again["image"] == done["image"]
         plain = server.result(prompt=STAR, **fields)
         assert plain["image"] != done["image"]

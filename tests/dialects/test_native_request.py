@@ -64,8 +64,8 @@ BODIES = st.fixed_dictionaries(
     {
         "steps": st.integers(1, 150),
         "cfg_scale": st.floats(0, 100),
-        "width": st.integers(1, 64).map(lambda n: 8 * n),
-        "height": st.integers(1, 64).map(lambda n: 8 * n),
+        "width": st.integers(2, 64).map(lambda n: 8 * n),
+        "height": st.integers(2, 64).map(lambda n: 8 * n),
         "sampler_name": st.sampled_from([row.label for row in samplers.SAMPLERS]),
         "scheduler_type": st.sampled_from([None, *samplers.scheduler_types()]),
         "seed": SEEDS,
@@ -152,13 +152,8 @@ def test_what_the_body_says_goes_before_its_infotext(service: Service) -> None:
 
 
 def test_what_an_infotext_says_in_vain_is_told(service: Service) -> None:
-    text = A1111.replace("small", "anything") + ", Hypertile U-Net: True, Tiling: True, Version: v1.10.1"
-    request, warnings = meant(service, infotext=text)
-    assert request.model == "small"
-    assert warnings == [
-        "infotext: Hypertile U-Net, Tiling is not used here",
-        "infotext: model 'anything' is not installed; 'small' is used",
-    ]
+    _, warnings = meant(service, infotext=A1111 + ", Hypertile U-Net: True, Soft inpainting: True, Version: v1.10.1")
+    assert warnings == ["infotext: Hypertile U-Net, Soft inpainting is not used here"]
 
 
 def test_a_text_without_fields_is_a_prompt(service: Service) -> None:
@@ -287,7 +282,7 @@ def test_a_second_pass_that_is_not_enabled_is_left_out_and_told(service: Service
 @pytest.mark.parametrize(
     ("told", "reason"),
     [
-        (", Hires upscale: 2, Hires upscaler: R-ESRGAN 4x+", "External upscaler model not found: 'R-ESRGAN 4x+'"),
+        (", Hires upscale: 2, Hires upscaler: R-ESRGAN 4x+", "upscaler 'R-ESRGAN 4x+' is not installed; none is"),
         (", Sampler: Foo", "sampler_name 'Foo' is not known"),
     ],
 )

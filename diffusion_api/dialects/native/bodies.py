@@ -234,6 +234,9 @@ class Txt2ImgBody(SamplingBody):
     )
 
     hires: HiresBody | None = None
+    image: str | None = Field(
+        default=None, description="a picture in base64, or as a data URL: the infotext in it counts, not its pixels"
+    )
 
 
 class SizeBody(BaseModel):
@@ -439,6 +442,14 @@ class ErrorBody(BaseModel):
     error: str
 
 
+class ReproducesBody(BaseModel):
+    """The job that a job makes again."""
+
+    job_id: str
+    matched: bool | None = Field(description="whether the pixels are the same; null until it is done")
+    differences: list[str] = Field(description="versions, device and files that were not the same")
+
+
 class StatusBody(BaseModel):
     """A job as it stands. From ``payload`` on: once it is done, or was cancelled with a picture."""
 
@@ -457,6 +468,7 @@ class StatusBody(BaseModel):
     cancelled: bool = Field(default=False, description="there, and true, once it was cancelled")
     warnings: list[str] = []
     webhook: dict[str, Any] = Field(default={}, description="the URL that is told of its end, and the tries so far")
+    reproduces: ReproducesBody | None = Field(default=None, description="there for a job that makes another one again")
     payload: dict[str, Any] = Field(default={}, description="the body of the POST, without its pictures")
     image: str | None = Field(default=None, description="the file in base64; null when it was deleted meanwhile")
     images: list[str | None] = Field(default=[], description="with n > 1: all of them")

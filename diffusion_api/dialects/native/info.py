@@ -1,21 +1,24 @@
-"""What a picture says of itself."""
+"""What a picture says of itself, and pictures made again."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, Request, Response
 
 from diffusion_api import infotext
-from diffusion_api.dialects.native.bodies import ImgInfoBody, InfoBody, refusals
+from diffusion_api.dialects._base import caller_of
+from diffusion_api.dialects.native.bodies import ImgInfoBody, InfoBody, SubmittedBody, refusals
+from diffusion_api.dialects.native.jobs import LINKS, IdempotencyKey
 from diffusion_api.errors import InvalidImage
+from diffusion_api.queues.base import Key
 
 if TYPE_CHECKING:
     from diffusion_api.service import Service
 
 
 def add(router: APIRouter, service: Service) -> None:
-    """Add the route that reads pictures."""
+    """Add the route that reads pictures, and the one that makes them again."""
 
     @router.post("/img-info", tags=["pictures"], summary="What a picture says of itself", responses=refusals(400, 413))
     def img_info(body: Annotated[ImgInfoBody, Body()]) -> InfoBody:
@@ -39,6 +42,19 @@ def add(router: APIRouter, service: Service) -> None:
             width=found.width,
             height=found.height,
         )
+
+    @router.post(
+        "/queue/{job_id}/reproduce", tags=["pictures"], summary="Make the picture of a job again",
+        responses=refusals(400, 404, 409, 410, 413, 422, 503, 507) | {200: {"links": LINKS}},
+    )  # fmt: skip
+    def reproduce(
+        job_id: str, http: Request, answer: Response, idempotency_key: IdempotencyKey = None
+    ) -> SubmittedBody:
+        key = None if idempotency_key is None else Key.of(idempotency_key, {"reproduce": job_id})
+        stored, new = service.reproduce(job_id, caller_of(http), key=key)
+        if not new:
+            answer.headers["Idempotency-Replayed"] = "true"
+        return SubmittedBody(job_id=stored.id, seed=stored.request.seeds[0], warnings=list(stored.warnings))
 
 
 def _taken_apart(text: str) -> dict[str, infotext.Value]:

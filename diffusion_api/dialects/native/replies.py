@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Response
 from fastapi.responses import JSONResponse
 
+from diffusion_api import infotext
 from diffusion_api.dialects.native.bodies import DryRunBody, NeedBody, PassBody, UpscaleDryRunBody
 from diffusion_api.dialects.native.requests import Meant
 from diffusion_api.queues.base import Snapshot
 from diffusion_api.schema.caller import Caller
-from diffusion_api.schema.job import Job, Result, State
+from diffusion_api.schema.job import Earlier, Job, Result, State
 from diffusion_api.schema.request import Img2Img, Txt2Img, Upscale
 
 if TYPE_CHECKING:
@@ -104,9 +105,33 @@ def _status(snapshot: Snapshot) -> dict[str, Any]:
         answer["warnings"] = list(job.warnings)
     if job.state is State.CANCELLED:
         answer["cancelled"] = True
+    if job.reproduces:
+        answer["reproduces"] = _reproduces(job, job.reproduces)
     if job.result:
         answer |= _result(job, job.result)
     return answer
+
+
+def _reproduces(job: Job, earlier: Earlier) -> dict[str, Any]:
+    """The job that is made again, whether that made the same pixels, and what was not the same when it did."""
+    differences = _differences(earlier.result, job.result) if job.result else []
+    return {"job_id": earlier.id, "matched": job.matched, "differences": differences}
+
+
+def _differences(there: Result, here: Result) -> list[str]:
+    before, now = _conditions(there), _conditions(here)
+    return [
+        f"{name}: {before.get(name, 'nothing')} before, {now.get(name, 'nothing')} now"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _conditions(result: Result) -> dict[str, str]:
+    """All on which pixels depend beside the request."""
+    fields = infotext.parse(result.images[0].infotext).fields
+    steps = {"memory_steps": ", ".join(result.memory_steps)} if result.memory_steps else {}
+    return result.made_with | steps | {name: str(value) for name, value in fields.items()}
 
 
 def _result(job: Job, result: Result) -> dict[str, Any]:

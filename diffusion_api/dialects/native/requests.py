@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-from diffusion_api import infotext
 from diffusion_api.catalog import samplers
 from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects._base import build, resolve_seed, round_size
 from diffusion_api.dialects.native.bodies import MAX_UNKNOWN, HiresBody, JobBody, LoraBody, SamplingBody, Txt2ImgBody
-from diffusion_api.errors import InvalidRequest, UnknownModel, UnknownSampler
+from diffusion_api.dialects.native.told import DEFAULT_SAMPLER, filled, with_text_of_image
+from diffusion_api.errors import InvalidRequest, UnknownModel
 from diffusion_api.prompt import parse, uncommented
 from diffusion_api.schema.job import NOT_INSTALLED, lora_skipped
 from diffusion_api.schema.request import OWN_VAE, Format, Hires, LoraUse, Output, Refiner, Request, Txt2Img
@@ -35,7 +35,6 @@ FILE_TYPES: dict[str, Format] = {
     "jpeg": "jpeg",
 }
 LOSSLESS = ("png", "webp")
-DEFAULT_SAMPLER = "DPM++ 2M"
 LONGEST_NAME = 100
 OPTIONS = (
     *("rng", "ensd", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "discard_next_to_last_sigma"),
@@ -46,8 +45,6 @@ SWITCH_AT = 0.8
 """Share of the steps after which the refiner takes over, where nothing else is said."""
 
 KNOWN = "<lora:name:weight> is one"
-IN_BODY = {"guidance_scale": "cfg_scale", "sampler": "sampler_name", "schedule": "scheduler_type"}
-"""What the body calls a field of the request, where the names differ."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Meant(Generic[Asked]):
 
 def txt2img(body: Txt2ImgBody, service: Service) -> Meant[Txt2Img]:
     """The picture from words that a body means. Raises InvalidRequest."""
-    body, fields, warnings = drawing(body, service, _own_size)
+    body, fields, warnings = drawing(with_text_of_image(body, service), service, _own_size)
     first = build(Txt2Img, **fields)
     hires, notes = _hires(body.hires, first, service)
     if hires:
@@ -90,7 +87,7 @@ def drawing(
     """
     warnings = unknown_fields(body)
     if body.infotext:
-        body, notes = _filled(body, service)
+        body, notes = filled(body, service)
         warnings += notes
     prompt, negative_prompt, notes = _styled(body, service)
     warnings += notes
@@ -208,41 +205,6 @@ def upscaler_name(name: str, service: Service) -> str:
             f"External upscaler model not found: {name!r}; one of {', '.join((*INTERNAL, *own))}", field="upscaler"
         )
     return found
-
-
-def _filled(body: Drawn, service: Service) -> tuple[Drawn, list[str]]:
-    """The body with what its infotext says of all that it leaves out, and what the infotext says in vain."""
-    told, unused = infotext.asked(infotext.parse(body.infotext or ""))
-    notes = [f"infotext: {', '.join(unused[:MAX_UNKNOWN])} is not used here"] if unused else []
-    said = body.model_dump(exclude_unset=True, exclude_none=True)
-    fields = {IN_BODY.get(name, name): value for name, value in told.items()} | said
-    if "model" in told and "model" not in said:
-        try:
-            service.model(str(told["model"]))
-        except UnknownModel as error:
-            try:
-                default = service.model(None)
-            except InvalidRequest:
-                raise UnknownModel(f"infotext: {error}", field="infotext") from error
-            del fields["model"]
-            notes.append(f"infotext: model {told['model']!r} is not installed; {default.name!r} is used")
-    upscaler = told.get("hires", {}).get("upscaler")
-    if upscaler and "hires" not in said:
-        try:
-            upscaler_name(str(upscaler), service)
-        except InvalidRequest as error:
-            raise InvalidRequest(f"infotext: {error}", field="infotext") from error
-    if "vae" in told and "vae" not in said and service.asset("vae", str(told["vae"])) is None:
-        del fields["vae"]
-        notes.append(f"infotext: vae {told['vae']!r} is not installed; the model's own is used")
-    filled = build(type(body), **fields)
-    try:
-        samplers.resolve(filled.sampler_name or DEFAULT_SAMPLER, filled.scheduler_type)
-    except UnknownSampler as error:
-        if {"sampler_name", "scheduler_type"} & said.keys():
-            raise
-        raise UnknownSampler(f"infotext: {error}", field="infotext") from error
-    return filled, notes
 
 
 def _styled(body: SamplingBody, service: Service) -> tuple[str, str, list[str]]:

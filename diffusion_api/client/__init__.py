@@ -167,7 +167,10 @@ class Client:
         return self._run(flows.picture(job_id, number))
 
     def save(self, job_id: str, to: Path = Path()) -> list[Path]:
-        """Write the pictures of a job into the folder ``to``, or into a file of that name. Raises OSError."""
+        """Write the pictures of a job into the folder ``to``, made if need be; into a file of that name if it has an ending.
+
+        Raises OSError.
+        """
         return self._run(flows.save(job_id, to))
 
     def close(self) -> None:
@@ -295,7 +298,10 @@ class AsyncClient:
         return await self._run(flows.picture(job_id, number))
 
     async def save(self, job_id: str, to: Path = Path()) -> list[Path]:
-        """Write the pictures of a job into the folder ``to``, or into a file of that name. Raises OSError."""
+        """Write the pictures of a job into the folder ``to``, made if need be; into a file of that name if it has an ending.
+
+        Raises OSError.
+        """
         return await self._run(flows.save(job_id, to))
 
     async def close(self) -> None:

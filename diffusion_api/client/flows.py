@@ -173,15 +173,18 @@ def picture(job_id: str, number: int) -> Flow[bytes]:
 
 
 def save(job_id: str, to: Path) -> Flow[list[Path]]:
-    """Write the pictures of a job into a folder, under the names that they have there, or into files of this name."""
+    """Write the pictures of a job into a folder, made if need be, or into files of this name if it has an ending."""
     status = yield from job(job_id, 0, False)
     if "output_path" not in status:
         raise NotThere(404, f"job {job_id} has no picture: its state is {status['state']}")
+    in_folder = to.is_dir() or not to.suffix
+    if in_folder:
+        to.mkdir(parents=True, exist_ok=True)
     names = [PurePosixPath(path).name for path in status.get("output_paths", [status["output_path"]])]
     saved = []
     for number, name in enumerate(names):
         numbered = to.with_stem(f"{to.stem}-{number}") if len(names) > 1 else to
-        path = to / name if to.is_dir() else numbered
+        path = to / name if in_folder else numbered
         path.write_bytes((yield from picture(job_id, number)))
         saved.append(path)
     return saved

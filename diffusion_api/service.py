@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from diffusion_api.engine.base import Engine
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
-    from diffusion_api.queues.base import Key, Queue, Snapshot
+    from diffusion_api.queues.base import Key, Place, Queue, Snapshot, Wanted
     from diffusion_api.schema.report import DeviceReport, Room, WorkerReport
     from diffusion_api.settings import Settings
     from diffusion_api.webhooks import Webhooks
@@ -233,6 +233,19 @@ class Service:
         if not caller.admin:
             self.get(job_id, caller)
         return self._queue.watch(job_id, timeout)
+
+    def jobs(
+        self, wanted: Wanted, caller: Caller, *, states: frozenset[State], limit: int, before: Place | None = None
+    ) -> list[Snapshot]:
+        """The newest jobs in these states that are wanted and this caller's matter; see :meth:`Queue.newest`.
+
+        Raises QueueUnusable.
+        """
+
+        def visible(snapshot: Snapshot) -> bool:
+            return caller.may_see(snapshot.job.caller) and wanted(snapshot)
+
+        return self._queue.newest(visible, states=states, limit=limit, before=before)
 
     def cancel(self, job_id: str, caller: Caller, *, partial: bool = False) -> Snapshot:
         """Cancel a job: a waiting one ends at once, a running one at its next step, with the picture so far if

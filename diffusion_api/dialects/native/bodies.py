@@ -519,6 +519,40 @@ class InfoBody(BaseModel):
     height: int
 
 
+class JobRow(BaseModel):
+    """A job in a list: how it stands, and what it is, without its pictures. Times in epoch seconds."""
+
+    job_id: str
+    kind: Literal["txt2img", "img2img", "upscale"]
+    state: Literal["queued", "loading", "processing", "done", "error"]
+    cancelled: bool = False
+    progress: float = Field(description="0 to 100")
+    current_phase: str
+    error: str | None
+    position: int | None = Field(default=None, description="while it waits: how many are before it")
+    model: str | None = Field(default=None, description="null for a job that draws nothing")
+    prompt: str | None = Field(default=None, description="its beginning")
+    width: int = Field(description="pixels")
+    height: int = Field(description="pixels")
+    steps: int | None = None
+    seed: int | None = None
+    n: int = 1
+    priority: int
+    created: float
+    started: float | None
+    finished: float | None
+    generation_time_sec: float | None = None
+    pictures: int = Field(default=0, description="how many there are to fetch")
+
+
+class JobsBody(BaseModel):
+    """Jobs, newest first."""
+
+    status: Literal["success"] = "success"
+    jobs: list[JobRow]
+    next: str | None = Field(description="the cursor with which the list goes on; null at its end")
+
+
 class ModelBody(BaseModel):
     """An installed model."""
 

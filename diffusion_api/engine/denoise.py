@@ -334,7 +334,7 @@ def denoised(
     if extra is None:
         extra = yield Run(partial(lane.blank, stage.width, stage.height), Point.ENCODE)
     row, asked = samplers.sampler(stage.sampler), stage.request
-    ends = Ends(discard_next_to_last_sigma=asked.discard_next_to_last_sigma)
+    ends = Ends(asked.sigma_min, asked.sigma_max, asked.rho, asked.discard_next_to_last_sigma)
     sigmas = spacing(lane.levels, stage.sampler, stage.schedule, stage.spaced, ends)
     sigmas = sigmas[-(stage.run + 1) :] if start else sigmas
     options = Options(asked.eta, asked.s_churn, asked.s_tmin, asked.s_tmax or math.inf, asked.s_noise)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 
 import diffusers
@@ -313,6 +314,33 @@ def test_dpm_adaptive_tells_how_far_it_is(drawn: Callable[[str], list[Event]]) -
 @pytest.mark.parametrize("schedule", [row.name for row in catalog.SCHEDULES])
 def test_every_schedule_draws_what_is_asked(schedule: str, draw: Draw) -> None:
     assert seen(draw(PROMPT, sampler="dpmpp_2m", schedule=schedule, steps=10)).agrees(asked(PROMPT), shape=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "asked"),
+    [
+        ("karras", {"sigma_min": 0.2, "sigma_max": 5}),
+        ("karras", {"rho": 3}),
+        ("exponential", {"sigma_max": 5}),
+        ("polyexponential", {"rho": 0.5}),
+    ],
+)
+@torch.inference_mode()
+def test_a_job_goes_through_the_levels_that_it_asks_for(lane: SD1, schedule: str, asked: dict[str, float]) -> None:
+    """By the timesteps that the model is told, against k-diffusion's own spacing."""
+    job = request(PROMPT, sampler="euler", schedule=schedule, steps=4, width=64, height=64, **asked)
+    steps, told, answer = denoise.denoised(lane, plan(job)[0], lambda progress: None, lambda: None), [], None
+    with suppress(StopIteration):
+        while True:
+            question = steps.send(answer)
+            if isinstance(question, denoise.Run):
+                answer = question.work()
+            else:
+                told.append(question.timestep)
+                answer = torch.zeros(len(question.conditionings), *question.latents.shape[1:])
+    between = {"sigma_min": LEVELS.lowest, "sigma_max": LEVELS.highest} | asked
+    theirs = getattr(references.k_diffusion(), f"get_sigmas_{schedule}")(4, **between)
+    assert told == pytest.approx([LEVELS.timestep(sigma) for sigma in theirs[:-1].tolist()], abs=0.01)
 
 
 @pytest.fixture(scope="module")

@@ -224,7 +224,7 @@ def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
     scale = stage.guidance_scale / row.guidance_divisor
 
     def encoded(part: Part, *, negative: bool = False) -> Generator[Run, Any, Schedule]:
-        lasts, texts = zip(*part.schedule(steps), strict=True)
+        lasts, texts = zip(*part.schedule(steps, stage.done), strict=True)
         request = stage.request
         work = partial(lane.encode, texts, negative=negative, clip_skip=request.clip_skip, emphasis=request.emphasis)
         return Schedule(lasts, (yield Run(work, Point.ENCODE)))

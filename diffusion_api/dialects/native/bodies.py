@@ -169,6 +169,15 @@ class SamplingBody(JobBody):
         validation_alias=_also("discard_next_to_last_sigma", "always_discard_next_to_last_sigma"),
         description="the sampler's own way when left out",
     )
+    sigma_min: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="lowest noise level but 0; 0: the schedule's own"
+    )
+    sigma_max: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="highest noise level; 0: the schedule's own"
+    )
+    rho: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="of karras and polyexponential; 0: the schedule's own"
+    )
     guidance_rescale: float | None = Field(
         default=None, ge=0, le=1, allow_inf_nan=False, description="0 when left out; against overexposed pictures"
     )

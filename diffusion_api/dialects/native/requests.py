@@ -38,6 +38,7 @@ LOSSLESS = ("png", "webp")
 LONGEST_NAME = 100
 OPTIONS = (
     *("rng", "ensd", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "discard_next_to_last_sigma"),
+    *("sigma_min", "sigma_max", "rho"),
     *("guidance_rescale", "clip_skip", "emphasis", "tiling", "preview_every"),
 )
 """Fields that are passed on as they are, and left to the request's defaults when they are not given."""

@@ -112,6 +112,7 @@ def build_queue(settings: Settings) -> Queue:
         settings.queue_dir,
         max_attempts=settings.max_attempts,
         max_waiting=settings.max_queue,
+        max_waiting_each=settings.max_queue_per_caller,
         reserve=settings.disk_reserve_mb * MIB,
         pause_after_crashes=settings.pause_after_crashes,
     )

@@ -271,6 +271,7 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
     listener = _adopt(handover.listener) if handover.listener else listen(settings.host, settings.port)
     handover = handover.model_copy(update={"listener": listener.fileno()})
     url = f"http://{_shown_host(settings.host)}:{listener.getsockname()[1]}"
+    settings.create_folders()
     _show_first_key(settings, url)
     serving = build(settings, worker=worker, handover=handover)
     config = uvicorn.Config(

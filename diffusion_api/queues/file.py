@@ -72,9 +72,9 @@ class FileQueue(Queue):
 
     Several instances, in one process or in many, may share a folder. A job whose worker died ``max_attempts`` times
     while running it ends in error. ``recover_every`` is how often, in seconds, :meth:`serve` looks for such workers.
-    At most ``max_waiting`` jobs wait, ``max_waiting_each`` of one caller; 0 is no limit. ``reserve`` are the bytes of the disk that new jobs leave to those
-    at hand. After ``pause_after_crashes`` deaths in a row the queue pauses itself; 0 is never. A stopped queue stays
-    stopped. A process that serves must never fork. Raises QueueUnusable, DiskFull.
+    At most ``max_waiting`` jobs wait, ``max_waiting_each`` of one caller; 0 is no limit. ``reserve`` are the bytes of the
+    disk that new jobs leave to those at hand. After ``pause_after_crashes`` deaths in a row the queue pauses itself; 0 is
+    never. A stopped queue stays stopped. A process that serves must never fork. Raises QueueUnusable, DiskFull.
     """
 
     @as_queue_errors("queue")

@@ -112,6 +112,7 @@ def build_queue(settings: Settings) -> Queue:
         settings.queue_dir,
         max_attempts=settings.max_attempts,
         max_waiting=settings.max_queue,
+        max_waiting_each=settings.max_queue_per_caller,
         reserve=settings.disk_reserve_mb * MIB,
         pause_after_crashes=settings.pause_after_crashes,
     )
@@ -270,6 +271,7 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
     listener = _adopt(handover.listener) if handover.listener else listen(settings.host, settings.port)
     handover = handover.model_copy(update={"listener": listener.fileno()})
     url = f"http://{_shown_host(settings.host)}:{listener.getsockname()[1]}"
+    settings.create_folders()
     _show_first_key(settings, url)
     serving = build(settings, worker=worker, handover=handover)
     config = uvicorn.Config(

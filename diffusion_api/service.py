@@ -31,6 +31,7 @@ from diffusion_api.errors import (
     UnknownModel,
 )
 from diffusion_api.pace import Forecast
+from diffusion_api.quotas import Minutes
 from diffusion_api.schema.caller import Caller
 from diffusion_api.schema.job import Earlier, Image, Job, State
 from diffusion_api.schema.request import Img2Img, Request, Sampling, Txt2Img, Upscale
@@ -132,13 +133,14 @@ class Service:
         self._storage = Storage(queue.check, outputs.check)
         self._usage = Usage({folder.relative_to(settings.home).as_posix(): folder for folder in settings.folders})
         self._decoding = threading.Semaphore(DECODED_AT_ONCE)
+        self._pixels = Minutes(settings.pixels_per_minute, "pixels")
         self._draining = False
 
     def submit(self, job: Job, *, key: Key | None = None, pictures: Iterable[Picture] = ()) -> Job:
         """Store a new job, and the ``pictures`` that it brings along before it; when this returns it is on disk. The job as
         stored: without the pictures in its payload, and with the operator's deadline if it had none. It is an earlier job,
         with another id, if its caller sent that with the same ``key``. Raises InvalidRequest, TooLarge, OutOfMemory,
-        KeyReused, ShuttingDown, DiskFull, QueueUnusable.
+        KeyReused, RateLimited, ShuttingDown, DiskFull, QueueUnusable.
         """
         from diffusion_api.images import sanitized
 
@@ -146,6 +148,7 @@ class Service:
             raise ShuttingDown(SHUTTING_DOWN)
         self.check(job.request)
         self._fits(job.request)
+        self._pixels.take(job.caller, _pixels(job.request))
         stored = job.model_copy(update={"payload": sanitized(job.payload), "deadline": self._deadline(job)})
         for picture in pictures:
             self._queue.store_input(picture.data)
@@ -528,6 +531,14 @@ class Service:
                 raise TooLarge(
                     f"{name} changes so often that its texts have {size} characters in all; at most {MAX_TEXTS} are allowed"
                 )
+
+
+def _pixels(request: Request) -> int:
+    """The pixels that a job makes in all, those of a second pass too."""
+    if isinstance(request, Upscale):
+        return request.width * request.height
+    hires = request.hires if isinstance(request, Txt2Img) else None
+    return (request.width * request.height + (hires.width * hires.height if hires else 0)) * request.count
 
 
 def _space(folder: Path) -> tuple[float, float]:

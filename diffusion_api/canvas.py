@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
-from diffusion_api.schema.request import Img2Img, ResizeMode
+from diffusion_api.schema.request import Img2Img, ResizeMode, Upscale
 
 LANCZOS = Image.Resampling.LANCZOS
 WHITE = (255, 255, 255)
@@ -163,7 +163,8 @@ def widened(mask: Image.Image) -> Image.Image:
 class Canvas:
     """What a pass begins with: a picture, and where it is painted anew; and the way back into the picture it came from.
 
-    ``picture`` has the size of the request, but with ``resize_mode`` ``latent`` its own, in multiples of 8.
+    ``picture`` has the size of the request, but with ``resize_mode`` ``latent`` its own, in multiples of 8; one that is to be
+    enlarged has its own as well.
     """
 
     picture: Image.Image
@@ -183,8 +184,10 @@ class Canvas:
         return composed(image, self.original, self.overlay)
 
 
-def prepared(request: Img2Img, read: Callable[[str], Image.Image]) -> Canvas:
+def prepared(request: Img2Img | Upscale, read: Callable[[str], Image.Image]) -> Canvas:
     """The canvas of a request; ``read`` gives the pictures that it names."""
+    if isinstance(request, Upscale):
+        return Canvas(flattened(read(request.image)))
     width, height, mode = request.width, request.height, request.resize_mode
     picture = flattened(read(request.image))
     if request.mask is None:

@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector
 
 from diffusion_api.engine.base import Event, Finished
 from diffusion_api.errors import QueueUnusable
-from diffusion_api.schema.job import Job, State
+from diffusion_api.schema.job import Job, Progress, State
 from diffusion_api.schema.report import WorkerReport
 from diffusion_api.schema.request import Sampling
 
@@ -111,7 +111,7 @@ class JobMetrics:
                 since = now
                 if isinstance(event, Finished):
                     self._finished(job, event, steps, spent["generation"])
-                else:
+                elif isinstance(event, Progress):
                     steps += event.step - step if event.step >= step else event.step  # each picture counts from 0
                     step = event.step
                     phase = _phase(event.state, decoding=event.steps > 0 and event.step == event.steps)

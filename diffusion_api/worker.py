@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import logging
 import math
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from diffusion_api import logs
-from diffusion_api.engine.base import PATIENCE, Engine, Finished, Stop, StopAsked
+from diffusion_api.engine.base import PATIENCE, Engine, Finished, Preview, Stop, StopAsked
 from diffusion_api.errors import (
     DeviceLost,
     DiffusionApiError,
@@ -26,7 +27,7 @@ from diffusion_api.outputs import Outputs
 from diffusion_api.pace import Pace
 from diffusion_api.presence import Presence
 from diffusion_api.queues.base import Control, Queue
-from diffusion_api.schema.job import Job, Result, State
+from diffusion_api.schema.job import Job, Progress, Result, State
 from diffusion_api.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ BREATH = 5.0
 WATCH_EVERY = 1.0
 RELEASING = 2.0
 """Seconds that the other jobs in hand have to go back to the queue before the process starts again."""
+
+PREVIEW_QUALITY = 80
 
 RETRY = 2.0
 """Seconds between two tries to write the end of a job."""
@@ -272,6 +275,7 @@ class Worker:
             raise Interrupted("stopped before it began")
         began: float | None = None
         first: tuple[float, float] | None = None
+        latest = Progress()
         for event in self._metrics.watched(hand.job, self._engine.run(hand.job.request, stop=stop)):
             hand.heard = time.monotonic()
             self._presence.moved()
@@ -287,9 +291,13 @@ class Worker:
                 if event.partial is not None:
                     return hand.job.cancelled(result)
                 return hand.job.succeeded(result, event.warnings)
-            if first is None and event.state is State.PROCESSING:
-                first = hand.heard, event.fraction
-            hand.control.progress(event)
+            if isinstance(event, Preview):
+                latest = latest.model_copy(update={"preview": _jpeg(event)})
+            else:
+                latest = event.model_copy(update={"preview": latest.preview})
+            if first is None and latest.state is State.PROCESSING:
+                first = hand.heard, latest.fraction
+            hand.control.progress(latest)
         raise RuntimeError("the engine ended without a picture")
 
     def _started(self, hand: _Hand, stop: StopAsked) -> Job:
@@ -337,6 +345,13 @@ class Worker:
     def _made_with(self) -> dict[str, str]:
         report = self._engine.report()
         return {"device": report.name, **report.versions} if report else {}
+
+
+def _jpeg(preview: Preview) -> str:
+    from diffusion_api import images
+
+    data = images.encode(preview.image, format="jpeg", quality=PREVIEW_QUALITY, infotext=None)
+    return base64.b64encode(data).decode()
 
 
 def _left_behind(job: Job) -> QueueUnusable:

@@ -95,7 +95,14 @@ class Finished:
     """What only the engine knows of how the pictures were made, by A1111's keys."""
 
 
-Event = Progress | Finished
+@dataclass(frozen=True)
+class Preview:
+    """What a job draws, as it looks by now: roughly, and at an eighth of its size."""
+
+    image: Pixels
+
+
+Event = Progress | Preview | Finished
 
 Pictures: TypeAlias = "Callable[[str], Image]"
 """Gives the stored pictures that requests name. Raises InputLost, InvalidImage, TooLarge."""

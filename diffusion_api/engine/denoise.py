@@ -18,9 +18,10 @@ from torch import Tensor
 
 from diffusion_api.catalog import samplers
 from diffusion_api.engine import text
-from diffusion_api.engine.base import Stop, StopAsked
+from diffusion_api.engine.base import Preview, Stop, StopAsked
 from diffusion_api.engine.loras import Patches
 from diffusion_api.engine.noise import SOURCES, streams
+from diffusion_api.engine.pixels import to_pixels
 from diffusion_api.engine.plan import Pass
 from diffusion_api.engine.samplers import SAMPLERS, Options
 from diffusion_api.engine.samplers.brownian import Brownian
@@ -30,7 +31,7 @@ from diffusion_api.prompt import Part, parse, parse_negative
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.request import Emphasis
 
-Report = Callable[[Progress], None]
+Report = Callable[[Progress | Preview], None]
 
 
 class Loaded(Protocol):
@@ -81,6 +82,12 @@ class Lane(Loaded, Protocol):
 
     def decode(self, latents: Tensor, *, precise: bool = False) -> Tensor:
         """(1, 4, h, w) clean latents → (1, 3, 8h, 8w), -1 to 1; ``precise``: computed in float32."""
+
+    def sketch(self, latents: Tensor) -> Tensor:
+        """(1, c, h, w) clean latents → (1, 3, h, w), -1 to 1: about what they decode to, at next to no cost."""
+
+    def wrap(self, edges: bool) -> None:
+        """Have the edges of pictures fit each other from now on, or not."""
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int, int]:
         """Shape of the latents of a picture of that size in pixels."""
@@ -267,10 +274,21 @@ class Start:
 
 
 @dataclass
+class Seat:
+    """Where the model of a pass is held, and how the one is loaded that refines it.
+
+    Whoever else holds on to a model keeps it in memory when the refiner takes its place.
+    """
+
+    lane: Lane
+    refine: Callable[[], Generator[Run, Any, Lane]] | None = None
+
+
+@dataclass
 class _Denoise:
     """What the sampler of a pass asks; see :class:`diffusion_api.engine.samplers.base.Denoise`."""
 
-    lane: Lane
+    seat: Seat
     stage: Pass
     guidance: Guidance
     extra: Tensor | None
@@ -280,10 +298,11 @@ class _Denoise:
     stop: StopAsked
     evaluations: int = 0
     share: float = 0
+    shown: int = 0
 
     @property
     def levels(self) -> NoiseLevels:
-        return self.lane.levels
+        return self.seat.lane.levels
 
     def __call__(self, x: Tensor, sigma: float, timestep: float | None = None) -> Generator[Any, Any, Tensor]:
         return (yield from self._asked(x, sigma, timestep))[0]
@@ -293,24 +312,47 @@ class _Denoise:
         return estimate, self.levels.estimate(x, sigma, predicted.unguided)
 
     def _asked(self, x: Tensor, sigma: float, timestep: float | None) -> Generator[Any, Any, tuple[Tensor, Predicted]]:
+        refiner = self.stage.refiner
+        if refiner and self.seat.refine and self._done >= refiner.switch_at:
+            yield from self._refined(self.seat.refine)
         scaled = x * (1 / math.sqrt(sigma**2 + 1))
         if timestep is None:
             timestep = self.levels.timestep(sigma)
+        asked = self.stage.request
         predicted = yield from self.guidance.predicted(
-            self.evaluations, partial(Evaluate, self.lane, scaled, timestep, extra=self.extra)
+            self.evaluations, partial(Evaluate, self.seat.lane, scaled, timestep, extra=self.extra)
         )
         self.evaluations += 1
         self.share = self._share(sigma)
         progress = progress_of(self.stage, self.share)
         self.report(progress)
         estimate = self.levels.estimate(x, sigma, predicted.guided)
-        if share := self.stage.request.guidance_rescale:
+        if share := asked.guidance_rescale:
             estimate = rescaled(x, sigma, estimate, self.levels.estimate(x, sigma, predicted.plain), share)
         if self.start:
             estimate = self.start.kept(estimate)
+        if (every := asked.preview_every) and progress.step >= self.shown + every:
+            self.shown = progress.step
+            lane = self.seat.lane
+            self.report(Preview((yield Run(lambda: to_pixels(lane.sketch(estimate))))))
         if self.stop() is Stop.WITH_PICTURE:
             raise _Enough(estimate, progress.step)
         return estimate, predicted
+
+    @property
+    def _done(self) -> float:
+        """The share of the steps that are behind, 0 to 1."""
+        row = samplers.sampler(self.stage.sampler)
+        return self.share if row.adaptive else self.evaluations // row.evaluations / self.stage.run
+
+    def _refined(self, refine: Callable[[], Generator[Run, Any, Lane]]) -> Generator[Run, Any, None]:
+        """Have the refiner draw from now on, with its own reading of the words."""
+        del self.seat.lane
+        self.seat.lane = lane = yield from refine()
+        self.seat.refine = None
+        self.guidance = yield from guided(lane, self.stage)
+        blank = yield Run(partial(lane.blank, self.stage.width, self.stage.height), Point.ENCODE)
+        self.extra = self.extra if blank is not None and self.extra is not None else blank
 
     def _share(self, sigma: float) -> float:
         """How far the pass is, 0 to 1; told from sigma where the number of evaluations is not known beforehand."""
@@ -321,7 +363,7 @@ class _Denoise:
 
 
 def denoised(
-    lane: Lane, stage: Pass, report: Report, stop: StopAsked, start: Start | None = None
+    seat: Seat, stage: Pass, report: Report, stop: StopAsked, start: Start | None = None
 ) -> Generator[Evaluate | Run, Any, tuple[Tensor, int | None]]:
     """One sampling pass: the picture's own noise, over ``start`` if there is one, then the sampler; clean latents.
 
@@ -329,29 +371,30 @@ def denoised(
     """
     if start and not stage.run:
         return start.latents, None
-    guidance = yield from guided(lane, stage)
+    guidance = yield from guided(seat.lane, stage)
     extra = start.extra if start else None
     if extra is None:
-        extra = yield Run(partial(lane.blank, stage.width, stage.height), Point.ENCODE)
+        extra = yield Run(partial(seat.lane.blank, stage.width, stage.height), Point.ENCODE)
     row, asked = samplers.sampler(stage.sampler), stage.request
     ends = Ends(asked.sigma_min, asked.sigma_max, asked.rho, asked.discard_next_to_last_sigma)
-    sigmas = spacing(lane.levels, stage.sampler, stage.schedule, stage.spaced, ends)
+    sigmas = spacing(seat.lane.levels, stage.sampler, stage.schedule, stage.spaced, ends)
     sigmas = sigmas[-(stage.run + 1) :] if start else sigmas
     options = Options(asked.eta, asked.s_churn, asked.s_tmin, asked.s_tmax or math.inf, asked.s_noise)
-    first, later = streams(stage, lane.latent_shape)
+    first, later = streams(stage, seat.lane.latent_shape)
+    device = seat.lane.device
     if row.brownian:
-        shape = lane.latent_shape(stage.width, stage.height)
+        shape = seat.lane.latent_shape(stage.width, stage.height)
         draw = partial(SOURCES[asked.rng].firsts, shape=shape)
         motion = Brownian(min(s for s in sigmas if s > 0), sigmas[0], stage.seed, draw)
 
     def noise(sigma: float, following: float) -> Tensor:
-        return (motion(sigma, following) if row.brownian else later()).to(lane.device)
+        return (motion(sigma, following) if row.brownian else later()).to(device)
 
     if start:
-        x = start.latents + first.to(lane.device) * (sigmas[0] * start.noise)
+        x = start.latents + first.to(device) * (sigmas[0] * start.noise)
     else:
-        x = first.to(lane.device) * (math.sqrt(1 + sigmas[0] ** 2) if row.timesteps else sigmas[0])
-    denoise = _Denoise(lane, stage, guidance, extra, start, sigmas, report, stop)
+        x = first.to(device) * (math.sqrt(1 + sigmas[0] ** 2) if row.timesteps else sigmas[0])
+    denoise = _Denoise(seat, stage, guidance, extra, start, sigmas, report, stop)
     try:
         x = yield from SAMPLERS[stage.sampler](denoise, x, sigmas, noise, options)
     except _Enough as enough:

@@ -30,7 +30,7 @@ from diffusion_api.errors import DeviceLost, DeviceUnusable, DiffusionApiError, 
 from diffusion_api.prompt import parse
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.report import DeviceReport
-from diffusion_api.schema.request import Img2Img, Request, Sampling, Txt2Img
+from diffusion_api.schema.request import Request, Sampling, Txt2Img
 from diffusion_api.settings import keep_offline
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Executor:
 
     def _canvas(self, request: Request) -> Canvas | None:
         """What the job brings along, made ready while others have the device. Raises InputLost, InvalidImage."""
-        if not isinstance(request, Img2Img):
+        if isinstance(request, Txt2Img):
             return None
         from diffusion_api import canvas
 

@@ -25,16 +25,18 @@ from diffusion_api.engine.denoise import (
     Point,
     Report,
     Run,
+    Seat,
     Start,
     denoised,
     progress_of,
 )
 from diffusion_api.engine.noise import streams
+from diffusion_api.engine.pixels import to_mask, to_pixels, to_tensor
 from diffusion_api.engine.plan import Pass, plan
 from diffusion_api.engine.upscalers import Upscaler, enlarged
-from diffusion_api.errors import Interrupted, NotFinite
+from diffusion_api.errors import Interrupted, InvalidRequest, NotFinite
 from diffusion_api.schema.job import Progress, State
-from diffusion_api.schema.request import Img2Img, Request, Sampling
+from diffusion_api.schema.request import Img2Img, Request, Sampling, Upscale
 
 OVERFLOWED = (
     "the model's numbers overflowed (NaN), so there is no picture: try another sampler, less guidance or "
@@ -55,12 +57,23 @@ class Loaders:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a job, the step at which it was broken off if it was, and what is to be said about it."""
+    """One picture of a job, and what is to be said about it."""
 
     image: Pixels
-    broken_off: int | None
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
     infotext: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Job:
+    """What the passes of a job share. ``encoded`` is the canvas as the models have it that have read it by now."""
+
+    canvas: Canvas | None
+    loaders: Loaders
+    report: Report
+    stop: StopAsked
+    attached: list[Attached] = field(default_factory=list)
+    encoded: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
 
 def job(
@@ -79,35 +92,24 @@ def job(
     """
     before = memory()
     report(Progress(state=State.LOADING, phase="loading"))
+    shared = _Job(canvas, loaders, report, stop)
     made: list[Picture] = []
-    found: list[Attached] = []
-    latents: Tensor | None = None
     broken_off: int | None = None
+    if isinstance(request, Upscale):
+        made.append((yield from _upscaled(request, shared)))
+    latents: Tensor | None = None
     for stage in plan(request):
-        model, extras = yield from loaded(stage, loaders)
-        found.append(extras)
         if stop() is Stop.WITH_PICTURE and latents is None:
             broken_off = 0
             break
-        report(progress_of(stage, 0))
-        picture: Picture | None
-        if isinstance(model, Painter):
-            picture = yield Run(partial(painted, model, stage, report, stop), Point.PAINT)
-            broken_off = 0 if picture is None else picture.broken_off
-        else:
-            start = yield from begun(model, stage, canvas, latents, loaders)
-            latents, broken_off = yield from denoised(model, stage, report, stop, start)
-            picture = None
-            if stage.last or broken_off is not None:
-                picture = yield from developed_on(model, latents, broken_off, canvas)
-                latents = None
+        latents, broken_off, picture = yield from _passed(stage, latents, shared)
         if picture:
             made.append(picture)
         if broken_off is not None:
             break
     if not made:
         raise Interrupted("stopped before there was a picture")
-    attached = reduce(Attached.and_then, found, Attached())
+    attached = reduce(Attached.and_then, shared.attached, Attached())
     told = [*attached.warnings, *(text for one in made for text in one.warnings)]
     return Finished(
         images=tuple(picture.image for picture in made),
@@ -122,43 +124,85 @@ def job(
     )
 
 
-def loaded(stage: Pass, loaders: Loaders) -> Generator[Run, Any, tuple[Lane | Painter, Attached]]:
-    """The model of a pass, with what the request attaches to it and the words of this pass name."""
-    model: Lane | Painter = yield Run(partial(loaders.model, stage.model), Point.LOAD)
-    own = {"model": stage.model, "prompt": stage.prompt, "negative_prompt": stage.negative_prompt}
+def _passed(
+    stage: Pass, before: Tensor | None, shared: _Job
+) -> Generator[Any, Any, tuple[Tensor | None, int | None, Picture | None]]:
+    """One pass over the latents of the one before it: its own latents or, if it is the last, its picture.
+
+    The number is the step at which it was broken off, None for a whole one.
+    """
+    model = yield from _loaded(stage.model, stage, shared)
+    shared.report(progress_of(stage, 0))
+    if isinstance(model, Painter):
+        painted: tuple[int | None, Picture | None] = yield Run(partial(_painted, model, stage, shared), Point.PAINT)
+        return None, *painted
+    start = yield from _begun(model, stage, before, shared)
+    seat = Seat(model, partial(_refiner, stage, shared))
+    del model  # a refiner may need its place
+    latents, broken_off = yield from denoised(seat, stage, shared.report, shared.stop, start)
+    if not stage.last and broken_off is None:
+        return latents, None, None
+    pixels, warnings = yield Run(partial(developed, seat.lane, latents), Point.DECODE)
+    if shared.canvas:
+        pixels = np.asarray(shared.canvas.pasted(Image.fromarray(pixels)))
+    return None, broken_off, Picture(pixels, warnings)
+
+
+def _loaded(name: str, stage: Pass, shared: _Job) -> Generator[Run, Any, Lane | Painter]:
+    """A model, with what the request attaches to it and the words of this pass name."""
+    model: Lane | Painter = yield Run(partial(shared.loaders.model, name), Point.LOAD)
+    own = {"model": name, "prompt": stage.prompt, "negative_prompt": stage.negative_prompt}
     request = stage.request.model_copy(update=own)
-    extras: Attached = yield Run(partial(loaders.attach, model, request))
-    return model, extras
+    shared.attached.append((yield Run(partial(shared.loaders.attach, model, request))))
+    if not isinstance(model, Painter):
+        model.wrap(request.tiling)
+    return model
 
 
-def begun(
-    lane: Lane, stage: Pass, canvas: Canvas | None, before: Tensor | None, loaders: Loaders
-) -> Generator[Any, Any, Start | None]:
+def _refiner(stage: Pass, shared: _Job) -> Generator[Run, Any, Lane]:
+    """The model that refines a pass. Raises InvalidRequest where that is a pipeline."""
+    name = stage.refiner.model if stage.refiner else stage.model
+    model = yield from _loaded(name, stage, shared)
+    if isinstance(model, Painter):
+        raise InvalidRequest(f"refiner {name!r} is no SDXL model", field="refiner")
+    return model
+
+
+def _begun(lane: Lane, stage: Pass, before: Tensor | None, shared: _Job) -> Generator[Any, Any, Start | None]:
     """What a pass begins with, beside noise."""
     if stage.upscaler and before is not None:
-        return Start((yield from _larger(lane, stage, before, loaders)))
+        return Start((yield from _larger(lane, stage, before, shared.loaders)))
+    canvas, request = shared.canvas, stage.request
     if canvas is None:
         return None
-    latents: Tensor = yield Run(partial(lane.latents_of, to_tensor(canvas.picture)), Point.ENCODE)
-    request = stage.request
     if not isinstance(request, Img2Img):
         raise TypeError(f"a picture was brought along for {type(request).__name__}")
-    shape = lane.latent_shape(stage.width, stage.height)
-    if latents.shape != shape:  # resize_mode "latent"
-        latents = interpolate(latents, shape[2:], mode="bilinear")
+    if stage.model not in shared.encoded:
+        shared.encoded[stage.model] = yield from _encoded(lane, stage, canvas)
+    latents, extra = shared.encoded[stage.model]
     if canvas.mask is None or request.mask is None:
         return Start(latents, request.noise_multiplier)
+    shape = lane.latent_shape(stage.width, stage.height)
     mask = to_mask(canvas.mask.resize((shape[3], shape[2]))).to(lane.device)
     if request.mask.fill == "latent noise":
         noise, _ = streams(stage, lane.latent_shape)
         latents = latents * (1 - mask) + noise.to(lane.device) * mask
     elif request.mask.fill == "latent nothing":
         latents = latents * (1 - mask)
-    whole = to_mask(canvas.mask.resize(canvas.picture.size))
-    extra = yield Run(partial(lane.masked, to_tensor(canvas.picture), whole), Point.ENCODE)
-    if extra is not None:
-        extra = interpolate(extra, shape[2:])
     return Start(latents, request.noise_multiplier, mask, extra)
+
+
+def _encoded(lane: Lane, stage: Pass, canvas: Canvas) -> Generator[Run, Any, tuple[Tensor, Tensor | None]]:
+    """The canvas as latents, and what an inpainting model reads of it; the same for each picture of a job."""
+    shape = lane.latent_shape(stage.width, stage.height)
+    pixels, extra = to_tensor(canvas.picture), None
+    latents: Tensor = yield Run(partial(lane.latents_of, pixels), Point.ENCODE)
+    if latents.shape != shape:  # resize_mode "latent"
+        latents = interpolate(latents, shape[2:], mode="bilinear")
+    if canvas.mask is not None:
+        whole = to_mask(canvas.mask.resize(canvas.picture.size))
+        extra = yield Run(partial(lane.masked, pixels, whole), Point.ENCODE)
+    return latents, extra if extra is None else interpolate(extra, shape[2:])
 
 
 def _larger(lane: Lane, stage: Pass, latents: Tensor, loaders: Loaders) -> Generator[Any, Any, Tensor]:
@@ -173,47 +217,61 @@ def _larger(lane: Lane, stage: Pass, latents: Tensor, loaders: Loaders) -> Gener
     else:
         pixels, _ = yield Run(partial(developed, lane, latents), Point.DECODE)
         size = covering[1] * stage.width // wanted[1], covering[0] * stage.height // wanted[0]
-        image = yield from _larger_picture(Image.fromarray(pixels), size, stage, loaders)
+        image = yield from _larger_picture(Image.fromarray(pixels), size, str(stage.upscaler), loaders)
         latents = yield Run(partial(lane.latents_of, to_tensor(image)), Point.ENCODE)
     top, left = (covering[0] - wanted[0]) // 2, (covering[1] - wanted[1]) // 2
     return latents[:, :, top : top + wanted[0], left : left + wanted[1]]
 
 
 def _larger_picture(
-    image: Image.Image, size: tuple[int, int], stage: Pass, loaders: Loaders
+    image: Image.Image,
+    size: tuple[int, int],
+    name: str,
+    loaders: Loaders,
+    told: Callable[[float], None] = lambda share: None,
 ) -> Generator[Any, Any, Image.Image]:
-    if stage.upscaler in INTERNAL:
-        return image.resize(size, Image.Resampling.NEAREST if stage.upscaler == "Nearest" else LANCZOS)
-    upscaler = yield Run(partial(loaders.upscaler, str(stage.upscaler)), Point.LOAD)
-    larger: Image.Image = yield from enlarged(image, *size, upscaler, lambda share: None)
+    if name in INTERNAL:
+        return image.resize(size, Image.Resampling.NEAREST if name == "Nearest" else LANCZOS)
+    upscaler = yield Run(partial(loaders.upscaler, name), Point.LOAD)
+    larger: Image.Image = yield from enlarged(image, *size, upscaler, told)
     return larger
 
 
-def developed_on(
-    lane: Lane, latents: Tensor, broken_off: int | None, canvas: Canvas | None
-) -> Generator[Run, Any, Picture]:
-    """The picture in clean latents, put back into the one it came from."""
-    pixels, warnings = yield Run(partial(developed, lane, latents), Point.DECODE)
-    if canvas:
-        pixels = np.asarray(canvas.pasted(Image.fromarray(pixels)))
-    return Picture(pixels, broken_off, warnings)
+def _upscaled(request: Upscale, shared: _Job) -> Generator[Any, Any, Picture]:
+    """The picture of a job that only enlarges one. Raises Interrupted: half of it is nothing to show."""
+    if shared.canvas is None:
+        raise TypeError("no picture was brought along")
+
+    def told(share: float) -> None:
+        shared.report(Progress(state=State.PROCESSING, fraction=share, phase="upscaling", step=int(share), steps=1))
+        if shared.stop():
+            raise Interrupted("stopped while it ran")
+
+    told(0)
+    size = request.width, request.height
+    image = yield from _larger_picture(shared.canvas.picture, size, request.upscaler, shared.loaders, told)
+    told(1)
+    return Picture(np.asarray(image))
 
 
-def painted(painter: Painter, stage: Pass, report: Report, stop: StopAsked) -> Picture | None:
-    """What a painter makes of a pass, with a word on each step. Raises Interrupted, NotFinite and what the painter raises."""
+def _painted(painter: Painter, stage: Pass, shared: _Job) -> tuple[int | None, Picture | None]:
+    """What a painter makes of a pass, with a word on each step, and the step at which it was broken off.
+
+    Raises Interrupted, NotFinite and what the painter raises.
+    """
 
     def stepped(share: float) -> bool:
-        report(progress_of(stage, share))
-        if (asked := stop()) is Stop.NOW:
+        shared.report(progress_of(stage, share))
+        if (asked := shared.stop()) is Stop.NOW:
             raise Interrupted("stopped while it ran")
         return asked is Stop.WITH_PICTURE
 
     found = painter.paint(stage, stepped)
     if found is None:
-        return None
+        return 0, None
     if not _finite(found.values):
         raise NotFinite(OVERFLOWED)
-    return Picture(to_pixels(found.values), found.broken_off, found.warnings, found.infotext)
+    return found.broken_off, Picture(to_pixels(found.values), found.warnings, found.infotext)
 
 
 def developed(lane: Lane, latents: Tensor) -> tuple[Pixels, tuple[str, ...]]:
@@ -232,19 +290,3 @@ def developed(lane: Lane, latents: Tensor) -> tuple[Pixels, tuple[str, ...]]:
 
 def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
-
-
-def to_pixels(decoded: Tensor) -> Pixels:
-    """(1, 3, h, w) in -1 to 1 → (h, w, 3) uint8, rounded to nearest."""
-    levels = decoded[0].float().add(1).mul(127.5).round_().clamp_(0, 255)
-    return np.ascontiguousarray(levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture → (1, 3, h, w), -1 to 1."""
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float().div(127.5).sub(1)
-
-
-def to_mask(image: Image.Image) -> Tensor:
-    """A mask of mode L → (1, 1, h, w), 0 or 1."""
-    return torch.from_numpy(np.asarray(image).copy()).float().div(255).round()[None, None]

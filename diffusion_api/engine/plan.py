@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from diffusion_api.catalog import samplers
-from diffusion_api.schema.request import Hires, Img2Img, Request, Sampling, Txt2Img
+from diffusion_api.schema.request import Hires, Img2Img, Refiner, Request, Sampling, Txt2Img
 
 MOST_DRAWN = 0.999
 """Of a picture, by the first of several steps: there is always a trace left of it (a1111.md, 5.2)."""
@@ -18,7 +18,7 @@ class Pass:
     ``strength`` None begins with noise. Otherwise a picture is drawn anew by that much: the one that the request brings, or
     the one of the pass before, enlarged by ``upscaler``. ``exact``: in just ``steps`` steps, and not in a share of them.
     ``last``: there is a picture when it is done. ``done`` are the evaluations that a first pass was planned for, from where
-    prompt schedules count on (a1111.md, 4.2).
+    prompt schedules count on (a1111.md, 4.2). ``refiner`` draws the rest of it.
     """
 
     request: Sampling
@@ -38,6 +38,7 @@ class Pass:
     upscaler: str | None = None
     last: bool = True
     done: int = 0
+    refiner: Refiner | None = None
     phase: str = "generation"
     begins: float = 0.0
     ends: float = 1.0
@@ -83,6 +84,7 @@ def plan(request: Request) -> tuple[Pass, ...]:
             sampler=request.sampler,
             schedule=request.schedule,
             strength=request.strength if isinstance(request, Img2Img) else None,
+            refiner=request.refiner if request.refiner and request.refiner.switch_at < 1 else None,
             begins=number / request.count,
             ends=(number + 1) / request.count,
         )
@@ -91,10 +93,10 @@ def plan(request: Request) -> tuple[Pass, ...]:
 
 
 def _two(first: Pass, hires: Hires) -> list[Pass]:
-    """The pass in two: as it is, and once more at a larger size."""
+    """The pass in two: as it is, and once more at a larger size; as in A1111 only the second one is refined."""
     middle = (first.begins + first.ends) / 2
     return [
-        replace(first, last=False, phase="initial generation", ends=middle),
+        replace(first, last=False, refiner=None, phase="initial generation", ends=middle),
         replace(
             first,
             model=hires.model,

@@ -31,13 +31,17 @@ class State(StrEnum):
 
 
 class Progress(Frozen):
-    """How far a running job is. ``fraction`` is 0 to 1; ``phase`` is what it does, as callers are shown it."""
+    """How far a running job is. ``fraction`` is 0 to 1; ``phase`` is what it does, as callers are shown it.
+
+    ``preview`` is a small picture of what is drawn, a JPEG in base64; None for a job that asked for none.
+    """
 
     state: State = State.LOADING
     fraction: float = 0.0
     phase: str = "loading"
     step: int = 0
     steps: int = 0
+    preview: str | None = None
 
 
 class Image(Frozen):

@@ -19,8 +19,8 @@ from diffusers.models.modeling_utils import ModelMixin, no_init_weights
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.nn.functional import interpolate
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion_api.catalog.detect import file_family, file_schedule, safetensors_header, weight_files
@@ -328,6 +328,40 @@ class UNetLane(ABC):
             scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
             decoded: Tensor = self.vae.decode(scaled, return_dict=False)[0]
         return decoded
+
+    def sketch(self, latents: Tensor) -> Tensor:
+        """(1, c, h, w) → (1, 3, h, w), -1 to 1: each pixel of the latents in the mean colour of those it stands for."""
+        colours = self._colours.to(latents.device)
+        found: Tensor = torch.tensordot(latents, colours[:-1], ([1], [0])) + colours[-1]
+        return found.permute(0, 3, 1, 2)
+
+    @cached_property
+    def _colours(self) -> Tensor:
+        """(c + 1, 3): what each channel adds to a colour, and the colour where all are 0.
+
+        Fitted to what the autoencoder makes of a patchwork of colours.
+        """
+        pixels = patchwork()
+        with in_float32(self.vae):
+            latents = self.latents_of(pixels)
+        samples = latents.flatten(2)[0].T.cpu()
+        means = avg_pool2d(pixels, 8).flatten(2)[0].T
+        found: Tensor = torch.linalg.lstsq(torch.cat([samples, torch.ones(len(samples), 1)], 1), means).solution
+        return found
+
+    def wrap(self, edges: bool) -> None:
+        """Have convolutions go on at the opposite edge of a picture, or see zeros beyond it."""
+        for network in (self.unet, self.vae):
+            for layer in network.modules():
+                if isinstance(layer, nn.Conv2d):
+                    layer.padding_mode = "circular" if edges else "zeros"
+
+
+def patchwork() -> Tensor:
+    """A picture of soft and hard spots in all colours, (1, 3, 128, 128), -1 to 1; the same one each time."""
+    generator = torch.Generator().manual_seed(0)
+    soft, hard = (torch.rand(1, 3, side, side, generator=generator) * 2 - 1 for side in (6, 16))
+    return (interpolate(soft, (128, 128), mode="bilinear") + interpolate(hard, (128, 128)) * 0.5).clamp(-1, 1)
 
 
 def _tokenizer(text_encoder: str) -> str:

@@ -56,7 +56,7 @@ OPTIONS = ("eta", "guidance_rescale")
 
 UNUSED = (
     *("variation_strength", "seed_resize_width", "s_churn", "s_tmin", "s_tmax", "s_noise"),
-    *("discard_next_to_last_sigma", "sigma_min", "sigma_max", "rho", "emphasis"),
+    *("discard_next_to_last_sigma", "sigma_min", "sigma_max", "rho", "emphasis", "tiling", "preview_every"),
 )
 """Fields of a request that no pipeline takes."""
 

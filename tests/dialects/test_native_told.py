@@ -55,8 +55,8 @@ def digest(home: Path, kind: str) -> str:
 
 
 def meant(service: Service, text: str, **fields: Any) -> tuple[Txt2Img, list[str]]:
-    meant = txt2img(Txt2ImgBody(infotext=text, **fields), service)
-    return meant.request, meant.warnings
+    found = txt2img(Txt2ImgBody(infotext=text, **fields), service)
+    return found.request, found.warnings
 
 
 def refusal(service: Service, text: str) -> str:

@@ -242,6 +242,9 @@ class Txt2ImgBody(SamplingBody):
         },
     )
 
+    image: str | None = Field(
+        default=None, description="a picture in base64, or as a data URL: the infotext in it counts, not its pixels"
+    )
     hires: HiresBody | None = None
     image: str | None = Field(
         default=None, description="a picture in base64, or as a data URL: the infotext in it counts, not its pixels"
@@ -473,6 +476,9 @@ class StatusBody(BaseModel):
     position: int = Field(default=0, description="while it waits: how many are before it")
     eta_seconds: float | None = Field(
         default=None, description="until it ends: in how many seconds that will probably be; null when not known"
+    )
+    preview: str = Field(
+        default="", description="while it runs, with preview_every: a small JPEG in base64 of what is drawn"
     )
     cancelled: bool = Field(default=False, description="there, and true, once it was cancelled")
     warnings: list[str] = []

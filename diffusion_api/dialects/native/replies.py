@@ -130,6 +130,8 @@ def shown_state(snapshot: Snapshot) -> State:
 def _status(snapshot: Snapshot) -> dict[str, Any]:
     job = snapshot.job
     answer: dict[str, Any] = {"status": "success"} | _standing(snapshot)
+    if snapshot.progress and snapshot.progress.preview:
+        answer["preview"] = snapshot.progress.preview
     if job.warnings:
         answer["warnings"] = list(job.warnings)
     if job.reproduces:

@@ -11,7 +11,7 @@ from diffusion_api.catalog import samplers
 from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects._base import build, resolve_seed, round_size
 from diffusion_api.dialects.native.bodies import MAX_UNKNOWN, HiresBody, JobBody, LoraBody, SamplingBody, Txt2ImgBody
-from diffusion_api.dialects.native.told import DEFAULT_SAMPLER, filled, with_text_of_image
+from diffusion_api.dialects.native.told import DEFAULT_SAMPLER, Drawn, filled, with_text_of_image
 from diffusion_api.errors import InvalidRequest, UnknownModel
 from diffusion_api.prompt import parse, uncommented
 from diffusion_api.schema.job import NOT_INSTALLED, lora_skipped
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from diffusion_api.service import Picture, Service
 
 Asked = TypeVar("Asked", bound=Request, covariant=True)
-Drawn = TypeVar("Drawn", bound=SamplingBody)
 Size: TypeAlias = tuple[int, int, list[str]]
 """Width and height in pixels, and what the caller should know of how they came about."""
 

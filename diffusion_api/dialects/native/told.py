@@ -33,7 +33,9 @@ def filled(body: Drawn, service: Service) -> tuple[Drawn, list[str]]:
     text = infotext.parse(body.infotext or "")
     told, unused = infotext.asked(text)
     said = body.model_dump(exclude_unset=True, exclude_none=True)
-    fields = {name: value for key, value in told.items() if (name := IN_BODY.get(key, key)) not in said}
+    asked = {IN_BODY.get(key, key): value for key, value in told.items()}
+    own = type(body).model_fields.keys() - said.keys()
+    fields = {name: value for name, value in asked.items() if name in own}
     files = _Files(text, service)
     fields |= files.found(fields)
     notes = [f"infotext: {', '.join(unused[:MAX_UNKNOWN])} is not used here"] if unused else []

@@ -1,0 +1,113 @@
+"""A real service with the shipped model: pictures in, pictures out, by HTTP alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from semantics import COLOURS, asked, seen
+from serving import Program, eventually, serving
+
+PROMPT = "a large red circle on a blue background"
+OTHER = "a large yellow square on a blue background"
+FIELDS = {"model": "shapes", "steps": 10, "cfg_scale": 5, "seed": 3, "fileType": "png", "sampler_name": "Euler"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    home = tmp_path_factory.mktemp("shapes")
+    with serving(home, engine="diffusers", device="cpu", shipped_models=True) as program:
+        yield program
+
+
+@pytest.fixture(scope="module")
+def first(server: Program) -> Image.Image:
+    """A picture of 128 pixels that the service drew."""
+    return made(server, "/txt2img", prompt=PROMPT, width=128, height=128)
+
+
+def result(server: Program, path: str, **fields: Any) -> dict[str, Any]:
+    answer = server.request("POST", path, json=FIELDS | fields)
+    assert answer.status_code == 200, answer.text
+    return server.wait(answer.json()["job_id"])
+
+
+def opened(status: dict[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(status["image"]))).convert("RGB")
+
+
+def made(server: Program, path: str, **fields: Any) -> Image.Image:
+    return opened(result(server, path, **fields))
+
+
+def b64(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def close(one: Image.Image, other: Image.Image) -> float:
+    """Mean difference of two pictures, in levels."""
+    return float(np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64)).mean())
+
+
+def test_hires_doubles_the_size_and_keeps_the_content(server: Program, first: Image.Image) -> None:
+    hires = {"enabled": True, "scale": 2, "upscaler": "Latent", "steps": 6, "denoising_strength": 0.4}
+    large = made(server, "/txt2img", prompt=PROMPT, width=128, height=128, hires=hires)
+    assert large.size == (256, 256)
+    assert seen(np.asarray(large)).agrees(asked(PROMPT), shape=True)
+    assert close(large.resize((128, 128), Image.Resampling.BOX), first) < 20
+
+
+def test_a_picture_without_any_size_keeps_its_own(server: Program) -> None:
+    drawn = Image.new("RGB", (136, 104), COLOURS["blue"])
+    ImageDraw.Draw(drawn).ellipse((38, 22, 98, 82), fill=COLOURS["green"])
+    kept = made(server, "/img2img", prompt=PROMPT, image=b64(drawn), denoising_strength=0.1)
+    assert kept.size == (136, 104)
+    assert seen(np.asarray(kept)).colour == "green"
+    assert close(kept, drawn) < 12
+
+
+def test_inpainting_leaves_every_pixel_outside_the_blurred_mask_as_it_was(server: Program, first: Image.Image) -> None:
+    mask = Image.new("L", first.size)
+    ImageDraw.Draw(mask).rectangle((64, 0, 127, 127), fill=255)
+    fields = {"prompt": OTHER, "image": b64(first), "mask": b64(mask), "denoising_strength": 0.95, "mask_blur": 4}
+    anew = made(server, "/inpaint", **fields)
+    assert anew.size == first.size
+    reach = int(2.5 * 4 + 0.5)
+    before, after = (np.asarray(image)[:, : 64 - reach] for image in (first, anew))
+    assert np.array_equal(before, after)
+    assert close(first.crop((72, 0, 128, 128)), anew.crop((72, 0, 128, 128))) > 10
+
+
+def test_only_what_is_masked_is_drawn_at_its_own_size_and_pasted_back(server: Program, first: Image.Image) -> None:
+    mask = Image.new("RGBA", first.size)
+    ImageDraw.Draw(mask).rectangle((88, 88, 120, 120), fill=(0, 0, 0, 255))
+    fields = {"image": b64(first), "mask": b64(mask), "mask_blur": 0, "only_masked": True, "mask_padding": 0}
+    anew = made(server, "/inpaint", prompt=OTHER, width=64, height=64, denoising_strength=1, **fields)
+    differs = np.any(np.asarray(first) != np.asarray(anew), axis=2)
+    rows, columns = np.nonzero(differs)
+    assert (rows.min() >= 88, columns.min() >= 88, rows.max() <= 120, columns.max() <= 120) == (True,) * 4
+    assert differs.mean() > 0.02
+
+
+def test_the_preview_of_a_running_job_shows_what_it_draws(server: Program) -> None:
+    fields = {"prompt": PROMPT, "width": 128, "height": 128, "steps": 60, "preview_every": 1}
+    job_id = server.submit(**FIELDS | fields)
+    shown = eventually(lambda: server.status(job_id).get("preview"), "a preview")
+    small = Image.open(io.BytesIO(base64.b64decode(shown)))
+    assert (small.format, max(small.size) <= 128) == ("JPEG", True)
+    assert "preview" not in server.wait(job_id)
+
+
+def test_a_picture_is_upscaled_by_the_shipped_model(server: Program, first: Image.Image) -> None:
+    names = [row["name"] for row in server.get("/upscalers").json()["upscalers"] if row["type"] == "external"]
+    status = result(server, "/upscale", image=b64(first), upscaler=names[0], scale=2)
+    assert opened(status).size == (256, 256)
+    assert seen(np.asarray(opened(status))).agrees(asked(PROMPT), shape=True)
+    assert status["current_phase"] == "done"

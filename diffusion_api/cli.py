@@ -109,8 +109,7 @@ def models(home: Home = None, models_from: ModelsFrom = None) -> None:
     from diffusion_api.server import build_library
 
     for model in build_library(_settings(home=home, models_from=models_from)).models():
-        size = f"{model.native_size} px"
-        print(f"{model.label:24} -> {model.name:32} {model.family:8} {size:8} {model.shown_path}")
+        print(f"{model.label:24} -> {model.name:32} {model.family:8} {model.shown_size:8} {model.shown_path}")
 
 
 @app.command()

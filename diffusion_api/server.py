@@ -150,6 +150,7 @@ def build_puller(settings: Settings) -> Puller:
         origins(f"{endpoint.scheme}://{endpoint.netloc},{settings.pull_hosts}"),
         public=True,
         proxy=settings.pull_proxy or None,
+        setting="DIFFUSION_API_PULL_HOSTS",
         total=PULL_PAUSE,
     )
     token = settings.hf_token.get_secret_value()

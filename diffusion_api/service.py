@@ -268,6 +268,10 @@ class Service:
         """The file of that kind that a caller means."""
         return self._library.find_asset(kind, name)
 
+    def absence(self, name: str) -> str:
+        """Why no file has that name, as the end of a sentence."""
+        return self._library.absence(name)
+
     def model(self, name: str | None) -> Model:
         """The model that a request means. Raises UnknownModel."""
         return self._library.resolve(name)

@@ -223,7 +223,7 @@ class Library:
         return model
 
     def absence(self, name: str) -> str:
-        """Why no model has that name, as the end of a sentence."""
+        """Why no file has that name, as the end of a sentence."""
         reason = self._refused.get(name)
         return f"cannot be used: {reason}" if reason else "is not installed"
 

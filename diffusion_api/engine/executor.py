@@ -182,7 +182,7 @@ class Executor:
             transformers_logging.disable_progress_bar()
             self._device = device = self._chosen()
             self._weights = weights = Weights(self._library, device, self._tokenizer)
-            extras = Extras(self._library)
+            extras = Extras(self._library, weights.patch)
         except DeviceUnusable as error:
             self._unusable = error
             return

@@ -268,6 +268,18 @@ class Service:
         """The file of that kind that a caller means."""
         return self._library.find_asset(kind, name)
 
+    def warm_up(self, name: str) -> Model:
+        """Have a model loaded before a job asks for it; it is loaded when the jobs at hand are done. Raises UnknownModel, and
+        Conflict where the jobs run in other processes.
+        """
+        model = self._library.resolve(name)
+        if self._engine is None:
+            raise Conflict(
+                "the jobs run in other processes; DIFFUSION_API_WARM_UP says what these load when they start"
+            )
+        self._engine.warm_up(model.name)
+        return model
+
     def absence(self, name: str) -> str:
         """Why no file has that name, as the end of a sentence."""
         return self._library.absence(name)

@@ -180,7 +180,8 @@ def weight_files(folder: Path) -> list[Path]:
             variant = found["variant"] or ""
             variants.setdefault((variant not in VARIANTS, variant, found["count"] or ""), []).append(path)
     if not variants:
-        raise Unrecognised(f"its {folder.name}/ holds no safetensors weights")
+        other = ", only .bin, which can run code when loaded; convert them" if any(folder.glob("*.bin")) else ""
+        raise Unrecognised(f"its {folder.name}/ holds no safetensors weights{other}")
     (_, _, count), files = min(variants.items())
     if count and len(files) != int(count):
         raise Unrecognised(f"its {folder.name}/ holds {len(files)} of {int(count)} files (an unfinished download?)")

@@ -239,6 +239,21 @@ def test_without_a_card_copies_and_models_share_the_ram(engine: OnCard) -> None:
     )
 
 
+def test_a_model_is_loaded_when_somebody_asks_for_that_and_what_cannot_be_is_said(
+    engine: OnCard, picture: Pixels, caplog: pytest.LogCaptureFixture
+) -> None:
+    with failing(SD1, "from_folder", times=1):
+        engine.warm_up("second")
+        until = time.monotonic() + 60
+        while "model second was not loaded: " not in caplog.text and time.monotonic() < until:
+            time.sleep(0.05)
+    assert "model second was not loaded: out of memory" in caplog.text
+    engine.warm_up("second")
+    made = draw(engine, "second")
+    assert made.model_cached
+    assert np.array_equal(made.images[0], picture)
+
+
 # What is planned
 
 

@@ -153,15 +153,17 @@ from asking import finished, request
 home = Path(sys.argv[1])
 engine = Executor(Library(home, home / "models", None), device="cpu", tokenizer=DATA / "clip")
 engine.start()
+finished(engine, request(model="xl", steps=1, width=64, height=64))
 sys.stdout.buffer.write(finished(engine, request(model="single", steps=4)).images[0].tobytes())
 engine.close()
 """
 
 
-def test_a_single_file_draws_with_no_network_at_all(tmp_path: Path, draw: Draw) -> None:
+def test_single_files_draw_with_no_network_at_all(tmp_path: Path, draw: Draw) -> None:
     models = tmp_path / "models"
     models.mkdir()
     write_checkpoint(DATA / "models" / "shapes", DATA / "clip" / "vocab.json", models / "single.safetensors")
+    zoo.DRAWS["sdxl"].write(models / "xl.safetensors")
     alone = ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", OFFLINE, str(tmp_path)]
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(alone, capture_output=True, timeout=300, env=environment() | paths, check=False)

@@ -305,6 +305,22 @@ class Service:
         """The file that a text means: by the hash that it tells, else by its name; and whether it was the hash."""
         return self._finder.find(kind, name, hashed)
 
+    def warm_up(self, name: str) -> Model:
+        """Have a model loaded before a job asks for it; it is loaded when the jobs at hand are done. Raises UnknownModel, and
+        Conflict where the jobs run in other processes.
+        """
+        model = self._library.resolve(name)
+        if self._engine is None:
+            raise Conflict(
+                "the jobs run in other processes; DIFFUSION_API_WARM_UP says what these load when they start"
+            )
+        self._engine.warm_up(model.name)
+        return model
+
+    def absence(self, name: str) -> str:
+        """Why no file has that name, as the end of a sentence."""
+        return self._library.absence(name)
+
     def model(self, name: str | None) -> Model:
         """The model that a request means. Raises UnknownModel."""
         return self._library.resolve(name)

@@ -149,6 +149,26 @@ def test_the_doctor_says_what_to_do(tmp_path: Path) -> None:
     assert "2 things to fix" in done.stdout
 
 
+def test_the_doctor_names_files_that_cannot_be_used_and_does_not_call_that_well(home: Path, tmp_path: Path) -> None:
+    folder = home / "stable_diffusion"
+    (folder / "models" / "bad.safetensors").write_bytes(b"<html>")
+    (folder / "models.toml").write_text("[pastel_mix]\nsize = 3\n")
+    done = run("doctor", "--home", home, cwd=tmp_path, engine="stub", shipped_models=False)
+    assert done.returncode == 1
+    assert "files     bad.safetensors is not listed: models/bad.safetensors is no safetensors file" in done.stdout
+    assert "files     models.toml: [pastel_mix] is not used: size is 3" in done.stdout
+    assert "-> mend it, or take it away" in done.stdout
+    assert "2 things to fix" in done.stdout
+    assert "not listed" not in done.stderr
+
+
+def test_the_doctor_and_the_list_show_the_size_that_models_toml_says(home: Path, tmp_path: Path) -> None:
+    (home / "stable_diffusion" / "models.toml").write_text("[models--mirroring--pastel-mix]\nsize = [512, 768]\n")
+    told = run("doctor", "--home", home, cwd=tmp_path, engine="stub", shipped_models=False)
+    assert "models--mirroring--pastel-mix (sd1, 512x768 px)" in told.stdout
+    assert " 512x768 px " in run("models", "--home", home, cwd=tmp_path, shipped_models=False).stdout
+
+
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [({"model": "gone"}, "model 'gone' is not installed"), ({"home": "/nowhere/at/all"}, "the folder does not exist")],

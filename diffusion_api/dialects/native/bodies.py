@@ -650,6 +650,13 @@ class HelloBody(BaseModel):
     ok: bool = True
 
 
+class LoadingBody(BaseModel):
+    """The model will be loaded when the jobs at hand are done."""
+
+    status: Literal["success"] = "success"
+    model: str
+
+
 class PausedBody(BaseModel):
     """Whether waiting jobs are left to wait."""
 

@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -46,7 +46,7 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 ELSEWHERE = ("cross-site", "same-site")
 """What Sec-Fetch-Site says of a request that a page of another origin led to."""
 
-READABLE = {
+READABLE: dict[str, Any] = {
     "allow_methods": ("GET", "POST", "DELETE"),
     "allow_headers": ("Authorization", "Content-Type", "Idempotency-Key", "Prefer", "X-API-Key", "X-Request-ID"),
     "expose_headers": ("Idempotency-Replayed", "Retry-After", "X-Job-Id", "X-Request-ID"),

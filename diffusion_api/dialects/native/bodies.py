@@ -242,9 +242,6 @@ class Txt2ImgBody(SamplingBody):
         },
     )
 
-    image: str | None = Field(
-        default=None, description="a picture in base64, or as a data URL: the infotext in it counts, not its pixels"
-    )
     hires: HiresBody | None = None
     image: str | None = Field(
         default=None, description="a picture in base64, or as a data URL: the infotext in it counts, not its pixels"

@@ -27,7 +27,7 @@ SHAPES, INK = DATA / "models" / "shapes", DATA / "loras" / "shapes-ink.safetenso
 def main() -> None:
     with tempfile.TemporaryDirectory() as home, torch.inference_mode():
         library = Library(Path(home), Path(home) / "models", SHAPES.parent)
-        lane, extras = SD1.from_folder(SHAPES, devices.choose("cpu"), None), Extras(library)
+        lane, extras = SD1.from_folder(SHAPES, devices.choose("cpu")), Extras(library)
 
         def attach(tags: str) -> Callable[[], object]:
             asked = Txt2Img(

@@ -40,7 +40,7 @@ POLICY: tuple[tuple[str, str, Role], ...] = (
     ("GET POST", r"/(token|user)(/[^/]+)?", Role.NOBODY),
     ("GET", r"/blob/[^/]+", Role.NOBODY),
     # What is done to all callers
-    ("POST", r"/queue/(pause|resume)", Role.ADMIN),
+    ("POST", r"/queue/(pause|resume)|/models/.+/load", Role.ADMIN),
 )
 """What a request needs, by its method and its path; the first row that fits. What is not here needs a user."""
 

@@ -49,8 +49,8 @@ def create_app(
     native.mount(app, service)
 
     @app.get("/", include_in_schema=False)
-    def root() -> RedirectResponse:
-        return RedirectResponse("/docs")
+    def root(request: Request) -> RedirectResponse:
+        return RedirectResponse(f"{request.scope.get('root_path', '')}/docs")
 
     @app.get("/metrics", include_in_schema=False)
     def shown_metrics() -> PlainTextResponse:

@@ -9,15 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion_api import __version__
+from diffusion_api import __version__, remote
 from diffusion_api import settings as configuration
 from diffusion_api.errors import DiffusionApiError
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+TOOLS = "Look at what is installed"
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
 Port = Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")]
@@ -103,17 +101,7 @@ def demo(
     raise typer.Exit(run_demo(prompt, home or Path.cwd(), Console()))
 
 
-@app.command()
-def models(home: Home = None, models_from: ModelsFrom = None) -> None:
-    """List the installed models."""
-    from diffusion_api.server import build_library
-
-    for model in build_library(_settings(home=home, models_from=models_from)).models():
-        size = f"{model.native_size} px"
-        print(f"{model.label:24} -> {model.name:32} {model.family:8} {size:8} {model.shown_path}")
-
-
-@app.command()
+@app.command(rich_help_panel=TOOLS)
 def list_models(home: Home = None, models_from: ModelsFrom = None) -> None:
     """List the labels of models, and the names that they stand for."""
     from diffusion_api import listing
@@ -122,7 +110,7 @@ def list_models(home: Home = None, models_from: ModelsFrom = None) -> None:
     print(listing.labels(build_library(_settings(home=home, models_from=models_from))))
 
 
-@app.command()
+@app.command(rich_help_panel=TOOLS)
 def list_available_models_loras(home: Home = None, models_from: ModelsFrom = None) -> None:
     """List the installed models and LoRAs with their files."""
     from diffusion_api import listing
@@ -131,7 +119,7 @@ def list_available_models_loras(home: Home = None, models_from: ModelsFrom = Non
     print(listing.available(build_library(_settings(home=home, models_from=models_from))))
 
 
-@app.command("test-lora-compatibility")
+@app.command("test-lora-compatibility", rich_help_panel=TOOLS)
 def lora_compatibility(
     model: Annotated[str | None, typer.Option(help="Name or label of a model; all, when left out.")] = None,
     lora: Annotated[str | None, typer.Option(help="File or name of a LoRA; all installed ones, when left out.")] = None,
@@ -249,6 +237,9 @@ def config(
 def version() -> None:
     """Print the version."""
     print(__version__)
+
+
+app.add_typer(remote.app)
 
 
 def _version(asked: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
@@ -90,10 +91,12 @@ def _folder(folder: Path, home: Path) -> Finding:
 
 
 def _models(settings: Settings) -> list[Finding]:
+    logging.getLogger("diffusion_api.catalog").setLevel(logging.ERROR)  # what it warns of is said here
     library = build_library(settings)
-    names = [f"{m.name} ({m.family}, {m.native_size} px)" for m in library.models()]
+    names = [f"{model.name} ({model.family}, {model.shown_size})" for model in library.models()]
     fix = None if names else f"put a model into {settings.models_dir}"
     found = [Finding("models", ", ".join(names) or "none", fix)]
+    found += [Finding("files", text, "mend it, or take it away; docs/models.md") for text in library.complaints()]
     try:
         found.append(Finding("default", library.default().name))
     except InvalidRequest as error:

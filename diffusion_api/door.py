@@ -8,18 +8,21 @@ import re
 import time
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diffusion_api import logs
+from diffusion_api.access import needed
 from diffusion_api.dialects._base import error_body, refusal
 from diffusion_api.errors import DiffusionApiError
+from diffusion_api.schema.caller import Role
 
 if TYPE_CHECKING:
     from diffusion_api.access import Access
@@ -40,6 +43,16 @@ POLLS = re.compile(r"/(queue|health|ready|hello|metrics)(/|$)")
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+ELSEWHERE = ("cross-site", "same-site")
+"""What Sec-Fetch-Site says of a request that a page of another origin led to."""
+
+READABLE: dict[str, Any] = {
+    "allow_methods": ("GET", "POST", "DELETE"),
+    "allow_headers": ("Authorization", "Content-Type", "Idempotency-Key", "Prefer", "X-API-Key", "X-Request-ID"),
+    "expose_headers": ("Idempotency-Replayed", "Retry-After", "X-Job-Id", "X-Request-ID"),
+}
+"""What the pages of allowed origins may do and read; there are no cookies, so none are allowed."""
+
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 HARDENING = {
@@ -58,9 +71,12 @@ DOCS_LOAD = (
 
 def middleware(settings: Settings, metrics: Metrics, access: Access) -> list[Middleware]:
     """All of it, outermost first."""
+    pages = _listed(settings.allowed_origins)
+    own = _listed(settings.public_origin)
     return [
-        Middleware(Conversation, metrics=metrics),
-        Middleware(Gate, hosts=allowed_hosts(settings), origins=_listed(settings.allowed_origins)),
+        Middleware(Conversation, metrics=metrics, root_path=settings.root_path),
+        Middleware(Gate, hosts=allowed_hosts(settings), origins=pages | own),
+        *([Middleware(CORSMiddleware, allow_origins=sorted(pages), **READABLE)] if pages else []),
         Middleware(Reception, access=access),
         Middleware(BodyLimit, limit=settings.max_body),
     ]
@@ -72,11 +88,12 @@ def allowed_hosts(settings: Settings) -> frozenset[str]:
     A page of another site can make its own name mean 127.0.0.1 and then read what loopback serves (DNS rebinding), but
     its browser still sends that name.
     """
+    public = _listed(_without_port(settings.public_origin.partition("://")[2]))
     if settings.allowed_hosts:
-        return _listed(settings.allowed_hosts)
+        return _listed(settings.allowed_hosts) | public
     if settings.host in ("", "0.0.0.0", "::"):  # noqa: S104 - compared, not bound
         return frozenset("*")
-    return frozenset({*LOOPBACK, _bracketed(settings.host.lower())})
+    return frozenset({*LOOPBACK, _bracketed(settings.host.lower())}) | public
 
 
 class Conversation:
@@ -85,11 +102,15 @@ class Conversation:
     An error that nobody foresaw is answered here: the trace is for the log alone.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, root_path: str) -> None:
+        self._app, self._metrics, self._root_path = app, metrics, root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        if self._root_path:
+            scope["root_path"] = (
+                self._root_path
+            )  # for the router and the links in /docs, whether the proxy takes it off or not
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -147,19 +168,24 @@ def harden(headers: MutableHeaders, request_id: str) -> None:
 
 
 class Gate:
-    """Refuses what no route should see: foreign host names, posts from other sites' pages, oversized headers."""
+    """Refuses what no route should see: foreign host names, requests of other sites' pages, oversized headers.
+
+    What a page of another site may ask for is what anybody may see without a key: a GET, too, may begin a job.
+    """
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str], origins: frozenset[str]) -> None:
         self._app, self._hosts, self._origins = app, hosts, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        refusal = self._refusal(scope) if scope["type"] == "http" else None
-        if refusal:
-            status, message = refusal
-            await JSONResponse(error_body(message), status)(scope, receive, send)
-        else:
+        found = self._refusal(scope) if scope["type"] in ("http", "websocket") else None
+        if found is None:
             await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await _closed(send)
+        else:
+            status, message = found
+            await JSONResponse(error_body(message), status)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         fields = scope["headers"]
@@ -173,17 +199,24 @@ class Gate:
                 f"the Host header is {host[:100]!r}; this service answers as {', '.join(sorted(self._hosts))}. "
                 "Its operator can set DIFFUSION_API_ALLOWED_HOSTS"
             )
-        origin = headers.get("origin")
-        if origin and scope["method"] not in SAFE_METHODS and not self._trusts(origin.lower(), host):
-            return 403, (
-                f"a page of {origin[:100]!r} may not do this here. The operator can set DIFFUSION_API_ALLOWED_ORIGINS"
-            )
+        method = scope.get("method", "GET")
+        harmless = method in SAFE_METHODS and needed(method, route_path(scope)) is Role.NOBODY
+        if not harmless and (page := self._foreign_page(headers, host)):
+            return 403, f"a page of {page} may not do this here. The operator can set DIFFUSION_API_ALLOWED_ORIGINS"
         if headers.get("content-encoding", "identity").lower() != "identity":
             return 415, "the body is compressed; send it as it is, without Content-Encoding"
         return None
 
-    def _trusts(self, origin: str, host: str) -> bool:
-        return origin in self._origins or origin.partition("://")[2] == host
+    def _foreign_page(self, headers: Headers, host: str) -> str | None:
+        """The page of another site that has a browser send this, None if there is none. What is no browser tells of none.
+
+        A browser sends no Origin with links, forms that GET and pictures, but then it says where from it was led here
+        (Fetch Metadata, W3C): ``none`` is a person who typed the address.
+        """
+        if origin := headers.get("origin"):
+            own = origin.lower().partition("://")[2] == host
+            return None if own or origin.lower() in self._origins else repr(origin[:100])
+        return "another site" if headers.get("sec-fetch-site", "").lower() in ELSEWHERE else None
 
 
 class Reception:
@@ -194,13 +227,13 @@ class Reception:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         try:
-            caller = await self._access.admit(HTTPConnection(scope), scope["path"])
+            caller = await self._access.admit(HTTPConnection(scope), route_path(scope))
         except DiffusionApiError as error:
-            await refusal(error)(scope, receive, send)
+            await (_closed(send) if scope["type"] == "websocket" else refusal(error)(scope, receive, send))
             return
         scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send)
@@ -235,6 +268,17 @@ class BodyLimit:
         await self._app(scope, counted, send)
 
 
+def route_path(scope: Scope) -> str:
+    """The path as the routes know it: without what a proxy has before it."""
+    root, path = scope.get("root_path", ""), str(scope["path"])
+    return path.removeprefix(root) if path == root or path.startswith(f"{root}/") else path
+
+
+async def _closed(send: Send) -> None:
+    """Refuse a WebSocket before it is opened; its client sees HTTP 403."""
+    await send({"type": "websocket.close", "code": 1008})
+
+
 def _request_id(scope: Scope) -> str:
     """The caller's ``X-Request-ID`` where it is one that can stand in a log, else a new one."""
     given = Headers(scope=scope).get("x-request-id", "")
@@ -247,7 +291,7 @@ def _template(scope: Scope) -> str:
 
 
 def _log_access(scope: Scope, status: int, seconds: float) -> None:
-    quiet = POLLS.match(scope["path"]) and status < 500
+    quiet = POLLS.match(route_path(scope)) and status < 500
     client = scope["client"][0] if scope["client"] else "-"
     log.log(
         logging.DEBUG if quiet else logging.INFO,

@@ -174,7 +174,7 @@ class Downloads:
             raise Unreachable(
                 f"{remote.name} ({where}): {error}{more}; the same command goes on from there later"
             ) from error
-        log.warning("%s: %s; again in %.0f s", remote.name, error, seconds)
+        log.warning("%s: %s; again in %.0f s (tries left: %d)", remote.name, error, seconds, TRIES - failures)
         await self._wait(seconds)
 
 

@@ -140,7 +140,8 @@ class Fetcher:
     """Sends requests to the origins in ``allowed``, with ``public`` also by https to any name whose addresses are public.
     Certificates are checked against Mozilla's list unless ``tls`` is given.
 
-    ``connect`` and ``total`` are seconds, see :data:`CONNECT` and :data:`TOTAL`. ``proxy`` is the URL of one.
+    ``connect`` and ``total`` are seconds, see :data:`CONNECT` and :data:`TOTAL`. ``proxy`` is the URL of one, ``setting`` where
+    the operator allows more.
     """
 
     def __init__(
@@ -149,13 +150,14 @@ class Fetcher:
         *,
         public: bool = False,
         proxy: str | None = None,
+        setting: str | None = None,
         resolve: Resolver = system_addresses,
         tls: ssl.SSLContext | None = None,
         connect: float = CONNECT,
         total: float = TOTAL,
     ) -> None:
         self._allowed, self._public = allowed, public
-        self._proxy = proxy
+        self._proxy, self._setting = proxy, setting
         self._resolve = resolve
         self._tls = tls or httpx.create_ssl_context(trust_env=False)
         self._total = total
@@ -236,7 +238,8 @@ class Fetcher:
         by_name = origin.scheme == "https" and _HOST_NAME.fullmatch(origin.host)
         if origin not in self._allowed and not (self._public and by_name):
             choices = ", ".join([*map(str, self._allowed), *["https:// and a public name"][: self._public]])
-            raise UrlRefused(f"{field} leads to {str(origin)[:100]}; allowed: {choices}", field=field)
+            more = f"; the operator can allow more: {self._setting}" if self._setting else ""
+            raise UrlRefused(f"{field} leads to {str(origin)[:100]}; allowed: {choices}{more}", field=field)
         return origin
 
     async def _addresses(self, origin: Origin) -> list[str]:

@@ -131,6 +131,9 @@ _OPTIONS = {
     "Sigma tmax": "s_tmax",
     "Sigma noise": "s_noise",
     "Discard penultimate sigma": "discard_next_to_last_sigma",
+    "Schedule min sigma": "sigma_min",
+    "Schedule max sigma": "sigma_max",
+    "Schedule rho": "rho",
     "CFG Rescale": "guidance_rescale",
 }
 """Fields of a request that are written where they differ from their default."""

@@ -83,6 +83,8 @@ class Keyring:
             except FileNotFoundError:
                 self._seen, self._keys = None, {}
                 return ()
+            except OSError as error:
+                raise self._unreadable() from error
             if seen != self._seen:
                 self._keys = {key.id: key for key in self._read().keys}
                 self._right = {digest: key for digest, key in self._right.items() if self._keys.get(key.id) == key}
@@ -164,18 +166,20 @@ class Keyring:
             ) from error
 
     def _read(self) -> _File:
-        where = f"{self._path.parent.name}/{self._path.name}"
         try:
             data = disk.read_regular(self._path, MAX_FILE)
             found = _File.model_validate_json(data)
         except (OSError, disk.Unusable, ValidationError) as error:
-            raise KeysUnreadable(
-                f"{where} cannot be read, so nobody can be let in: the operator may restore it, or remove it and make "
-                "new keys"
-            ) from error
+            raise self._unreadable() from error
         if found.version > VERSION:
-            raise KeysUnreadable(f"{where} was written by a newer release, so nobody can be let in by this one")
+            raise KeysUnreadable("access/keys.json was written by a newer release, so this one can let nobody in")
         return found
+
+    def _unreadable(self) -> KeysUnreadable:
+        return KeysUnreadable(
+            "access/keys.json cannot be read, so nobody can be let in: the operator may restore it, or remove it and make "
+            "new keys"
+        )
 
     def _write(self, keys: tuple[Key, ...]) -> None:
         data = _File(keys=keys).model_dump_json(indent=1).encode()

@@ -35,6 +35,13 @@ _TOKEN = re.compile(r"\\.|[\[\]():|]|[^\\\[\]():|]++|\\")
 _ATTENTION = re.compile(rf"\\[()\[\]\\]|\\|[(\[]|:\s*+({_NUMBER})\s*+\)|[)\]]|[^\\()\[\]:]++|:")
 
 
+class Course(NamedTuple):
+    """The steps of a pass, and how many a first pass had: in a second one shares run from 1 to 2, and steps count on."""
+
+    steps: int
+    done: int = 0
+
+
 @dataclass(frozen=True)
 class Scheduled:
     """``[before:after:when]``: one text up to a step, another one from there on.
@@ -46,10 +53,11 @@ class Scheduled:
     after: Nodes
     when: str
 
-    def last(self, steps: int) -> int:
-        """The last step of ``before``, 1 to ``steps``; less than 1 when there is none."""
-        value = float(self.when) * (steps if "." in self.when else 1)
-        return int(min(max(value, -1.0), steps))
+    def last(self, course: Course) -> int:
+        """The last step of ``before``, 1 to the last one; less than 1 when there is none."""
+        begun, unit = (course.done > 0, course.steps) if "." in self.when else (course.done, 1)
+        value = (float(self.when) - begun) * unit
+        return int(min(max(value, -1.0), course.steps))
 
     def __str__(self) -> str:
         before = f"{_written(self.before)}:" if self.before else ""
@@ -79,10 +87,14 @@ class Part:
     nodes: Nodes
     weight: float = 1.0
 
-    def schedule(self, steps: int) -> tuple[tuple[int, str], ...]:
-        """The texts, each with the last step at which it holds; the last one's is ``steps``. Steps count from 1."""
-        ends = {steps, *_ends(self.nodes, steps)}
-        return tuple((step, "".join(_at(self.nodes, step, steps))) for step in sorted(ends))
+    def schedule(self, steps: int, done: int = 0) -> tuple[tuple[int, str], ...]:
+        """The texts, each with the last step at which it holds; the last one's is ``steps``. Steps count from 1.
+
+        ``done`` are the steps of the first pass, for those of a second.
+        """
+        course = Course(steps, done)
+        ends = {steps, *_ends(self.nodes, course)}
+        return tuple((step, "".join(_at(self.nodes, step, course))) for step in sorted(ends))
 
     def __str__(self) -> str:
         text = _written(self.nodes)
@@ -299,27 +311,27 @@ def _joined(nodes: Iterable[_Node]) -> Nodes:
     return tuple(node for node in joined if node)
 
 
-def _ends(nodes: Nodes, steps: int) -> Iterator[int]:
+def _ends(nodes: Nodes, course: Course) -> Iterator[int]:
     """The steps after which the text may be another one."""
     for node in nodes:
         if isinstance(node, Scheduled):
-            if (last := node.last(steps)) >= 1:
+            if (last := node.last(course)) >= 1:
                 yield last
-            yield from _ends(node.before, steps)
-            yield from _ends(node.after, steps)
+            yield from _ends(node.before, course)
+            yield from _ends(node.after, course)
         elif isinstance(node, Alternated):
-            yield from range(1, steps + 1)
+            yield from range(1, course.steps + 1)
 
 
-def _at(nodes: Nodes, step: int, steps: int) -> Iterator[str]:
+def _at(nodes: Nodes, step: int, course: Course) -> Iterator[str]:
     """The text at a step, in pieces."""
     for node in nodes:
         if isinstance(node, str):
             yield node
         elif isinstance(node, Scheduled):
-            yield from _at(node.before if step <= node.last(steps) else node.after, step, steps)
+            yield from _at(node.before if step <= node.last(course) else node.after, step, course)
         else:
-            yield from _at(node.choices[(step - 1) % len(node.choices)], step, steps)
+            yield from _at(node.choices[(step - 1) % len(node.choices)], step, course)
 
 
 def _written(nodes: Nodes) -> str:

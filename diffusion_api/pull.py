@@ -40,6 +40,7 @@ VARIANT = re.compile(
 """Weights again, in another precision: fp16, ema, ..."""
 
 FOLDERS: dict[Kind, str] = {kind: name for name, kind in OWN_FOLDERS.items()}
+NO_SAFETENSORS = "is no .safetensors file, and nothing else is fetched"
 SOURCES = "org/name, org/name@revision, org/name/file.safetensors, or https://host/file.safetensors"
 
 
@@ -189,7 +190,7 @@ class Puller:
             choices = ", ".join(name for name in names if name.endswith(".safetensors")) or "none"
             raise NotFound(f"{repository} has no file {missing[0]!r}; its safetensors files: {choices}")
         if not plan.folder and not wanted[0].endswith(".safetensors"):
-            raise InvalidRequest(f"{wanted[0]} is no .safetensors file, and nothing else is fetched", field="source")
+            raise InvalidRequest(f"{wanted[0]} {NO_SAFETENSORS}{_own_way(wanted[0])}", field="source")
         return replace(plan, files=tuple(self._remote(plan, names[name]) for name in wanted))
 
     async def _parts(self, plan: Plan, names: Mapping[str, _File]) -> list[str]:
@@ -290,6 +291,15 @@ def _is_safe(name: str) -> bool:
     """False for a name that would lead out of its folder, or that a scan would not see."""
     parts = name.split("/")
     return "\\" not in name and all(part and not part.startswith(".") and part.isprintable() for part in parts)
+
+
+def _own_way(name: str) -> str:
+    """How a checkpoint that can hold code is used nevertheless."""
+    if not name.endswith(".ckpt"):
+        return ""
+    return (
+        "; one that you put into stable_diffusion/models yourself is read with DIFFUSION_API_ALLOW_PICKLE_MODELS=true"
+    )
 
 
 def _only_file(repository: str, names: Mapping[str, _File]) -> str:

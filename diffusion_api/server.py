@@ -112,6 +112,7 @@ def build_queue(settings: Settings) -> Queue:
         settings.queue_dir,
         max_attempts=settings.max_attempts,
         max_waiting=settings.max_queue,
+        max_waiting_each=settings.max_queue_per_caller,
         reserve=settings.disk_reserve_mb * MIB,
         pause_after_crashes=settings.pause_after_crashes,
     )
@@ -150,6 +151,7 @@ def build_puller(settings: Settings) -> Puller:
         origins(f"{endpoint.scheme}://{endpoint.netloc},{settings.pull_hosts}"),
         public=True,
         proxy=settings.pull_proxy or None,
+        setting="DIFFUSION_API_PULL_HOSTS",
         total=PULL_PAUSE,
     )
     token = settings.hf_token.get_secret_value()
@@ -270,6 +272,7 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
     listener = _adopt(handover.listener) if handover.listener else listen(settings.host, settings.port)
     handover = handover.model_copy(update={"listener": listener.fileno()})
     url = f"http://{_shown_host(settings.host)}:{listener.getsockname()[1]}"
+    settings.create_folders()
     _show_first_key(settings, url)
     serving = build(settings, worker=worker, handover=handover)
     config = uvicorn.Config(
@@ -281,7 +284,7 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
         server_header=False,
         timeout_graceful_shutdown=5,
     )
-    greeting = _greeting(url, open_to_all=build_access(settings).open)
+    greeting = _greeting(url, open_to_all=build_access(settings).open, model=settings.model)
     Server(config, drain=serving.drain, greeting=greeting).run(sockets=[listener])
     if serving.engine:
         leave(serving.engine)
@@ -406,11 +409,12 @@ def _show_first_key(settings: Settings, url: str) -> None:
         )
 
 
-def _greeting(url: str, *, open_to_all: bool) -> str:
+def _greeting(url: str, *, open_to_all: bool, model: str | None) -> str:
     key = "" if open_to_all else ' -H "X-API-Key: $DIFFUSION_API_KEY"'
     body = '{"prompt": "a large red circle on a blue background", "seed": 1}'
+    choice = "" if model else '\nWith several models of your own, add "model": "<name>" or set DIFFUSION_API_MODEL.'
     return (
         f"Diffusion API serves {url} (docs: {url}/docs). Try:\n"
         f"  curl -s {url}/txt2img{key} -H 'Content-Type: application/json' -d '{body}'\n"
-        f"  curl -s {url}/queue/<job_id>{key}"
+        f"  curl -s {url}/queue/<job_id>{key}{choice}"
     )

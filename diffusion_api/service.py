@@ -31,6 +31,7 @@ from diffusion_api.errors import (
     UnknownModel,
 )
 from diffusion_api.pace import Forecast
+from diffusion_api.quotas import Minutes
 from diffusion_api.schema.caller import Caller
 from diffusion_api.schema.job import Earlier, Image, Job, State
 from diffusion_api.schema.request import Img2Img, Request, Sampling, Txt2Img, Upscale
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from diffusion_api.engine.base import Engine
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
-    from diffusion_api.queues.base import Key, Queue, Snapshot
+    from diffusion_api.queues.base import Key, Place, Queue, Snapshot, Wanted
     from diffusion_api.schema.report import DeviceReport, Room, WorkerReport
     from diffusion_api.settings import Settings
     from diffusion_api.webhooks import Webhooks
@@ -132,13 +133,14 @@ class Service:
         self._storage = Storage(queue.check, outputs.check)
         self._usage = Usage({folder.relative_to(settings.home).as_posix(): folder for folder in settings.folders})
         self._decoding = threading.Semaphore(DECODED_AT_ONCE)
+        self._pixels = Minutes(settings.pixels_per_minute, "pixels")
         self._draining = False
 
     def submit(self, job: Job, *, key: Key | None = None, pictures: Iterable[Picture] = ()) -> Job:
         """Store a new job, and the ``pictures`` that it brings along before it; when this returns it is on disk. The job as
         stored: without the pictures in its payload, and with the operator's deadline if it had none. It is an earlier job,
         with another id, if its caller sent that with the same ``key``. Raises InvalidRequest, TooLarge, OutOfMemory,
-        KeyReused, ShuttingDown, DiskFull, QueueUnusable.
+        KeyReused, RateLimited, ShuttingDown, DiskFull, QueueUnusable.
         """
         from diffusion_api.images import sanitized
 
@@ -146,6 +148,7 @@ class Service:
             raise ShuttingDown(SHUTTING_DOWN)
         self.check(job.request)
         self._fits(job.request)
+        self._pixels.take(job.caller, _pixels(job.request))
         stored = job.model_copy(update={"payload": sanitized(job.payload), "deadline": self._deadline(job)})
         for picture in pictures:
             self._queue.store_input(picture.data)
@@ -234,6 +237,19 @@ class Service:
             self.get(job_id, caller)
         return self._queue.watch(job_id, timeout)
 
+    def jobs(
+        self, wanted: Wanted, caller: Caller, *, states: frozenset[State], limit: int, before: Place | None = None
+    ) -> list[Snapshot]:
+        """The newest jobs in these states that are wanted and this caller's matter; see :meth:`Queue.newest`.
+
+        Raises QueueUnusable.
+        """
+
+        def visible(snapshot: Snapshot) -> bool:
+            return caller.may_see(snapshot.job.caller) and wanted(snapshot)
+
+        return self._queue.newest(visible, states=states, limit=limit, before=before)
+
     def cancel(self, job_id: str, caller: Caller, *, partial: bool = False) -> Snapshot:
         """Cancel a job: a waiting one ends at once, a running one at its next step, with the picture so far if
         ``partial``. Raises NotFound, Gone, and Conflict when it has ended otherwise already.
@@ -288,6 +304,22 @@ class Service:
     def told(self, kind: Kind, name: str, hashed: str | None) -> tuple[Asset | None, bool]:
         """The file that a text means: by the hash that it tells, else by its name; and whether it was the hash."""
         return self._finder.find(kind, name, hashed)
+
+    def warm_up(self, name: str) -> Model:
+        """Have a model loaded before a job asks for it; it is loaded when the jobs at hand are done. Raises UnknownModel, and
+        Conflict where the jobs run in other processes.
+        """
+        model = self._library.resolve(name)
+        if self._engine is None:
+            raise Conflict(
+                "the jobs run in other processes; DIFFUSION_API_WARM_UP says what these load when they start"
+            )
+        self._engine.warm_up(model.name)
+        return model
+
+    def absence(self, name: str) -> str:
+        """Why no file has that name, as the end of a sentence."""
+        return self._library.absence(name)
 
     def model(self, name: str | None) -> Model:
         """The model that a request means. Raises UnknownModel."""
@@ -515,6 +547,14 @@ class Service:
                 raise TooLarge(
                     f"{name} changes so often that its texts have {size} characters in all; at most {MAX_TEXTS} are allowed"
                 )
+
+
+def _pixels(request: Request) -> int:
+    """The pixels that a job makes in all, those of a second pass too."""
+    if isinstance(request, Upscale):
+        return request.width * request.height
+    hires = request.hires if isinstance(request, Txt2Img) else None
+    return (request.width * request.height + (hires.width * hires.height if hires else 0)) * request.count
 
 
 def _space(folder: Path) -> tuple[float, float]:

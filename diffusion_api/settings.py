@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
@@ -57,8 +58,19 @@ class Settings(BaseSettings):
         "or any when bound to every address",
     )
     allowed_origins: str = Field(
-        default="", description="origins of web pages that may post, with commas, beside the service's own"
+        default="", description="origins of web pages that may call and read, with commas, beside the service's own"
     )
+    public_url: str = Field(
+        default="",
+        pattern=r"^(https?://[^/?#\s]+(/[^?#\s]*)?)?$",
+        description="URL under which callers reach the service, where a proxy is before it",
+    )
+    trusted_proxies: str = Field(
+        default="127.0.0.1,::1",
+        description="addresses and networks of proxies that are believed who calls (X-Forwarded-For), with commas",
+    )
+    ssl_keyfile: Path | None = Field(default=None, description="private key, to serve https")
+    ssl_certfile: Path | None = Field(default=None, description="certificate, to serve https")
     header_seconds: float = Field(default=20, gt=0, description="seconds that a client may take to send its headers")
     body_seconds: float = Field(
         default=60, gt=0, description="seconds that a client may take to send a body or read an answer, and by min_rate"
@@ -180,6 +192,17 @@ class Settings(BaseSettings):
         description="hosts that `pull` may be led to beside public ones, separated by commas: private mirrors",
     )
     pull_proxy: str = Field(default="", description="URL of the HTTP proxy that `pull` goes through; empty: none")
+
+    @property
+    def root_path(self) -> str:
+        """What stands before every path in the URL that callers use: the path of ``public_url``."""
+        return urlsplit(self.public_url).path.rstrip("/")
+
+    @property
+    def public_origin(self) -> str:
+        """The part of ``public_url`` before that, as browsers name the origin of a page; empty without one."""
+        url = urlsplit(self.public_url)
+        return f"{url.scheme}://{url.netloc}" if self.public_url else ""
 
     @property
     def models_dir(self) -> Path:

@@ -117,6 +117,10 @@ LAYOUTS: dict[str, Callable[[str, tuple[int, ...], Maker], Tensors]] = {
 }
 
 
+WITH_TEXT_ENCODERS = ("LoRA, LoCon", "LoHa", "LoKr", "DoRA by inputs", "DoRA by outputs")
+"""Those that are also tried with the keys of SDXL's two text encoders (``te1``, ``te2``)."""
+
+
 def changed(weight: Tensor, tensors: Mapping[str, Tensor], strength: float) -> Array:
     """The weight of one layer with its part of a LoRA; names without the layer's."""
     own = weight.detach().double().numpy()

@@ -114,6 +114,15 @@ def test_no_route_answers_without_a_key_but_the_named_ones(keyed: Keyed, paths: 
     assert keyed.ask("GET", "/models", headers=wrong).status_code == 403
 
 
+def test_each_caller_lists_their_own_jobs_and_the_admin_all(keyed: Keyed) -> None:
+    owners = {keyed.submit(name, prompt=f"by {name}", model="small", steps=1): name for name in ("ann", "bob")}
+    for name in ("ann", "bob", "boss"):
+        listed = {row["job_id"] for row in keyed.ask("GET", "/queue", name, params={"limit": 200}).json()["jobs"]}
+        assert {owner for job_id, owner in owners.items() if job_id in listed} == (
+            {"ann", "bob"} if name == "boss" else {name}
+        )
+
+
 def test_no_caller_meets_the_job_of_another(keyed: Keyed, paths: list[str]) -> None:
     waiting = keyed.submit("ann", prompt="stub:seconds=0.5", steps=150, model="small")
     done = keyed.submit("ann", prompt="a lighthouse", model="small", steps=1, priority=9)

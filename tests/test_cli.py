@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -50,23 +51,16 @@ def test_help_names_every_command(tmp_path: Path) -> None:
     assert [c for c in "serve worker demo models doctor config version".split() if c not in printed] == []
 
 
-def test_models_are_listed(home: Path, tmp_path: Path) -> None:
-    done = run("models", "--home", home, cwd=tmp_path, shipped_models=False)
-    assert done.stdout.split() == [
-        *("Pastel", "Mix", "->", "models--mirroring--pastel-mix", "sd1", "512", "px"),
-        "stable_diffusion/models/models--mirroring--pastel-mix",
-    ]
-
-
 def test_models_of_other_programs_are_listed_too(tmp_path: Path) -> None:
     checkpoint(tmp_path / "webui" / "models" / "Stable-diffusion" / "dream.safetensors", SD1_KEYS)
     checkpoint(tmp_path / "ComfyUI" / "models" / "checkpoints" / "base.safetensors", SD1_KEYS)
     roots = [tmp_path / "webui", tmp_path / "ComfyUI"]
     flags = [argument for root in roots for argument in ("--models-from", root)]
-    flagged = run("models", *flags, cwd=tmp_path, shipped_models=False)
-    named = run("models", cwd=tmp_path, shipped_models=False, models_from=os.pathsep.join(map(str, roots)))
+    listing = "list-available-models-loras"
+    flagged = run(listing, *flags, cwd=tmp_path, shipped_models=False)
+    named = run(listing, cwd=tmp_path, shipped_models=False, models_from=os.pathsep.join(map(str, roots)))
     assert named.stdout == flagged.stdout
-    assert [line.split()[-1] for line in named.stdout.splitlines()] == [
+    assert re.findall(r"Path: (\S+)", named.stdout) == [
         "ComfyUI/models/checkpoints/base.safetensors",
         "webui/models/Stable-diffusion/dream.safetensors",
     ]
@@ -75,9 +69,9 @@ def test_models_of_other_programs_are_listed_too(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_model_is_told_beside_the_list(home: Path, tmp_path: Path) -> None:
     (home / "stable_diffusion" / "models" / "bad.safetensors").write_bytes(b"<html>")
-    done = run("models", "--home", home, cwd=tmp_path, shipped_models=False)
+    done = run("list-available-models-loras", "--home", home, cwd=tmp_path, shipped_models=False)
     assert done.returncode == 0
-    assert len(done.stdout.splitlines()) == 1
+    assert "MODELS (1 found)" in done.stdout
     assert "bad.safetensors is not listed" in done.stderr
 
 
@@ -153,6 +147,26 @@ def test_the_doctor_says_what_to_do(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"-> put a model into {tmp_path / 'stable_diffusion' / 'models'}" in done.stdout
     assert "2 things to fix" in done.stdout
+
+
+def test_the_doctor_names_files_that_cannot_be_used_and_does_not_call_that_well(home: Path, tmp_path: Path) -> None:
+    folder = home / "stable_diffusion"
+    (folder / "models" / "bad.safetensors").write_bytes(b"<html>")
+    (folder / "models.toml").write_text("[pastel_mix]\nsize = 3\n")
+    done = run("doctor", "--home", home, cwd=tmp_path, engine="stub", shipped_models=False)
+    assert done.returncode == 1
+    assert "files     bad.safetensors is not listed: models/bad.safetensors is no safetensors file" in done.stdout
+    assert "files     models.toml: [pastel_mix] is not used: size is 3" in done.stdout
+    assert "-> mend it, or take it away" in done.stdout
+    assert "2 things to fix" in done.stdout
+    assert "not listed" not in done.stderr
+
+
+def test_the_doctor_and_the_list_show_the_size_that_models_toml_says(home: Path, tmp_path: Path) -> None:
+    (home / "stable_diffusion" / "models.toml").write_text("[models--mirroring--pastel-mix]\nsize = [512, 768]\n")
+    told = run("doctor", "--home", home, cwd=tmp_path, engine="stub", shipped_models=False)
+    assert "models--mirroring--pastel-mix (sd1, 512x768 px)" in told.stdout
+    assert " 512x768 px " in run("models", "--home", home, cwd=tmp_path, shipped_models=False).stdout
 
 
 @pytest.mark.parametrize(

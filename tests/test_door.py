@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import json
@@ -18,6 +19,10 @@ from fake_models import diffusers_folder
 from serving import Program, eventually, serving
 
 from diffusion_api import door
+from diffusion_api.access import Access
+from diffusion_api.keys import Keyring
+from diffusion_api.metrics import Metrics
+from diffusion_api.schema.caller import Role
 from diffusion_api.settings import Settings
 
 MIB = 2**20
@@ -182,6 +187,8 @@ def test_names_of_loopback_are_the_services(server: Program, host: str) -> None:
         ({"host": "::"}, {"*"}),
         ({"host": "0.0.0.0", "allowed_hosts": "API.example.org, [fd00::5]"}, {"api.example.org", "[fd00::5]"}),
         ({"allowed_hosts": "*"}, {"*"}),
+        ({"public_url": "https://Box.example.org:8443/sd"}, {"localhost", "127.0.0.1", "[::1]", "box.example.org"}),
+        ({"public_url": "https://box.example.org", "allowed_hosts": "a"}, {"a", "box.example.org"}),
     ],
     ids=str,
 )
@@ -215,10 +222,88 @@ def test_pages_of_the_service_and_of_allowed_sites_may_post(server: Program) -> 
 
 def test_no_other_site_may_read_an_answer(server: Program) -> None:
     preflight = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
-    assert refusal(server.request("OPTIONS", "/txt2img", headers=preflight), 405)
+    assert refusal(server.request("OPTIONS", "/txt2img", headers=preflight), 403)
     answer = server.get("/hello", headers={"Origin": "https://evil.example"})
     assert answer.status_code == 200
     assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "PUT"])
+@pytest.mark.parametrize("path", ["/txt2img", "/queue/x", "/models", "/metrics", "/nope"])
+def test_what_a_page_of_another_site_has_a_browser_ask_for_is_refused(server: Program, path: str, method: str) -> None:
+    for site in ("cross-site", "same-site", "Cross-Site"):
+        said = refusal(server.request(method, path, json={"model": "small"}, headers={"Sec-Fetch-Site": site}), 403)
+        assert said.startswith("a page of another site may not do this here. The operator can set")
+    for site in ("same-origin", "none"):
+        assert server.request(method, path, headers={"Sec-Fetch-Site": site}).status_code != 403
+
+
+def test_a_page_of_another_site_may_lead_to_what_anybody_may_see(server: Program) -> None:
+    for path in ("/", "/docs", "/openapi.json", "/hello", "/ready"):
+        assert server.get(path, headers={"Sec-Fetch-Site": "cross-site"}).status_code in (200, 307)
+    assert server.request("POST", "/hello", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+
+
+def test_who_is_no_browser_says_nothing_of_pages_and_passes(server: Program) -> None:
+    assert server.post(model="small", steps=1).status_code == 200
+
+
+def test_a_page_of_an_allowed_site_may_ask_and_read(server: Program) -> None:
+    page = {"Origin": "https://ui.example.org", "Sec-Fetch-Site": "cross-site"}
+    wish = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type,x-api-key"}
+    preflight = server.request("OPTIONS", "/txt2img", headers=page | wish)
+    assert preflight.status_code == 200
+    assert preflight.headers["Access-Control-Allow-Origin"] == "https://ui.example.org"
+    assert "x-api-key" in preflight.headers["Access-Control-Allow-Headers"].lower()
+    for answer in (
+        server.request("POST", "/txt2img", json={"model": "small", "steps": 1}, headers=page),
+        server.get("/queue/x", headers=page),
+    ):
+        assert answer.headers["Access-Control-Allow-Origin"] == "https://ui.example.org"
+        assert "Access-Control-Allow-Credentials" not in answer.headers
+    assert [answer.status_code, answer.json()["error"]] == [404, "Job x not found"]
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "image/png", ""])
+def test_a_body_of_another_type_is_told_so(server: Program, kind: str) -> None:
+    answer = server.request("POST", "/txt2img", content=b'{"model": "small"}', headers={"Content-Type": kind})
+    assert "application/json" in refusal(answer, 415)
+
+
+async def knock(**said: str) -> list[str]:
+    """What a WebSocket meets that says this, at a door with a key, allowed pages and one route behind it."""
+    keyring = Keyring(Path("nowhere"), [(Role.USER, "ann")])
+    settings = Settings(allowed_origins="https://ui.example.org")
+    met: list[str] = []
+
+    async def events(scope: Any, receive: Any, send: Any) -> None:
+        met.append(scope["state"]["caller"].name)
+        await send({"type": "websocket.accept"})
+
+    app: Any = events
+    for layer in reversed(door.middleware(settings, Metrics(dict, list), Access(settings, keyring))):
+        app = layer.cls(app, *layer.args, **layer.kwargs)
+
+    async def send(message: Any) -> None:
+        met.append(message["type"])
+
+    headers = [
+        (name.replace("_", "-").encode(), value.encode()) for name, value in {"host": "localhost", **said}.items()
+    ]
+    scope = {"type": "websocket", "path": "/events", "raw_path": b"/events", "query_string": b"", "headers": headers}
+    await app(scope | {"scheme": "ws", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2)}, None, send)
+    return met
+
+
+def test_a_websocket_passes_the_same_door() -> None:
+    refused = ["websocket.close"]
+    assert asyncio.run(knock(x_api_key="ann")) == ["listed user", "websocket.accept"]
+    assert asyncio.run(knock(x_api_key="ann", origin="https://ui.example.org"))[-1] == "websocket.accept"
+    assert asyncio.run(knock()) == refused
+    assert asyncio.run(knock(x_api_key="bob")) == refused
+    assert asyncio.run(knock(x_api_key="ann", host="evil.example")) == refused
+    assert asyncio.run(knock(x_api_key="ann", origin="https://evil.example")) == refused
+    assert asyncio.run(knock(x_api_key="ann", sec_fetch_site="cross-site")) == refused
 
 
 @pytest.mark.parametrize(
@@ -286,11 +371,11 @@ def reset_peak(server: Program) -> int:
 BODIES: dict[str, tuple[bytes, dict[str, str], int]] = {
     "a gzip bomb": (gzip.compress(bytes(200 * MIB)), JSON | {"Content-Encoding": "gzip"}, 415),
     "a gzip bomb that does not say so": (gzip.compress(bytes(200 * MIB)), JSON, 400),
-    "10^6 form fields": (b"a=1&" * 10**6, {"Content-Type": "application/x-www-form-urlencoded"}, 400),
+    "10^6 form fields": (b"a=1&" * 10**6, {"Content-Type": "application/x-www-form-urlencoded"}, 415),
     "10^6 multipart fields": (
         b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n' * 10**5,
         {"Content-Type": "multipart/form-data; boundary=x"},
-        400,
+        415,
     ),
     "100 k names": (json.dumps({f"k{i}": 1 for i in range(10**5)}).encode(), JSON, 413),
     "10^5 brackets": (b"[" * 10**5, JSON, 400),

@@ -75,6 +75,9 @@ FULL = REQUEST.model_copy(
         "s_tmax": 10,
         "s_noise": 1.01,
         "discard_next_to_last_sigma": True,
+        "sigma_min": 0.05,
+        "sigma_max": 12,
+        "rho": 5.5,
         "guidance_rescale": 0.7,
         "emphasis": "no norm",
     }
@@ -115,7 +118,8 @@ def test_all_that_decides_the_picture_is_written_with_a1111s_keys_and_in_its_ord
         "Steps: 25, Sampler: Euler a, Schedule type: Karras, CFG scale: 7.5, Seed: 42, Size: 512x640, Model: m, "
         "Variation seed: 0, Variation seed strength: 0.25, Seed resize from: 256x320, Clip skip: 2, ENSD: 31337, RNG: NV, "
         "Emphasis: No norm, Eta: 0.5, Sigma churn: 1, Sigma tmin: 0.5, Sigma tmax: 10, Sigma noise: 1.01, "
-        "Discard penultimate sigma: True, CFG Rescale: 0.7, Version: v"
+        "Discard penultimate sigma: True, Schedule min sigma: 0.05, Schedule max sigma: 12, Schedule rho: 5.5, "
+        "CFG Rescale: 0.7, Version: v"
     )
 
 

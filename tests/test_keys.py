@@ -88,7 +88,9 @@ def test_a_file_of_keys_that_cannot_be_read_lets_nobody_in(tmp_path: Path) -> No
     assert keyring.verify(text)
     for broken in ('{"version": 1, "keys": [', '{"version": 2, "keys": []}'):
         (tmp_path / "keys.json").write_text(broken)
-        with pytest.raises(KeysUnreadable, match="nobody can be let in"):
+        with pytest.raises(
+            KeysUnreadable, match=r"keys.json (cannot be read, so nobody|was written by a newer release)"
+        ):
             keyring.known(text)
 
 

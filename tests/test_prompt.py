@@ -110,6 +110,24 @@ def test_schedules(text: str, expected: list[tuple[int, str]]) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("[a:b:1.5]", [(4, "a"), (8, "b")]),
+        ("[a:b:24]", [(4, "a"), (8, "b")]),
+        ("[a:b:0.5]", [(8, "b")]),
+        ("[a:b:1.0]", [(8, "b")]),
+        ("[a:b:2.0]", [(8, "a")]),
+        ("[a:b:20]", [(8, "b")]),
+        ("[a:b:28]", [(8, "a")]),
+        ("[[a:b:1.75]:c:0.5]", [(6, "c"), (8, "c")]),
+    ],
+)
+def test_in_a_second_pass_shares_run_from_1_to_2_and_steps_count_on(text: str, expected: list[tuple[int, str]]) -> None:
+    (part,) = parse(text).parts
+    assert list(part.schedule(8, done=20)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
         ("[a|b]", ["a", "b", "a", "b"]),
         ("[a|b|]", ["a", "b", "", "a"]),
         ("[fe|]male", ["female", "male", "female", "male"]),

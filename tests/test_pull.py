@@ -265,7 +265,10 @@ def test_a_busy_host_is_asked_again_when_it_says(setup: Setup, caplog: pytest.Lo
     setup.hub.faults = ["status:429", "status:503"]
     setup.pull("org/style")
     assert setup.waited == [7, 7]
-    assert caplog.messages[0] == "style.safetensors: the host answered 429; again in 7 s"
+    assert caplog.messages == [
+        "style.safetensors: the host answered 429; again in 7 s (tries left: 5)",
+        "style.safetensors: the host answered 503; again in 7 s (tries left: 4)",
+    ]
 
 
 def test_a_host_that_wants_to_be_left_alone_for_long_is_told(setup: Setup) -> None:
@@ -323,8 +326,9 @@ def test_a_file_that_is_no_safetensors_file_never_comes_into_place(setup: Setup)
 @pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.gguf"])
 def test_other_formats_are_refused(setup: Setup, name: str) -> None:
     setup.hub.repositories["org/other"] = Repository({name: b"PK\3\4"})
-    with pytest.raises(InvalidRequest, match=f"{name} is no .safetensors file, and nothing else is fetched"):
+    with pytest.raises(InvalidRequest, match=f"{name} is no .safetensors file, and nothing else is fetched") as caught:
         setup.pull(f"org/other/{name}")
+    assert str(caught.value).endswith("read with DIFFUSION_API_ALLOW_PICKLE_MODELS=true") == (name == "model.ckpt")
     with pytest.raises(NotFound, match="holds no safetensors files and no diffusers folder"):
         setup.pull("org/other")
 
@@ -450,6 +454,13 @@ def test_the_command_shows_the_licence_and_how_to_use_what_came(tmp_path: Path) 
     assert lines[1] == "Licence: creativeml-openrail-m"
     assert lines[-2] == f"Fetched: stable_diffusion/models/models--org--model/snapshots/{'c' * 40} (model)"
     assert lines[-1] == 'Use it with "model": "models--org--model"'
+
+
+def test_a_host_that_is_not_allowed_is_told_with_the_setting_that_allows_it(tmp_path: Path) -> None:
+    done = run("pull", "http://192.168.3.4:8080/x.safetensors", "--home", tmp_path, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("diffusion-api: x.safetensors leads to http://192.168.3.4:8080; allowed: https://")
+    assert done.stderr.endswith("the operator can allow more: DIFFUSION_API_PULL_HOSTS\n")
 
 
 def test_an_endpoint_that_is_none_is_told_in_one_line(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ def test_it_greets_with_a_command_that_works(home: Path) -> None:
     with serving(home) as server:
         assert server.process.stdout is not None
         line = server.process.stdout.readline()
+        rest = [server.process.stdout.readline() for _ in range(2)]
+        assert "DIFFUSION_API_MODEL" in rest[1], "what to do with several models"
         words = shlex.split(line)
         assert words[:3] == ["curl", "-s", f"{server.url}/txt2img"]
         body = json.loads(words[words.index("-d") + 1])

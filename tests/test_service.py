@@ -17,7 +17,7 @@ from diffusion_api import storage
 from diffusion_api.catalog.library import Library
 from diffusion_api.engine.executor import Executor
 from diffusion_api.engine.stub import StubEngine
-from diffusion_api.errors import InvalidRequest, NotFound, ShuttingDown, TooLarge, UnknownModel
+from diffusion_api.errors import Conflict, InvalidRequest, NotFound, ShuttingDown, TooLarge, UnknownModel
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.queues.memory import MemoryQueue
@@ -95,6 +95,15 @@ def test_a_job_may_not_run_longer_than_the_operator_allows(tmp_path: Path) -> No
     assert queue.jobs() == []
     assert [service.submit(new_job(deadline=asked)).deadline for asked in (None, 5, 60)] == [60, 5, 60]
     assert [job.deadline for job in queue.jobs()] == [60, 5, 60]
+
+
+def test_a_process_that_runs_no_jobs_loads_no_model(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    diffusers_folder(settings.models_dir / "small")
+    library = Library(tmp_path, settings.models_dir)
+    service = Service(settings, library, MemoryQueue(), Outputs(tmp_path / "outputs"), None)
+    with pytest.raises(Conflict, match="DIFFUSION_API_WARM_UP says what these load when they start"):
+        service.warm_up("small")
 
 
 @pytest.mark.parametrize("job_id", ["", "x", "../x", "\0", "x" * 5000, str(uuid.uuid4())])

@@ -1,7 +1,6 @@
-"""Checkpoints as people have them: every key of the published ones, with few numbers behind each; random, in half precision.
-
-Layers are as many as in the real models, their widths are not. Beside those that draw, files that cannot, each with what is
-said of it.
+"""Files as people have them. Checkpoints have every key of the published ones, with few numbers behind each; random, in half
+precision: layers are as many as in the real models, their widths are not. Beside those that draw, files that cannot, each with
+what is said of it. LoRAs are ``lora_zoo``'s.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ldm_layout
+import lora_zoo
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from ldm_layout import original
@@ -176,7 +177,23 @@ def _zip(_: bytes) -> bytes:
     return file.getvalue()
 
 
-NOT_SAFETENSORS = "is no safetensors file: the length of its header is wrong (a web page or a pickle?)"
+NOT_SAFETENSORS = "{file} is no safetensors file: the length of its header is wrong (a web page or a pickle?)"
+DAMAGED: dict[str, tuple[Bytes, str]] = {
+    "truncated": (
+        lambda whole: whole[:-8],
+        "{file} has {cut} bytes and should have {whole} (an unfinished download?)",
+    ),
+    "empty": (lambda _: b"", NOT_SAFETENSORS),
+    "wrong-header": (
+        lambda whole: whole[:8] + b"x" + whole[9:],
+        "{file} is no safetensors file: its header is damaged",
+    ),
+    "html": (lambda _: b"<!DOCTYPE html><title>Sign in</title>" * 100, NOT_SAFETENSORS),
+    "pickle": (lambda _: pickle.dumps({"state_dict": {}}), NOT_SAFETENSORS),
+    "zipped-pickle": (_zip, NOT_SAFETENSORS),
+}
+"""What becomes of the bytes of a whole .safetensors file of any kind, and what is said of the result."""
+
 REFUSED: dict[str, tuple[Bytes, str]] = {
     "no-text-encoder": (
         _without("cond_stage_model."),
@@ -190,20 +207,75 @@ REFUSED: dict[str, tuple[Bytes, str]] = {
         lambda _: save(dict(checkpoint("sd1", 8))),
         "its UNet reads 8 channels; only 4, or 9 for inpainting, are known",
     ),
-    "truncated": (
-        lambda whole: whole[: len(whole) // 2],
-        "models/truncated.safetensors has {half} bytes and should have {whole} (an unfinished download?)",
+} | DAMAGED
+"""What becomes of a whole checkpoint's bytes, and what is said of the result."""
+
+
+def said(reason: str, folder: str, name: str, whole: int) -> str:
+    """What is said of a file that should have so many bytes."""
+    return reason.format(file=f"{folder}/{name}.safetensors", whole=whole, cut=whole - 8)
+
+
+EMBEDDINGS: dict[str, Callable[[Path, Tensor], None]] = {
+    ".pt": lambda path, v: torch.save(
+        {"string_to_token": {"*": 265}, "string_to_param": {"*": v}, "name": "x", "step": 1}, path
     ),
-    "empty": (lambda _: b"", f"models/empty.safetensors {NOT_SAFETENSORS}"),
-    "wrong-header": (
-        lambda whole: whole[:8] + b"x" + whole[9:],
-        "models/wrong-header.safetensors is no safetensors file: its header is damaged",
-    ),
-    "html": (
-        lambda _: b"<!DOCTYPE html><title>Sign in</title>" * 100,
-        f"models/html.safetensors {NOT_SAFETENSORS}",
-    ),
-    "pickle": (lambda _: pickle.dumps({"state_dict": {}}), f"models/pickle.safetensors {NOT_SAFETENSORS}"),
-    "zipped-pickle": (_zip, f"models/zipped-pickle.safetensors {NOT_SAFETENSORS}"),
+    ".pt of 2022": lambda path, v: torch.save({"string_to_param": torch.nn.ParameterDict({"*": v})}, path),
+    ".bin": lambda path, v: torch.save({"<x>": v[0] if len(v) == 1 else v}, path),
+    ".safetensors": lambda path, v: save_file({"emb_params": v}, path),
 }
-"""What becomes of a whole file's bytes, and what is said of the result."""
+"""Embeddings of these vectors, (vectors, width), for a model with one text encoder."""
+
+
+def esrgan(*, old: bool) -> dict[str, Tensor]:
+    """A 4x RRDBNet of one block and eight features, in the keys of ESRGAN's first release or of Real-ESRGAN."""
+    torch.manual_seed(0)
+    state: dict[str, Tensor] = {}
+
+    def convolution(name: str, inputs: int, outputs: int) -> None:
+        state[f"{name}.weight"] = torch.randn(outputs, inputs, 3, 3) * 0.05
+        state[f"{name}.bias"] = torch.zeros(outputs)
+
+    features, growth = 8, 32
+    convolution("model.0" if old else "conv_first", 3, features)
+    block = "model.1.sub.0" if old else "body.0"
+    for dense in (1, 2, 3):
+        for i in range(1, 6):
+            name = f"{block}.RDB{dense}.conv{i}.0" if old else f"{block}.rdb{dense}.conv{i}"
+            convolution(name, features + (i - 1) * growth, growth if i < 5 else features)
+    convolution("model.1.sub.1" if old else "conv_body", features, features)
+    rest = ("model.3", "model.6", "model.8") if old else ("conv_up1", "conv_up2", "conv_hr")
+    for name in rest:
+        convolution(name, features, features)
+    convolution("model.10" if old else "conv_last", features, 3)
+    return state
+
+
+UPSCALERS: dict[str, Callable[[Path], None]] = {
+    "old.pth": lambda path: torch.save(esrgan(old=True), path),
+    "old.safetensors": lambda path: save_file(esrgan(old=True), path),
+    "new.pth": lambda path: torch.save({"params_ema": esrgan(old=False)}, path),
+    "new.safetensors": lambda path: save_file(esrgan(old=False), path),
+}
+"""ESRGAN's two key layouts, in both formats."""
+
+
+def _original_vae(tensors: Tensors) -> Tensors:
+    levels = len({name.split(".")[2] for name in tensors if name.startswith("encoder.down_blocks.")})
+    renamed = {ldm_layout._vae_name(name, levels): tensor for name, tensor in tensors.items()}
+    return {
+        name: t[:, :, None, None] if "attn_1" in name and name.endswith("weight") and "norm" not in name else t
+        for name, t in renamed.items()
+    }
+
+
+VAES: dict[str, Callable[[Tensors], Tensors]] = {"diffusers": dict, "original": _original_vae}
+"""Key layouts of VAE files, from diffusers' own."""
+
+OTHERS: dict[str, Callable[[], Tensors]] = {
+    "loras": lambda: lora_zoo.kohya("lora_unet_mid_block_attentions_0_proj_in", (64, 64), lora_zoo.Maker()),
+    "embeddings": lambda: {"emb_params": torch.zeros(2, 768)},
+    "upscalers": lambda: esrgan(old=False),
+    "vae": lambda: _filled(_vae()),
+}
+"""A whole file of each kind beside checkpoints, by its folder."""

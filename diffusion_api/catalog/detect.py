@@ -41,8 +41,12 @@ TEXT_ENCODERS = {
 }
 """Family and native size of a single file, by the prefix of its text encoder; the first that it has."""
 
-CHANNELS = (4, 9)
+INPAINTING = 9
+CHANNELS = (4, INPAINTING)
 """What a UNet may read: latents, and for inpainting a mask and the masked picture's latents beside them."""
+
+CHANGING = ("Fill", "Edit", "Inpaint")
+"""Words in the names of pipelines that change pictures, and cannot begin with words alone."""
 
 PREDICTIONS = {
     "epsilon": "epsilon",
@@ -102,6 +106,15 @@ def index_of(folder: Path) -> Path:
 def is_pipeline(family: str) -> bool:
     """Whether models of a family are drawn by diffusers' own pipeline, whose class it is called after."""
     return family.endswith("Pipeline")
+
+
+def inpaints(path: Path) -> bool:
+    """Whether a model, a folder or a single file, was made to change pictures. Raises Unrecognised."""
+    if path.is_dir():
+        pipeline = str(_json(index_of(path)).get("_class_name"))
+        other = pipeline not in (*SD, *SDXL) and any(word in pipeline for word in CHANGING)
+        return other or read_config(path / "unet").get("in_channels") == INPAINTING
+    return contents(path)[FIRST].shape[1] == INPAINTING
 
 
 def _pipeline(folder: Path, index: dict[str, Any], pipeline: object) -> tuple[str, int]:
@@ -167,7 +180,8 @@ def weight_files(folder: Path) -> list[Path]:
             variant = found["variant"] or ""
             variants.setdefault((variant not in VARIANTS, variant, found["count"] or ""), []).append(path)
     if not variants:
-        raise Unrecognised(f"its {folder.name}/ holds no safetensors weights")
+        other = ", only .bin, which can run code when loaded; convert them" if any(folder.glob("*.bin")) else ""
+        raise Unrecognised(f"its {folder.name}/ holds no safetensors weights{other}")
     (_, _, count), files = min(variants.items())
     if count and len(files) != int(count):
         raise Unrecognised(f"its {folder.name}/ holds {len(files)} of {int(count)} files (an unfinished download?)")

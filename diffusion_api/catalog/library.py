@@ -23,6 +23,7 @@ from diffusion_api.errors import InvalidRequest, UnknownModel
 log = logging.getLogger(__name__)
 
 PREFERRED_DEFAULT = "stable-diffusion-v1-5"
+SHIPPED_DEFAULT = "shapes"
 FRESH = 2.0
 """Seconds for which a scan is believed."""
 
@@ -40,7 +41,10 @@ OWN_FOLDERS: dict[str, Kind] = {
     "embeddings": "embedding",
 }
 
-CODE = "{} files can run code when loaded; convert it to .safetensors, or allow them, as data (allow_pickle_models)"
+CODE = (
+    "{} files can run code when loaded; convert it to .safetensors, or allow them, as data "
+    "(DIFFUSION_API_ALLOW_PICKLE_MODELS=true)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +97,14 @@ class Asset:
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Asset):
-    """An installed model. ``native_size`` is the side in pixels that it was trained at."""
+    """An installed model. ``native_size`` is the side in pixels that it was trained at; ``inpaints`` says that it was made to
+    change parts of pictures, and not to begin with words alone.
+    """
 
     kind: Kind = "model"
     family: str
     native_size: int
+    inpaints: bool = False
     shipped: bool = False
     profile: Profile = field(default_factory=Profile)
 
@@ -110,6 +117,12 @@ class Model(Asset):
     def default_size(self) -> tuple[int, int]:
         """Width and height in pixels of requests that name none."""
         return self.profile.size or (self.native_size, self.native_size)
+
+    @property
+    def shown_size(self) -> str:
+        """``default_size`` for people."""
+        width, height = self.default_size
+        return f"{width} px" if width == height else f"{width}x{height} px"
 
     @property
     def whole(self) -> bool:
@@ -160,6 +173,7 @@ class Library:
         self._rows: dict[Kind, dict[str, Asset]] = {}
         self._recognised: dict[tuple[Path, Kind | None], tuple[int, _Facts | detect.Unrecognised | None]] = {}
         self._refused: dict[str, str] = {}
+        self._complaints: list[str] = []
         self._told: set[str] = set()
 
     def models(self) -> list[Model]:
@@ -209,12 +223,18 @@ class Library:
         return model
 
     def absence(self, name: str) -> str:
-        """Why no model has that name, as the end of a sentence."""
+        """Why no file has that name, as the end of a sentence."""
         reason = self._refused.get(name)
         return f"cannot be used: {reason}" if reason else "is not installed"
 
+    def complaints(self) -> list[str]:
+        """What is wrong with files and folders at the moment, a line each."""
+        self._of("model")
+        return list(self._complaints)
+
     def default(self) -> Model:
-        """The configured model; else stable-diffusion-v1-5 if installed; else the only sensible one.
+        """The configured model; else stable-diffusion-v1-5 if installed; else the user's only one that begins with words
+        alone; without any of those, the shipped one that goes first.
 
         Raises InvalidRequest when the caller has to choose.
         """
@@ -222,11 +242,13 @@ class Library:
             return self.resolve(self._default)
         if model := self.find(PREFERRED_DEFAULT):
             return model
-        models = self.models()
-        candidates = [m for m in models if not m.shipped] or models
+        models = [m for m in self.models() if m.family != "sdxl-refiner" and not m.inpaints]
+        own = [m for m in models if not m.shipped]
+        candidates = own or [m for m in models if m.name == SHIPPED_DEFAULT] or models
         if len(candidates) == 1:
             return candidates[0]
-        raise InvalidRequest(f"no model was named and there is no default; {self._choices()}", field="model")
+        why = "no model was named and there is no default"
+        raise InvalidRequest(f"{why}; {self._choices()}; the operator can set one: DIFFUSION_API_MODEL", field="model")
 
     def _choices(self) -> str:
         names = [m.name for m in self.models()]
@@ -243,7 +265,7 @@ class Library:
 
     def _scan(self) -> dict[Kind, dict[str, Asset]]:
         rows: dict[Kind, dict[str, Asset]] = {}
-        self._refused = {}
+        self._refused, self._complaints = {}, []
         for entry in search(self._places(), self._tell):
             if row := self._row(entry):
                 self._add(row, entry, rows.setdefault(row.kind, {}))
@@ -251,7 +273,7 @@ class Library:
             row = self._row(entry, shipped=True)
             if row and row.name not in rows.setdefault(row.kind, {}):
                 rows[row.kind][row.name] = row
-        profiles = read_profiles(self._home / "stable_diffusion" / "models.toml", self._log_once)
+        profiles = read_profiles(self._home / "stable_diffusion" / "models.toml", self._complain)
         for name, row in rows.get("model", {}).items():
             if isinstance(row, Model) and (profile := profiles.get(loose(name))):
                 rows["model"][name] = replace(row, profile=profile.over(row.profile))
@@ -269,7 +291,7 @@ class Library:
             if root.exists():
                 yield from places(root, shown, self._tell)
             else:
-                self._log_once(f"{shown} (models_from) is not there")
+                self._complain(f"{shown} (models_from) is not there")
 
     def _shipped_places(self) -> Iterable[Place]:
         """The package's models, and the LoRAs beside them."""
@@ -288,29 +310,21 @@ class Library:
             return None
         if facts is None:
             return None
-        name = _name(entry)
-        if facts.kind != "model" or facts.family is None:
-            return Asset(
-                kind=facts.kind,
-                name=name,
-                path=entry.path,
-                shown_path=entry.shown,
-                family=facts.family,
-                stamp=stamp,
-                bytes=size,
-                hashes=self._hashes,
-            )
-        return Model(
-            name=name,
+        asset = Asset(
+            kind=facts.kind,
+            name=_name(entry),
             path=entry.path,
             shown_path=entry.shown,
             family=facts.family,
             stamp=stamp,
             bytes=size,
             hashes=self._hashes,
-            native_size=facts.native_size,
-            shipped=shipped,
-            profile=recommended(entry.path, facts.family) if detect.is_pipeline(facts.family) else Profile(),
+        )
+        if facts.kind != "model" or facts.family is None:
+            return asset
+        profile = recommended(entry.path, facts.family) if detect.is_pipeline(facts.family) else Profile()
+        return Model(
+            **vars(asset), native_size=facts.native_size, inpaints=facts.inpaints, shipped=shipped, profile=profile
         )
 
     def _facts(self, entry: Entry, stamp: int) -> _Facts | None:
@@ -350,7 +364,11 @@ class Library:
     def _tell(self, name: str, reason: str) -> None:
         path = PurePosixPath(name)
         self._refused |= {path.name: reason, path.stem: reason}
-        self._log_once(f"{name} is not listed: {reason}")
+        self._complain(f"{name} is not listed: {reason}")
+
+    def _complain(self, message: str) -> None:
+        self._complaints.append(message)
+        self._log_once(message)
 
     def _log_once(self, message: str) -> None:
         if message not in self._told:
@@ -365,6 +383,7 @@ class _Facts:
     kind: Kind
     family: str | None
     native_size: int = 0
+    inpaints: bool = False
 
 
 def _recognise(path: Path, kind: Kind | None) -> _Facts | None:
@@ -373,13 +392,13 @@ def _recognise(path: Path, kind: Kind | None) -> _Facts | None:
     Raises Unrecognised.
     """
     if path.is_dir():
-        return _Facts("model", *detect.folder_family(path))
+        return _Facts("model", *detect.folder_family(path), detect.inpaints(path))
     if path.suffix.lower() in pickles.SUFFIXES and not zipfile.is_zipfile(path):
         return _recognise_old(path, kind)
     tensors = detect.contents(path)
     found = kind_of(tensors) or kind
     if found == "model":
-        return _Facts("model", *detect.file_family(path))
+        return _Facts("model", *detect.file_family(path), detect.inpaints(path))
     return _Facts(found, family_of(found, tensors)) if found else None
 
 

@@ -117,7 +117,9 @@ class ErrorRoute(APIRoute):
             try:
                 return await handler(BoundedRequest(request.scope, request.receive))
             except RequestValidationError as error:
-                return JSONResponse(error_body("; ".join(explain(e, error.body) for e in error.errors()[:5])), 400)
+                unread = any(isinstance(e.get("input"), bytes) for e in error.errors())
+                message = "; ".join(explain(e, error.body) for e in error.errors()[:5])
+                return JSONResponse(error_body(message), 415 if unread else 400)
             except errors.DiffusionApiError as error:
                 return refusal(error)
 

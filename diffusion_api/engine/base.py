@@ -167,6 +167,11 @@ class Engine(Protocol):
         DeviceLost when no job will work until the process starts again.
         """
 
+    def warm_up(self, model: str) -> None:
+        """Have a model in memory before a job asks for it, when the jobs at hand are done. Returns at once; what goes wrong
+        is a matter for the log.
+        """
+
     def report(self) -> DeviceReport | None:
         """What the engine runs on, or None while that is not known yet."""
 

@@ -231,7 +231,7 @@ def guided(lane: Lane, stage: Pass) -> Generator[Run, Any, Guidance]:
     scale = stage.guidance_scale / row.guidance_divisor
 
     def encoded(part: Part, *, negative: bool = False) -> Generator[Run, Any, Schedule]:
-        lasts, texts = zip(*part.schedule(steps), strict=True)
+        lasts, texts = zip(*part.schedule(steps, stage.done), strict=True)
         request = stage.request
         work = partial(lane.encode, texts, negative=negative, clip_skip=request.clip_skip, emphasis=request.emphasis)
         return Schedule(lasts, (yield Run(work, Point.ENCODE)))
@@ -376,7 +376,7 @@ def denoised(
     if extra is None:
         extra = yield Run(partial(seat.lane.blank, stage.width, stage.height), Point.ENCODE)
     row, asked = samplers.sampler(stage.sampler), stage.request
-    ends = Ends(discard_next_to_last_sigma=asked.discard_next_to_last_sigma)
+    ends = Ends(asked.sigma_min, asked.sigma_max, asked.rho, asked.discard_next_to_last_sigma)
     sigmas = spacing(seat.lane.levels, stage.sampler, stage.schedule, stage.spaced, ends)
     sigmas = sigmas[-(stage.run + 1) :] if start else sigmas
     options = Options(asked.eta, asked.s_churn, asked.s_tmin, asked.s_tmax or math.inf, asked.s_noise)

@@ -97,7 +97,8 @@ class Executor:
     ) -> None:
         self._picture = picture
         self._library, self._wanted, self._tokenizer, self._budget = library, device, tokenizer, budget
-        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Task | str | None] = queue.SimpleQueue()
+        """Jobs, and names of models that are to be loaded."""
         self._admission = Admission()
         self._ready = threading.Event()
         self._unusable: DeviceUnusable | None = None
@@ -157,6 +158,10 @@ class Executor:
 
         return canvas.prepared(request, self._picture)
 
+    def warm_up(self, model: str) -> None:
+        """Load a model before a job asks for it."""
+        self._tasks.put(model)
+
     def report(self) -> DeviceReport | None:
         """What the engine runs on; None while torch loads."""
         if self._device is None or self._weights is None:
@@ -184,7 +189,7 @@ class Executor:
             transformers_logging.disable_progress_bar()
             self._device = device = self._chosen()
             self._weights = weights = Weights(self._library, device, self._tokenizer)
-            extras = Extras(self._library)
+            extras = Extras(self._library, weights.patch)
         except DeviceUnusable as error:
             self._unusable = error
             return
@@ -196,24 +201,30 @@ class Executor:
             self._ready.set()
         log.info("engine ready on %s", device.report().name)
         with torch.inference_mode():
-            self._warm_up(weights)
+            for name in self._budget.warm_up:
+                self._load(name, weights)
             while task := self._next(weights):
-                task.context.run(self._answer, task, weights, extras, device)
+                if isinstance(task, str):
+                    self._load(task, weights)
+                else:
+                    task.context.run(self._answer, task, weights, extras, device)
 
     def _chosen(self) -> Device:
         from diffusion_api.engine import devices
 
         return devices.choose(self._wanted, max_vram=self._budget.max_vram, max_ram=self._budget.max_ram)
 
-    def _warm_up(self, weights: Weights) -> None:
-        """Load what the operator wants to be there before the first job. What cannot be is a matter for the jobs that ask."""
-        for name in self._budget.warm_up:
-            try:
-                weights.load(name)
-            except DiffusionApiError as error:
-                log.warning("model %s was not loaded at the start: %s", name, error)
+    def _load(self, name: str, weights: Weights) -> None:
+        """Have a model in memory before a job asks for it."""
+        weights.begin()
+        try:
+            weights.load(name)
+        except Exception as error:  # whatever it was, a job that asks for the model meets it again, and says it
+            log.warning("model %s was not loaded: %s", name, error)
+            _forget_tensors(error)
+            weights.free()
 
-    def _next(self, weights: Weights) -> Task | None:
+    def _next(self, weights: Weights) -> Task | str | None:
         """The next job; None at the end. While there is none, models leave the memory when their time is over."""
         while True:
             try:

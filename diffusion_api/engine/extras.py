@@ -5,10 +5,10 @@ None of them can fail a job: what cannot be used is skipped, and the job says so
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
@@ -23,15 +23,18 @@ from diffusion_api.engine.embeddings import read_embedding
 from diffusion_api.engine.families.base import read_weights
 from diffusion_api.engine.loras import Patches, Step, Weight, steps
 from diffusion_api.prompt import parse
-from diffusion_api.schema.job import NOT_INSTALLED, LoraApplied, LoraSkipped, lora_skipped
+from diffusion_api.schema.job import LoraApplied, LoraSkipped, lora_skipped
 from diffusion_api.schema.request import OWN_VAE, LoraUse, Sampling
+
+Patch: TypeAlias = Callable[[Patches, Mapping[Weight, Sequence[Step]], Any], None]
+"""How patches come into a model: :meth:`Patches.attach`, or that with room made for it."""
 
 
 class Extras:
     """Gives each job's model what the job asked for, and takes away what others had asked for."""
 
-    def __init__(self, library: Library) -> None:
-        self._library = library
+    def __init__(self, library: Library, patch: Patch = Patches.attach) -> None:
+        self._library, self._patch = library, patch
 
     def attach(self, lane: Loaded, request: Sampling) -> Attached:
         """Have the lane draw with the LoRAs, the VAE and the embeddings of this request, and with no others.
@@ -49,17 +52,16 @@ class Extras:
         if lane.patches.label and lane.patches.label[0] == key:
             known: Attached = lane.patches.label[1]
             return known
-        texts_before = lane.patches.patched
         fitting = _Fitting(lane.patches, request.model, self._family(request.model))
         for use, row in uses:
-            fitting.add(use, row)
+            if row:
+                fitting.add(use, row)
+            else:
+                fitting.skip(use.name, f"it {self._library.absence(use.name)}")
         if vae:
             fitting.replace_vae(vae)
         attached = fitting.result()
-        lane.patches.attach(fitting.steps, (key, attached))
-        if any(part.startswith("text_encoder") for part in texts_before | lane.patches.patched):
-            for words in lane.words.values():
-                words.forget()
+        self._patch(lane.patches, fitting.steps, (key, attached))
         return attached
 
     def _vae(self, request: Sampling) -> Asset | None:
@@ -118,17 +120,14 @@ class _Fitting:
         told = tuple(dict.fromkeys(self._warnings))
         return Attached(tuple(self._applied), tuple(self._skipped), told, hashes, self._vae)
 
-    def add(self, use: LoraUse, row: Asset | None) -> None:
+    def add(self, use: LoraUse, row: Asset) -> None:
         """One more LoRA, after those before it."""
-        if row is None:
-            self._skip(use.name, NOT_INSTALLED)
-            return
         try:
             tensors = _tensors(read_weights(row.path))
         except Exception as error:  # torch, safetensors and the unpickler raise anything for a file that is damaged
             if is_out_of_memory(error):
                 raise
-            self._skip(use.name, f"{row.path.name} cannot be read: {_reason(error)}")
+            self.skip(use.name, f"{row.path.name} cannot be read: {_reason(error)}")
             return
         if self._layers is None:
             self._layers = self._patches.layers
@@ -140,7 +139,7 @@ class _Fitting:
             self._warnings.append(f"{said} It was skipped: {why}.")
             return
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-            self._skip(use.name, "it holds numbers that are not finite (NaN)")
+            self.skip(use.name, "it holds numbers that are not finite (NaN)")
             return
         if found.unknown:
             self._warnings.append(
@@ -166,7 +165,8 @@ class _Fitting:
             self.steps["vae", name] = [partial(_instead, tensor)]
         self._vae = {"VAE hash": row.hash or "", "VAE": row.path.name}
 
-    def _skip(self, name: str, reason: str) -> None:
+    def skip(self, name: str, reason: str) -> None:
+        """A LoRA that is left out."""
         self._skipped.append(LoraSkipped(name=name, reason=reason))
         self._warnings.append(lora_skipped(name, reason))
 

@@ -7,7 +7,7 @@ subtracting the change again would not give the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_api.catalog.compatibility import Fit, Layers, layers
+from diffusion_api.engine.text import Words
 
 Weight: TypeAlias = tuple[str, str]
 """A part of a model, and the name of a parameter in it."""
@@ -26,11 +27,12 @@ Step: TypeAlias = Callable[[Tensor], Tensor]
 class Patches:
     """What stands in place of a model's own weights.
 
-    ``parts`` are its networks by the names that diffusers has for them.
+    ``parts`` are its networks by the names that diffusers has for them, ``words`` what its text encoders keep of what they
+    read, which is forgotten when their weights change.
     """
 
-    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
-        self.parts = dict(parts)
+    def __init__(self, parts: Mapping[str, nn.Module], words: Mapping[str, Words]) -> None:
+        self.parts, self._words = dict(parts), words
         self._own: dict[Weight, Tensor] = {}
         self.label: Any = None
         """What who attached the present patches says of them."""
@@ -41,9 +43,13 @@ class Patches:
         return layers({part: _shapes(network) for part, network in self.parts.items() if part != "vae"})
 
     @property
-    def patched(self) -> frozenset[str]:
-        """The parts whose weights are not their own."""
-        return frozenset(part for part, _ in self._own)
+    def size(self) -> int:
+        """Bytes of RAM that the model's own weights take while others stand in their place."""
+        return sum(own.nbytes for own in self._own.values())
+
+    def size_with(self, weights: Iterable[Weight]) -> int:
+        """What ``size`` is once patches stand in place of these, in bytes."""
+        return sum(self._parameter(weight).nbytes for weight in weights)
 
     def attach(self, steps: Mapping[Weight, Sequence[Step]], label: Any) -> None:
         """Have these patches and no others. When it fails, no weight is changed."""
@@ -54,6 +60,7 @@ class Patches:
         except BaseException:
             self.detach()
             raise
+        self._forget()
         self.label = label
 
     def detach(self) -> None:
@@ -62,7 +69,13 @@ class Patches:
         with torch.no_grad():
             for weight, own in self._own.items():
                 self._parameter(weight).copy_(own)
+        self._forget()
         self._own = {}
+
+    def _forget(self) -> None:
+        """Let go of what text encoders read before these weights changed."""
+        for part in {part for part, _ in self._own} & self._words.keys():
+            self._words[part].forget()
 
     def _patch(self, weight: Weight, changes: Sequence[Step]) -> None:
         with torch.no_grad():

@@ -17,7 +17,8 @@ class Pass:
 
     ``strength`` None begins with noise. Otherwise a picture is drawn anew by that much: the one that the request brings, or
     the one of the pass before, enlarged by ``upscaler``. ``exact``: in just ``steps`` steps, and not in a share of them.
-    ``last``: there is a picture when it is done. ``refiner`` draws the rest of it.
+    ``last``: there is a picture when it is done. ``done`` are the evaluations that a first pass was planned for, from where
+    prompt schedules count on (a1111.md, 4.2). ``refiner`` draws the rest of it.
     """
 
     request: Sampling
@@ -36,6 +37,7 @@ class Pass:
     exact: bool = False
     upscaler: str | None = None
     last: bool = True
+    done: int = 0
     refiner: Refiner | None = None
     phase: str = "generation"
     begins: float = 0.0
@@ -108,6 +110,7 @@ def _two(first: Pass, hires: Hires) -> list[Pass]:
             strength=hires.strength,
             exact=True,
             upscaler=hires.upscaler,
+            done=first.steps * samplers.sampler(first.sampler).evaluations,
             phase="upscaling",
             begins=middle,
         ),

@@ -65,6 +65,9 @@ class StubEngine:
         """Always ready."""
         return True
 
+    def warm_up(self, model: str) -> None:
+        """Nothing to load."""
+
     def report(self) -> DeviceReport:
         """No device at all."""
         return DeviceReport("stub", "stub", {"cuda_available": False, "mps_available": False, "device_name": "stub"})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from diffusion_api.catalog.detect import Unrecognised, is_pipeline
 from diffusion_api.catalog.footprint import footprint
@@ -18,6 +20,7 @@ from diffusion_api.engine.families.base import UNetLane
 from diffusion_api.engine.families.sd1 import SD1
 from diffusion_api.engine.families.sd2 import SD2
 from diffusion_api.engine.families.sdxl import SDXL, SDXLRefiner
+from diffusion_api.engine.loras import Patches, Step, Weight
 from diffusion_api.engine.plan import plan
 from diffusion_api.engine.upscalers import Upscaler
 from diffusion_api.errors import InvalidRequest, ModelUnreadable, OutOfMemory, UnknownModel
@@ -46,6 +49,11 @@ class Held:
     def whole(self) -> bool:
         """Whether all of its weights are on the device."""
         return self.measures is not None and self.measures.placement is Placement.WHOLE
+
+    @property
+    def kept(self) -> int:
+        """Bytes of RAM beside it: its own weights, while those of a LoRA or a VAE stand in their place."""
+        return self.lane.patches.size
 
 
 class Weights:
@@ -93,12 +101,24 @@ class Weights:
         """The upscaling model of that name; the last one is kept. Raises ModelUnreadable, InvalidRequest."""
         row = self._library.find_asset("upscaler", name)
         if row is None:
-            raise InvalidRequest(f"upscaler {name!r} is not installed", field="upscaler")
+            raise InvalidRequest(f"upscaler {name!r} {self._library.absence(name)}", field="upscaler")
         key = row.path, row.stamp
         if self._upscaler is None or self._upscaler[0] != key:
             self._upscaler = None
             self._upscaler = key, Upscaler.read(row.path, self._device)
         return self._upscaler[1]
+
+    def patch(self, patches: Patches, steps: Mapping[Weight, Sequence[Step]], label: Any) -> None:
+        """Attach patches to a model of this job, after models that it does not use have made room in RAM for what they keep.
+        Raises what :meth:`Patches.attach` raises.
+        """
+        size, memory = patches.size_with(steps) - patches.size, self._device.host or self._device.memory
+        others = [held for name, held in self._held.items() if name not in self._used and self._in_ram(held)]
+        while others and size > 0 and self._on_host() + size > memory.now():
+            self._drop(others.pop(0))
+            self._device.free()
+        patches.attach(steps, label)
+        self._tell()
 
     def take(self, measures: Measures) -> None:
         """Have the models of this job work with these measures from now on. Raises what a full device raises."""
@@ -157,6 +177,7 @@ class Weights:
         """Have a model wait in RAM; those that wait there longest make room, and if that is not enough it is dropped."""
         assert self._device.host
         now = self._device.host.now()
+        held.lane.patches.detach()
         waiting = [other for other in self._held.values() if not other.whole and other.model.name not in self._used]
         while waiting and held.placed.size <= now < self._on_host() + held.placed.size:
             self._drop(waiting.pop(0))
@@ -168,10 +189,17 @@ class Weights:
         log.info("model %s waits in RAM", held.model.name)
 
     def _on_device(self, *, without: Model) -> int:
-        return sum(held.placed.size for held in self._held.values() if held.whole and held.model != without)
+        size = sum(held.placed.size for held in self._held.values() if held.whole and held.model != without)
+        return size if self._device.host else size + self._kept()
 
     def _on_host(self) -> int:
-        return sum(held.placed.size for held in self._held.values() if not held.whole)
+        return self._kept() + sum(held.placed.size for held in self._held.values() if self._in_ram(held))
+
+    def _kept(self) -> int:
+        return sum(held.kept for held in self._held.values())
+
+    def _in_ram(self, held: Held) -> bool:
+        return self._device.host is None or not held.whole
 
     def _drop(self, held: Held) -> None:
         held.placed.land()
@@ -186,7 +214,7 @@ class Weights:
 
     def _tell(self) -> None:
         self.report = tuple(
-            HeldModel(held.model.name, "device" if held.whole else "ram", held.placed.size)
+            HeldModel(held.model.name, "device" if held.whole else "ram", held.placed.size + held.kept)
             for held in self._held.values()
         )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-from diffusion_api.errors import DiskFull, Gone, KeyReused, QueueUnusable
+from diffusion_api.errors import DiskFull, Gone, KeyReused, QueueUnusable, RateLimited
 from diffusion_api.retention import Limits
 from diffusion_api.schema.job import Job, Progress, State
 from diffusion_api.schema.report import WorkerReport
@@ -100,6 +100,12 @@ class Submission(Frozen):
         if self.seed is not None:
             request = request.model_copy(update={"seed": self.seed})
         return job.model_copy(update={"id": self.job_id, "request": request})
+
+
+def check_each(waiting: int, at_most: int) -> None:
+    """Raise RateLimited if so many jobs of one caller wait that there is no place for one more; 0 is no limit."""
+    if at_most and waiting >= at_most:
+        raise RateLimited(f"{waiting} jobs of this caller wait already; at most {at_most} may", retry_after=10)
 
 
 def gone(job_id: str) -> Gone:

@@ -72,9 +72,9 @@ class FileQueue(Queue):
 
     Several instances, in one process or in many, may share a folder. A job whose worker died ``max_attempts`` times
     while running it ends in error. ``recover_every`` is how often, in seconds, :meth:`serve` looks for such workers.
-    At most ``max_waiting`` jobs wait; 0 is no limit. ``reserve`` are the bytes of the disk that new jobs leave to those
-    at hand. After ``pause_after_crashes`` deaths in a row the queue pauses itself; 0 is never. A stopped queue stays
-    stopped. A process that serves must never fork. Raises QueueUnusable, DiskFull.
+    At most ``max_waiting`` jobs wait, ``max_waiting_each`` of one caller; 0 is no limit. ``reserve`` are the bytes of the
+    disk that new jobs leave to those at hand. After ``pause_after_crashes`` deaths in a row the queue pauses itself; 0 is
+    never. A stopped queue stays stopped. A process that serves must never fork. Raises QueueUnusable, DiskFull.
     """
 
     @as_queue_errors("queue")
@@ -84,12 +84,13 @@ class FileQueue(Queue):
         *,
         max_attempts: int = 3,
         max_waiting: int = 0,
+        max_waiting_each: int = 0,
         reserve: int = 0,
         pause_after_crashes: int = 0,
         recover_every: float = 3.0,
     ) -> None:
         self._places = Folder(root)
-        self._max_waiting, self._reserve = max_waiting, reserve
+        self._max_waiting, self._max_waiting_each, self._reserve = max_waiting, max_waiting_each, reserve
         self._recovery = Recovery(
             self._places, max_attempts=max_attempts, pause_after_crashes=pause_after_crashes, cancel=self._cancel
         )
@@ -133,7 +134,7 @@ class FileQueue(Queue):
     def _store(self, job: Job) -> Job:
         record = storable(job)
         self._places.check_room(self._reserve)
-        with self._places.waiting.place_for(job, at_most=self._max_waiting) as name:
+        with self._places.waiting.place_for(job, at_most=self._max_waiting, each=self._max_waiting_each) as name:
             self._places.write_waiting(name, record)
         self._announce(arrival=True)
         return job

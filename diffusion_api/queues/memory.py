@@ -22,6 +22,7 @@ from diffusion_api.queues.base import (
     Snapshot,
     Submission,
     Wanted,
+    check_each,
     gone,
 )
 from diffusion_api.retention import Entry, Limits, due
@@ -53,12 +54,12 @@ class _Entry:
 class MemoryQueue(Queue):
     """Jobs in a dict. A job that a failing ``serve`` left in hand ``max_attempts`` times ends in error.
 
-    At most ``max_waiting`` jobs wait; 0 is no limit. A stopped queue stays stopped.
+    At most ``max_waiting`` jobs wait, ``max_waiting_each`` of one caller; 0 is no limit. A stopped queue stays stopped.
     """
 
-    def __init__(self, *, max_attempts: int = 3, max_waiting: int = 0) -> None:
+    def __init__(self, *, max_attempts: int = 3, max_waiting: int = 0, max_waiting_each: int = 0) -> None:
         self._max_attempts = max_attempts
-        self._max_waiting = max_waiting
+        self._max_waiting, self._max_waiting_each = max_waiting, max_waiting_each
         self._paused: str | None = None
         self._entries: dict[str, _Entry] = {}
         self._keys: dict[tuple[str, str], Submission] = {}
@@ -87,6 +88,8 @@ class MemoryQueue(Queue):
                 entry = self._entries.get(job.id)
                 return entry.job if entry else job
             self.check()
+            theirs = sum(entry.waits and entry.job.caller == job.caller for entry in self._entries.values())
+            check_each(theirs, self._max_waiting_each)
             if key:
                 self._keys[job.caller, key.text] = Submission.of(job, key)
             self._entries[job.id] = _Entry(job, _Order(-job.priority, self._round_of(job), next(self._sequence)))

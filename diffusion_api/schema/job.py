@@ -66,9 +66,6 @@ class LoraApplied(Frozen):
     text_scale: float
 
 
-NOT_INSTALLED = "it is not installed"
-
-
 def lora_skipped(name: str, reason: str) -> str:
     """How a caller is told that a LoRA did nothing."""
     return f"LoRA {name!r} was skipped: {reason}"

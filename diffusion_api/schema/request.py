@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 MAX_SEED = 2**32 - 1
 
@@ -59,6 +60,15 @@ class Refiner(Frozen):
     switch_at: float = Field(ge=0, le=1)
 
 
+def _zero_or(low: float, high: float) -> Callable[[float], float]:
+    def checked(value: float) -> float:
+        if value == 0 or low <= value <= high:
+            return value
+        raise ValueError(f"it may be {low:g} to {high:g}, or 0 for the schedule's own")
+
+    return checked
+
+
 class Sampling(Frozen):
     """What every request says that has pictures drawn by a model.
 
@@ -68,7 +78,8 @@ class Sampling(Frozen):
     ``rng`` is where noise comes from: as on an NVIDIA GPU, or torch's CPU generator. ``variation_strength`` is 0 to 1; at 0
     there is no ``variation_seed``. ``seed_resize_width`` and ``seed_resize_height`` are pixels, both 0 for no other size.
     ``ensd`` is added to the seed of noise that is drawn after the first. ``eta`` None is the sampler's own; ``s_tmax`` 0 is
-    no end. ``clip_skip`` counts layers of the text encoder from the last one, 1.
+    no end; ``sigma_min``, ``sigma_max`` and ``rho`` 0 are the schedule's own.
+    ``clip_skip`` counts layers of the text encoder from the last one, 1.
 
     ``loras`` are asked for beside those that the prompt names. ``vae`` is a name, ``"None"`` for the model's own; None for
     the one that is named like the model, where there is one.
@@ -103,6 +114,9 @@ class Sampling(Frozen):
     s_tmax: float = Field(default=0, ge=0, allow_inf_nan=False)
     s_noise: float = Field(default=1, ge=0, allow_inf_nan=False)
     discard_next_to_last_sigma: bool = False
+    sigma_min: Annotated[float, AfterValidator(_zero_or(0.001, 10))] = 0
+    sigma_max: Annotated[float, AfterValidator(_zero_or(0.1, 5000))] = 0
+    rho: Annotated[float, AfterValidator(_zero_or(0.1, 100))] = 0
 
     guidance_rescale: float = Field(default=0, ge=0, le=1)
     clip_skip: int = Field(default=1, ge=1, le=12)
@@ -126,6 +140,13 @@ class Sampling(Frozen):
     def inputs(self) -> tuple[str, ...]:
         """Names of the stored pictures that it brings along."""
         return ()
+
+    @field_validator("sigma_max")
+    @classmethod
+    def _above(cls, sigma_max: float, others: ValidationInfo) -> float:
+        if sigma_max and sigma_max <= others.data.get("sigma_min", 0):
+            raise ValueError(f"it must be more than sigma_min, {others.data['sigma_min']:g}")
+        return sigma_max
 
     @property
     def seeds(self) -> tuple[int, ...]:

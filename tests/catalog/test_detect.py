@@ -299,7 +299,10 @@ def test_a_folder_needs_its_weights_whole(tmp_path: Path) -> None:
     with pytest.raises(Unrecognised, match=r"diffusion_pytorch_model\.safetensors is no safetensors file"):
         folder_family(tmp_path / "model")
     weights.unlink()
-    with pytest.raises(Unrecognised, match="its unet/ holds no safetensors weights"):
+    with pytest.raises(Unrecognised, match=r"its unet/ holds no safetensors weights$"):
+        folder_family(tmp_path / "model")
+    weights.with_suffix(".bin").write_bytes(b"PK\3\4")
+    with pytest.raises(Unrecognised, match=r"no safetensors weights, only \.bin, which can run code when loaded"):
         folder_family(tmp_path / "model")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fake_models
 import pytest
-from fake_models import checkpoint, diffusers_folder
+from fake_models import checkpoint, diffusers_folder, transformer_folder
 
 from diffusion_api.catalog import library as catalog
 from diffusion_api.catalog.library import Library
@@ -357,8 +357,39 @@ def test_the_caller_has_to_choose_between_several(models: Path, shipped: Path, n
         diffusers_folder(models / name)
     with pytest.raises(InvalidRequest) as caught:
         new_library(shipped=shipped).default()
-    assert str(caught.value) == "no model was named and there is no default; one of mine, other, shapes"
+    assert str(caught.value) == (
+        "no model was named and there is no default; one of mine, other, shapes; "
+        "the operator can set one: DIFFUSION_API_MODEL"
+    )
     assert caught.value.field == "model"
+
+
+def test_of_several_shipped_models_shapes_is_the_default(shipped: Path, new_library: NewLibrary) -> None:
+    for name in ("another", "shapes-xl", "shapes-xl-refiner"):
+        diffusers_folder(shipped / name)
+    assert new_library(shipped=shipped).default().name == "shapes"
+
+
+@pytest.mark.parametrize("keys", [fake_models.REFINER_KEYS, fake_models.INPAINTING_KEYS])
+def test_a_model_that_does_not_begin_with_words_is_no_default(
+    models: Path, shipped: Path, new_library: NewLibrary, keys: dict[str, list[int]]
+) -> None:
+    checkpoint(models / "other.safetensors", keys)
+    assert new_library(shipped=shipped).default().name == "shapes"
+    with pytest.raises(InvalidRequest, match="no default; one of other; the operator can set one"):
+        new_library().default()
+    checkpoint(models / "mine.safetensors", fake_models.SD1_KEYS)
+    assert new_library(shipped=shipped).default().name == "mine"
+
+
+def test_a_folder_tells_whether_it_changes_pictures(models: Path, new_library: NewLibrary) -> None:
+    diffusers_folder(models / "a", pipeline="StableDiffusionInpaintPipeline", unet={"in_channels": 9})
+    diffusers_folder(models / "b", unet={"in_channels": 4})
+    transformer_folder(models / "c", pipeline="FluxFillPipeline")
+    transformer_folder(models / "d")
+    assert [(m.name, m.inpaints) for m in new_library().models()] == [
+        ("a", True), ("b", False), ("c", True), ("d", False),
+    ]  # fmt: skip
 
 
 def test_the_log_names_no_folder_of_the_host(

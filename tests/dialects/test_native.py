@@ -838,6 +838,14 @@ def test_new_files_are_listed_while_the_service_runs_and_no_path_of_the_host_is_
         assert server.status(server.submit(prompt="x", model="sub/dream", steps=1))["status"] == "success"
 
 
+def test_a_model_is_loaded_on_request(stub_server: Program) -> None:
+    answer = stub_server.request("POST", "/models/Small/load")
+    assert (answer.status_code, answer.json()) == (200, {"status": "success", "model": "small"})
+    unknown = stub_server.request("POST", "/models/org/nope/load")
+    assert unknown.status_code == 400
+    assert "model 'org/nope' is not installed; one of " in unknown.json()["detail"]
+
+
 def test_what_the_operator_says_of_a_model_is_the_default(tmp_path: Path) -> None:
     diffusers_folder(tmp_path / "stable_diffusion" / "models" / "small", sample_size=8)
     (tmp_path / "stable_diffusion" / "models.toml").write_text(

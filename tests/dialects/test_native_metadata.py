@@ -148,7 +148,7 @@ def test_what_the_body_says_goes_before_its_picture(stub_server: Program) -> Non
         ({"image": picture()}, "image has no infotext in it"),
         ({"image": picture(WEBUI), "infotext": WEBUI}, "image and infotext are both there"),
         ({"image": "AAAA"}, "not a picture that can be read"),
-        ({"image": "?"}, "image: neither base64 nor a data URL"),
+        ({"image": "?"}, "image is '?': neither base64 nor a data URL"),
         ({"image": picture(WEBUI)}, "infotext: model 'dream' is not installed"),
     ],
 )

@@ -86,6 +86,9 @@ BODIES = st.fixed_dictionaries(
         "s_tmax": NUMBERS,
         "s_noise": NUMBERS,
         "discard_next_to_last_sigma": st.booleans(),
+        "sigma_min": st.just(0) | st.floats(0.001, 0.1, exclude_max=True),
+        "sigma_max": st.just(0) | st.floats(0.1, 5000),
+        "rho": st.just(0) | st.floats(0.1, 100),
         "guidance_rescale": st.floats(0, 1),
         "clip_skip": st.integers(1, 12),
         "emphasis": st.sampled_from(["original", "no norm", "ignore", "none"]),
@@ -234,6 +237,28 @@ def test_a_value_that_makes_no_sense_is_refused_with_its_field(service: Service,
 def test_a_sampler_that_is_not_known_is_refused_with_the_choices(service: Service) -> None:
     with pytest.raises(UnknownSampler, match="Euler a"):
         meant(service, infotext=A1111.replace("DPM++ 2M", "Heunish"))
+
+
+def test_an_infotext_of_a1111_says_between_which_levels_and_how_a_schedule_runs(service: Service) -> None:
+    text = f"{A1111}, Schedule max sigma: 10.5, Schedule min sigma: 0.1, Schedule rho: 5"
+    request, warnings = meant(service, infotext=text)
+    assert (request.sigma_min, request.sigma_max, request.rho) == (0.1, 10.5, 5)
+    assert warnings == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"sigma_min": 1e-5}, "sigma_min is 1e-05: it may be 0.001 to 10, or 0 for the schedule's own"),
+        ({"sigma_max": 6000}, "sigma_max is 6000.0: it may be 0.1 to 5000, or 0 for the schedule's own"),
+        ({"sigma_min": 2, "sigma_max": 1}, "sigma_max is 1.0: it must be more than sigma_min, 2"),
+        ({"rho": 0.01}, "rho is 0.01: it may be 0.1 to 100, or 0 for the schedule's own"),
+    ],
+)
+def test_levels_that_make_no_schedule_are_refused(service: Service, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        meant(service, **fields)
+    assert str(refused.value) == said
 
 
 @pytest.mark.parametrize(

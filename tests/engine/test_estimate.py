@@ -15,6 +15,7 @@ import torch
 from asking import request
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from full_size import UNETS, VAE
 from ldm_layout import write_checkpoint
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,21 +32,6 @@ from diffusion_api.settings import DATA
 
 GIB = 2**30
 SHAPES = DATA / "models" / "shapes"
-
-SD15: dict[str, Any] = dict(
-    block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8,
-)  # fmt: skip
-SDXL: dict[str, Any] = dict(
-    block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
-    addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-)  # fmt: skip
-VAE: dict[str, Any] = dict(
-    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-)  # fmt: skip
 
 
 class Held(TorchDispatchMode):
@@ -114,7 +100,7 @@ def model(path: Path, family: str = "sd1") -> Model:
 
 @pytest.fixture(scope="module")
 def networks() -> dict[str, Any]:
-    kinds = {"sd15": (UNet2DConditionModel, SD15), "sdxl": (UNet2DConditionModel, SDXL), "vae": (AutoencoderKL, VAE)}
+    kinds = {name: (UNet2DConditionModel, config) for name, config in UNETS.items()} | {"vae": (AutoencoderKL, VAE)}
     return {name: on_meta(kind, config) for name, (kind, config) in kinds.items()}
 
 

@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import ldm_layout
-import lora_zoo as zoo
+import lora_zoo
 import numpy as np
 import pytest
 import torch
+import zoo
 from asking import Draw, finished, from_picture, hires, request
 from numpy.typing import NDArray
 from PIL import Image
@@ -65,21 +65,11 @@ def drawn(executor: Executor, prompt: str, **changes: object) -> tuple[NDArray[n
     return done.images[0], done.warnings
 
 
-FORMATS: dict[str, Callable[[Path, Tensor], None]] = {
-    ".pt": lambda path, v: torch.save(
-        {"string_to_token": {"*": 265}, "string_to_param": {"*": v}, "name": "x", "step": 1}, path
-    ),
-    ".pt of 2022": lambda path, v: torch.save({"string_to_param": torch.nn.ParameterDict({"*": v})}, path),
-    ".bin": lambda path, v: torch.save({"<x>": v[0] if len(v) == 1 else v}, path),
-    ".safetensors": lambda path, v: save_file({"emb_params": v}, path),
-}
-
-
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", zoo.EMBEDDINGS)
 def test_an_embedding_is_worth_the_words_whose_vectors_it_holds(
     executor: Executor, put: Callable[[str], Path], vector: Callable[[str], Tensor], kind: str
 ) -> None:
-    FORMATS[kind](put(f"embeddings/zorb{kind.split()[0]}"), torch.cat([vector("large"), vector("red")]))
+    zoo.EMBEDDINGS[kind](put(f"embeddings/zorb{kind.split()[0]}"), torch.cat([vector("large"), vector("red")]))
     words = drawn(executor, "a large red circle on a white background", negative_prompt="large red")
     learned = drawn(executor, "a Zorb circle on a white background", negative_prompt="zorb")
     assert np.array_equal(words[0], learned[0])
@@ -144,22 +134,12 @@ def white() -> dict[str, Tensor]:
     return tensors
 
 
-def original(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In the key layout of the original VAE files."""
-    levels = len({name.split(".")[2] for name in tensors if name.startswith("encoder.down_blocks.")})
-    renamed = {ldm_layout._vae_name(name, levels): tensor for name, tensor in tensors.items()}
-    return {
-        name: t[:, :, None, None] if "attn_1" in name and name.endswith("weight") and "norm" not in name else t
-        for name, t in renamed.items()
-    }
-
-
-@pytest.mark.parametrize("layout", ["diffusers", "original"])
+@pytest.mark.parametrize("layout", zoo.VAES)
 def test_a_vae_file_decodes_in_place_of_the_models_own(
     executor: Executor, put: Callable[[str], Path], layout: str
 ) -> None:
     file = put("vae/white.safetensors")
-    save_file(white() if layout == "diffusers" else original(white()), file)
+    save_file(dict(zoo.VAES[layout](white())), file)
     before = drawn(executor, "a red circle")[0]
     done = finished(executor, request("a red circle", vae="white", **SMALL))
     assert done.images[0].min() == 255
@@ -217,9 +197,9 @@ def test_an_embedding_and_a_lora_go_together(
     executor: Executor, put: Callable[[str], Path], vector: Callable[[str], Tensor]
 ) -> None:
     save_file({"emb_params": vector("red")}, put("embeddings/zorb.safetensors"))
-    zoo.write(
+    lora_zoo.write(
         put("loras/text.safetensors"),
-        zoo.kohya("lora_te_text_model_encoder_layers_0_self_attn_q_proj", (128, 128), zoo.Maker()),
+        lora_zoo.kohya("lora_te_text_model_encoder_layers_0_self_attn_q_proj", (128, 128), lora_zoo.Maker()),
     )
     words, learned, without = (
         drawn(executor, p)[0] for p in ("<lora:text:1>a red circle", "<lora:text:1>a zorb circle", "a zorb circle")

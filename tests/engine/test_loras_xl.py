@@ -76,7 +76,7 @@ def weights(lane: SDXL) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("layout", ["LoRA, LoCon", "LoHa", "LoKr", "DoRA by inputs", "DoRA by outputs"])
+@pytest.mark.parametrize("layout", zoo.WITH_TEXT_ENCODERS)
 def test_each_layout_reaches_the_unet_and_both_text_encoders(
     home: Path, lane: SDXL, attach: Callable[..., Any], layout: str
 ) -> None:

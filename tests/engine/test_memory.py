@@ -179,6 +179,81 @@ def test_weights_leave_the_memory_when_nobody_uses_them_and_are_read_again(tmp_p
     engine.close()
 
 
+# What LoRAs keep
+
+INK = "<lora:shapes-ink:1> a red circle"
+
+
+def kept(engine: OnCard) -> int:
+    """Bytes of RAM that hold weights in whose place others stand."""
+    assert engine._weights
+    return engine._weights._kept()
+
+
+def test_the_weights_that_a_lora_stands_in_for_count_as_ram_and_waiting_models_make_room(
+    engine: OnCard, picture: Pixels
+) -> None:
+    engine.card.total = int(1.5 * WEIGHTS)
+    draw(engine, "second")
+    inked = draw(engine, prompt=INK).images[0]
+    size = kept(engine)
+    assert 0 < size < WEIGHTS
+    assert places(engine) == {"second": "ram", "shapes": "device"}
+    report = engine.report()
+    assert report
+    assert [held.size for held in report.models] == [WEIGHTS, WEIGHTS + size]
+    draw(engine)
+    assert kept(engine) == 0
+    engine.ram.total = WEIGHTS + size // 2
+    assert np.array_equal(draw(engine, prompt=INK).images[0], inked)
+    assert places(engine) == {"shapes": "device"}, "the other one made room"
+    assert np.array_equal(draw(engine).images[0], picture)
+
+
+def test_a_model_that_leaves_the_card_takes_no_copies_with_it(engine: OnCard, picture: Pixels) -> None:
+    engine.card.total, engine.ram.total = int(1.5 * WEIGHTS), int(1.1 * WEIGHTS)
+    inked = draw(engine, prompt=INK).images[0]
+    assert kept(engine) > 0.1 * WEIGHTS
+    draw(engine, "second")
+    assert kept(engine) == 0
+    assert places(engine) == {"shapes": "ram", "second": "device"}, "without the copy it fits"
+    made = draw(engine)
+    assert made.model_cached
+    assert np.array_equal(made.images[0], picture)
+    assert np.array_equal(draw(engine, prompt=INK).images[0], inked)
+
+
+def test_without_a_card_copies_and_models_share_the_ram(engine: OnCard) -> None:
+    assert engine._device
+    memory = Meter(2**31)
+    object.__setattr__(engine._device, "memory", Memory(memory))
+    object.__setattr__(engine._device, "host", None)
+    draw(engine, prompt=INK)
+    size = kept(engine)
+    draw(engine, "second")
+    assert places(engine) == {"shapes": "device", "second": "device"}
+    memory.total = 3 * WEIGHTS + size - MIB
+    draw(engine, "third")
+    assert places(engine) == {"second": "device", "third": "device"}, (
+        f"there were {size} bytes of copies beside the first"
+    )
+
+
+def test_a_model_is_loaded_when_somebody_asks_for_that_and_what_cannot_be_is_said(
+    engine: OnCard, picture: Pixels, caplog: pytest.LogCaptureFixture
+) -> None:
+    with failing(SD1, "from_folder", times=1):
+        engine.warm_up("second")
+        until = time.monotonic() + 60
+        while "model second was not loaded: " not in caplog.text and time.monotonic() < until:
+            time.sleep(0.05)
+    assert "model second was not loaded: out of memory" in caplog.text
+    engine.warm_up("second")
+    made = draw(engine, "second")
+    assert made.model_cached
+    assert np.array_equal(made.images[0], picture)
+
+
 # What is planned
 
 

@@ -200,7 +200,14 @@ def test_a_variation_is_mixed_before_its_size_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"rng": "cpu"}, {"variation_seed": 9, "variation_strength": 0.4}, {"sampler": "euler_a", "ensd": 5}]
+    "changes",
+    [
+        {},
+        {"rng": "cpu"},
+        {"variation_seed": 9, "variation_strength": 0.4},
+        {"sampler": "euler_a", "ensd": 5},
+        {"sampler": "dpmpp_sde"},
+    ],
 )
 def test_each_picture_of_a_job_is_as_if_it_were_alone(executor: Executor, changes: dict[str, object]) -> None:
     changes = {"steps": 2, "width": 64, "height": 64, "seed": 3} | changes

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from asking import Draw, request
+from asking import Draw, hires, request
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from semantics import asked, seen
 from torch import Tensor
@@ -134,8 +134,8 @@ class Notes:
         return 1, 4, height // 8, width // 8
 
     def asked(self, prompt: str, **changes: object) -> list[list[str]]:
-        """The texts of each evaluation that a pass asks for."""
-        (stage,) = plan(request(prompt, **({"guidance_scale": 1, "steps": 4, "sampler": "euler"} | changes)))
+        """The texts of each evaluation that the last pass asks for."""
+        *_, stage = plan(request(prompt, **({"guidance_scale": 1, "steps": 4, "sampler": "euler"} | changes)))
         asks = denoise.denoised(self, stage, lambda progress: None, lambda: None)  # type: ignore[arg-type]
         found, answer = [], None
         while True:
@@ -166,6 +166,23 @@ class Notes:
 )
 def test_each_evaluation_has_its_text(prompt: str, changes: dict[str, object], texts: str) -> None:
     assert Notes().asked(prompt, **changes) == [[text] for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "texts"),
+    [
+        ("[a:b:0.5]", {}, "bbbb"),
+        ("[a:b:1.5]", {}, "aaab"),
+        ("[a:b:8]", {"steps": 6}, "aaab"),
+        ("[a:b:14]", {"steps": 6, "sampler": "heun"}, "aaab"),
+        ("[a|b]", {}, "aaba"),
+    ],
+)
+def test_a_second_pass_goes_on_where_the_schedules_of_the_first_ended(
+    prompt: str, changes: dict[str, object], texts: str
+) -> None:
+    second = hires(prompt=prompt, steps=4, strength=1, sampler="euler")
+    assert Notes().asked(prompt, hires=second, **changes) == [[text] for text in texts]
 
 
 def test_beyond_the_steps_the_first_text_comes_back() -> None:

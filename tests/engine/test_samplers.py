@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 
 import diffusers
@@ -315,6 +316,56 @@ def test_every_schedule_draws_what_is_asked(schedule: str, draw: Draw) -> None:
     assert seen(draw(PROMPT, sampler="dpmpp_2m", schedule=schedule, steps=10)).agrees(asked(PROMPT), shape=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "changes"),
+    [
+        ("euler_a", {"eta": 0.5}, True),
+        ("ddim", {"eta": 0.5}, True),
+        ("euler", {"eta": 0.5}, False),
+        ("euler_a", {"s_noise": 0.9}, True),
+        ("euler", {"s_noise": 0.9}, False),
+        ("heun", {"s_churn": 2}, True),
+        ("heun", {"s_churn": 2, "s_tmin": 100}, False),
+        ("heun", {"s_churn": 2, "s_tmax": 0.001}, False),
+        ("dpmpp_2m", {"s_churn": 2}, False),
+        ("euler", {"discard_next_to_last_sigma": True}, True),
+        ("dpm_2", {"discard_next_to_last_sigma": True}, False),
+    ],
+)
+def test_options_of_a_job_change_the_samplers_that_heed_them(
+    name: str, options: dict[str, object], changes: bool, draw: Draw
+) -> None:
+    small = {"sampler": name, "steps": 3, "width": 64, "height": 64}
+    assert (draw(PROMPT, **small) != draw(PROMPT, **small | options)).any() == changes
+
+
+@pytest.mark.parametrize(
+    ("schedule", "asked"),
+    [
+        ("karras", {"sigma_min": 0.2, "sigma_max": 5}),
+        ("karras", {"rho": 3}),
+        ("exponential", {"sigma_max": 5}),
+        ("polyexponential", {"rho": 0.5}),
+    ],
+)
+@torch.inference_mode()
+def test_a_job_goes_through_the_levels_that_it_asks_for(lane: SD1, schedule: str, asked: dict[str, float]) -> None:
+    """By the timesteps that the model is told, against k-diffusion's own spacing."""
+    job = request(PROMPT, sampler="euler", schedule=schedule, steps=4, width=64, height=64, **asked)
+    steps, told, answer = denoise.denoised(lane, plan(job)[0], lambda progress: None, lambda: None), [], None
+    with suppress(StopIteration):
+        while True:
+            question = steps.send(answer)
+            if isinstance(question, denoise.Run):
+                answer = question.work()
+            else:
+                told.append(question.timestep)
+                answer = torch.zeros(len(question.conditionings), *question.latents.shape[1:])
+    between = {"sigma_min": LEVELS.lowest, "sigma_max": LEVELS.highest} | asked
+    theirs = getattr(references.k_diffusion(), f"get_sigmas_{schedule}")(4, **between)
+    assert told == pytest.approx([LEVELS.timestep(sigma) for sigma in theirs[:-1].tolist()], abs=0.01)
+
+
 @pytest.fixture(scope="module")
 def lane() -> SD1:
     """The shipped model."""
@@ -422,6 +473,13 @@ def test_not_a_bit_of_brownian_noise_depends_on_how_it_is_computed(seed: int) ->
             ends = (halved(sigmas[-1], sigmas[0], seed, round(level, 6)) for level in (end, sigma))
             expected = torch.sub(*ends) / math.sqrt(sigma - end)
             assert torch.equal(motion(sigma, end), expected.float())
+
+
+def test_brownian_noise_between_halves_that_were_met_before_is_the_same() -> None:
+    motion = Brownian(1, 9, 3, partial(Nvidia.firsts, shape=(1, 4, 8, 8)))
+    for sigma, following in itertools.pairwise([9, 7.5, 7, 5, 3.25, 3, 2, 1, 7.25, 4]):
+        ends = (halved(1, 9, 3, level) for level in (following, sigma))
+        assert torch.equal(motion(sigma, following), (torch.sub(*ends) / math.sqrt(abs(sigma - following))).float())
 
 
 def test_brownian_noise_of_a_way_does_not_depend_on_its_steps() -> None:

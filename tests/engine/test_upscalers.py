@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zoo
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
-from torch import Tensor
 
 from diffusion_api.engine.denoise import Asks, Run
 from diffusion_api.engine.devices import Device
@@ -99,39 +99,10 @@ def test_every_pixel_belongs_to_one_tile() -> None:
     assert (count == 1).all()
 
 
-def tiny_esrgan(old: bool) -> dict[str, Tensor]:
-    """A 4x RRDBNet of one block and eight features, in the keys of ESRGAN's first release or of Real-ESRGAN."""
-    torch.manual_seed(0)
-    state: dict[str, Tensor] = {}
-
-    def convolution(name: str, inputs: int, outputs: int) -> None:
-        state[f"{name}.weight"] = torch.randn(outputs, inputs, 3, 3) * 0.05
-        state[f"{name}.bias"] = torch.zeros(outputs)
-
-    features, growth = 8, 32
-    convolution("model.0" if old else "conv_first", 3, features)
-    block = "model.1.sub.0" if old else "body.0"
-    for dense in (1, 2, 3):
-        for i in range(1, 6):
-            name = f"{block}.RDB{dense}.conv{i}.0" if old else f"{block}.rdb{dense}.conv{i}"
-            convolution(name, features + (i - 1) * growth, growth if i < 5 else features)
-    convolution("model.1.sub.1" if old else "conv_body", features, features)
-    rest = ("model.3", "model.6", "model.8") if old else ("conv_up1", "conv_up2", "conv_hr")
-    for name in rest:
-        convolution(name, features, features)
-    convolution("model.10" if old else "conv_last", features, 3)
-    return state
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("old", [True, False], ids=["old", "new"])
-def test_both_layouts_of_esrgan_load(tmp_path: Path, old: bool, suffix: str) -> None:
-    path = tmp_path / f"4x_tiny{suffix}"
-    state = tiny_esrgan(old)
-    if suffix == ".pth":
-        torch.save(state if old else {"params_ema": state}, path)
-    else:
-        save_file(state, path)
+@pytest.mark.parametrize("name", zoo.UPSCALERS)
+def test_both_layouts_of_esrgan_load(tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"4x_{name}"
+    zoo.UPSCALERS[name](path)
     upscaler = Upscaler.read(path, CPU)
     assert upscaler.scale == 4
     assert driven(enlarged(scene(24), 96, 96, upscaler, ignored)).size == (96, 96)

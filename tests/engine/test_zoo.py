@@ -5,19 +5,22 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import lora_zoo
 import numpy as np
 import pytest
 import zoo
 from asking import Draw, finished, from_picture, request
 from ldm_layout import write_checkpoint
 from PIL import Image
+from safetensors.torch import save
 from serving import ROOT, environment
 
-from diffusion_api.catalog.library import Library
+from diffusion_api.catalog.library import OWN_FOLDERS, Library
 from diffusion_api.engine.executor import Executor
 from diffusion_api.errors import UnknownModel
 from diffusion_api.schema.request import Mask
@@ -97,16 +100,47 @@ def test_what_a_file_holds_beside_the_model_changes_nothing(keeper: Executor) ->
 @pytest.mark.parametrize("name", zoo.REFUSED)
 def test_each_file_that_is_no_model_is_refused_with_the_reason(library: Library, home: Path, name: str) -> None:
     whole = (home / "models" / "sd15.safetensors").stat().st_size
-    reason = zoo.REFUSED[name][1].format(whole=whole, half=whole // 2)
+    reason = zoo.said(zoo.REFUSED[name][1], "models", name, whole)
     with pytest.raises(UnknownModel, match=f"^model '{name}' cannot be used: {re.escape(reason)}; one of ") as caught:
         library.resolve(name)
     assert str(home) not in str(caught.value)
     assert name not in [model.name for model in library.models()]
 
 
+@pytest.mark.parametrize("folder", zoo.OTHERS)
+def test_a_damaged_file_of_any_kind_is_told_in_the_same_words(tmp_path: Path, folder: str) -> None:
+    whole = save(dict(zoo.OTHERS[folder]()))
+    place = tmp_path / "stable_diffusion" / folder
+    place.mkdir(parents=True)
+    (place / "whole.safetensors").write_bytes(whole)
+    for name, (change, _) in zoo.DAMAGED.items():
+        (place / f"{name}.safetensors").write_bytes(change(whole))
+    library = Library(tmp_path, tmp_path / "models")
+    assert [row.name for row in library.assets(OWN_FOLDERS[folder])] == ["whole"]
+    assert sorted(library.complaints()) == sorted(
+        f"{name}.safetensors is not listed: {zoo.said(reason, folder, name, len(whole))}"
+        for name, (_, reason) in zoo.DAMAGED.items()
+    )
+
+
+def test_all_checkpoints_together_are_told_apart_in_less_than_two_seconds(home: Path) -> None:
+    began = time.thread_time()  # of this thread's work, so that other programs do not count
+    assert len(Library(home, home / "models").models()) == len(zoo.DRAWS)
+    assert time.thread_time() - began < 2
+
+
 def test_the_page_of_models_counts_the_zoo() -> None:
-    page = (ROOT / "docs" / "models.md").read_text("utf-8")
-    assert f"{len(zoo.DRAWS)} checkpoints that draw and {len(zoo.REFUSED)} files that cannot" in page
+    page = " ".join((ROOT / "docs" / "models.md").read_text("utf-8").split())
+    for count in (
+        f"{len(zoo.DRAWS)} checkpoints that draw and {len(zoo.REFUSED)} files that cannot",
+        f"{len(lora_zoo.LAYOUTS)} layouts of LoRAs",
+        f"{len(lora_zoo.WITH_TEXT_ENCODERS)} of them with both text encoders",
+        f"{len(zoo.EMBEDDINGS)} formats of embeddings",
+        f"{len(zoo.UPSCALERS)} ESRGAN files",
+        f"{len(zoo.VAES)} layouts of VAEs",
+        f"{len(zoo.DAMAGED)} kinds of damage",
+    ):
+        assert count in page
 
 
 OFFLINE = """
@@ -119,15 +153,17 @@ from asking import finished, request
 home = Path(sys.argv[1])
 engine = Executor(Library(home, home / "models", None), device="cpu", tokenizer=DATA / "clip")
 engine.start()
+finished(engine, request(model="xl", steps=1, width=64, height=64))
 sys.stdout.buffer.write(finished(engine, request(model="single", steps=4)).images[0].tobytes())
 engine.close()
 """
 
 
-def test_a_single_file_draws_with_no_network_at_all(tmp_path: Path, draw: Draw) -> None:
+def test_single_files_draw_with_no_network_at_all(tmp_path: Path, draw: Draw) -> None:
     models = tmp_path / "models"
     models.mkdir()
     write_checkpoint(DATA / "models" / "shapes", DATA / "clip" / "vocab.json", models / "single.safetensors")
+    zoo.DRAWS["sdxl"].write(models / "xl.safetensors")
     alone = ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", OFFLINE, str(tmp_path)]
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(alone, capture_output=True, timeout=300, env=environment() | paths, check=False)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import gc
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import full_size
 import numpy as np
+import psutil
 import pytest
 import torch
 from asking import finished, request
 
 from diffusion_api.catalog.library import Library
+from diffusion_api.engine.base import Finished
 from diffusion_api.engine.executor import Budget, Executor
+from diffusion_api.schema.request import Txt2Img
 from diffusion_api.settings import DATA
 
 pytestmark = [
@@ -23,44 +27,57 @@ pytestmark = [
 ]
 
 GIB = 2**30
-SHAPES = DATA / "models" / "shapes"
-UNET: dict[str, Any] = dict(
-    sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
-)
-VAE: dict[str, Any] = dict(
-    block_out_channels=(128, 256, 512, 512), latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512,
-)  # fmt: skip
-TEXT: dict[str, Any] = dict(
-    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408,
-    bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
-)  # fmt: skip
+NEEDS = {"sd15": (8, 8), "sdxl": (16, 16), "flux": (40, 64)}
+"""GiB of the card and of RAM that it takes to build a model, and to draw with all of it for comparison."""
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models of Stable Diffusion 1.5's size."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
+    """Two models of Stable Diffusion 1.5's size; tests add others."""
     home = tmp_path_factory.mktemp("home")
-    folder = home / "models" / "sd15"
-    torch.manual_seed(1)
-    with torch.device("cuda"):
-        parts = {
-            "unet": UNet2DConditionModel(**UNET),
-            "vae": AutoencoderKL(**VAE),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT)),
-        }
-    for name, part in parts.items():
-        part.half().save_pretrained(folder / name)
-    for name in ("model_index.json", "scheduler"):
-        (shutil.copytree if name == "scheduler" else shutil.copy)(SHAPES / name, folder / name)
-    shutil.copytree(DATA / "clip", folder / "tokenizer")
-    index = json.loads((folder / "model_index.json").read_text())
-    assert index["_class_name"] == "StableDiffusionPipeline"
-    shutil.copytree(folder, home / "models" / "other")
+    full_size.stable_diffusion(home / "models" / "sd15", "sd15", "cuda")
+    shutil.copytree(home / "models" / "sd15", home / "models" / "other")
     return home
+
+
+@pytest.fixture(scope="module")
+def sdxl(home: Path) -> Iterator[str]:
+    """A model of SDXL's size, 7 GB on the disk."""
+    _room_for("sdxl")
+    folder = full_size.stable_diffusion(home / "models" / "sdxl", "sdxl", "cuda")
+    yield folder.name
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def flux(home: Path) -> Iterator[str]:
+    """A model of FLUX.1's size, 34 GB on the disk."""
+    _room_for("flux")
+    folder = full_size.flux(home / "models" / "flux", "cuda")
+    yield folder.name
+    shutil.rmtree(folder)
+
+
+def _room_for(size: str) -> None:
+    card, ram = NEEDS[size]
+    if torch.cuda.mem_get_info()[0] < card * GIB or psutil.virtual_memory().available < ram * GIB:
+        pytest.skip(f"{size} takes {card} GiB of the card and {ram} GiB of RAM")
+
+
+@pytest.fixture(autouse=True)
+def uncapped() -> Iterator[None]:
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a job made, and the most bytes that torch held meanwhile."""
+
+    result: Finished
+    peak: int
 
 
 def engine(home: Path, gib: float | None) -> Executor:
@@ -71,40 +88,85 @@ def engine(home: Path, gib: float | None) -> Executor:
     return made
 
 
-@pytest.fixture(autouse=True)
-def uncapped() -> Iterator[None]:
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
-    torch.cuda.empty_cache()
+def close(made: Executor) -> None:
+    """End an engine, and leave nothing of it on the card."""
+    assert made.close(60)
+    assert made._weights
+    made._weights.unload()
+
+
+def drawn(home: Path, gib: float | None, asked: Txt2Img) -> Drawn:
+    """What an engine of its own draws on a card of that size; None: all of it."""
+    torch.cuda.reset_peak_memory_stats()
+    made = engine(home, gib)
+    result = finished(made, asked)
+    peak = torch.cuda.max_memory_reserved()
+    close(made)
+    print(
+        f"\n{asked.model}, {asked.width}x{asked.height}, {gib or 'no'} GiB: peak {peak / GIB:.2f} GiB, "
+        f"{', '.join(result.memory_steps) or 'whole'}"
+    )
+    assert gib is None or peak <= gib * GIB
+    return Drawn(result, peak)
+
+
+def far(one: Finished, other: Finished) -> float:
+    """The mean difference of two pictures, in levels of 255."""
+    return float(np.abs(one.images[0].astype(int) - other.images[0].astype(int)).mean())
+
+
+def alike(one: Finished, other: Finished) -> bool:
+    """Tiles may show, and what is computed in another order rounds otherwise."""
+    tiled = any("tiling" in step for step in (*one.memory_steps, *other.memory_steps))
+    return far(one, other) < (8 if tiled else 0.5)
 
 
 @pytest.mark.parametrize(("gib", "side"), [(4, 512), (2, 512), (1.2, 512), (4, 1024)])
 def test_sd15_draws_on_a_capped_card_what_it_draws_on_a_whole_one(home: Path, gib: float, side: int) -> None:
     asked = request(model="sd15", steps=4, width=side, height=side, sampler="euler")
-    whole = engine(home, None)
-    expected = finished(whole, asked)
-    whole.close()
-    torch.cuda.reset_peak_memory_stats()
-    capped = engine(home, gib)
-    made = finished(capped, asked)
-    capped.close()
-    peak = torch.cuda.max_memory_allocated() / GIB
-    print(f"\nSD 1.5, {side} px, {gib} GiB: peak {peak:.2f} GiB, {made.memory_steps}")
-    assert peak <= gib
-    far = np.abs(made.images[0].astype(int) - expected.images[0].astype(int)).mean()
-    assert far < (8 if any("tiling" in step for step in made.memory_steps) else 0.5)
+    capped = drawn(home, gib, asked)
+    assert alike(drawn(home, None, asked).result, capped.result)
+    if (gib, side) == (4, 512):
+        assert not capped.result.memory_steps, "it fits whole"
+
+
+@pytest.mark.parametrize("gib", [8, 6, 4])
+def test_sdxl_draws_on_a_capped_card_what_it_draws_on_a_whole_one(home: Path, sdxl: str, gib: float) -> None:
+    asked = request(model=sdxl, steps=4, width=1024, height=1024, sampler="euler")
+    capped = drawn(home, gib, asked)
+    assert alike(drawn(home, None, asked).result, capped.result)
+    if gib == 8:
+        assert not any("offload" in step for step in capped.result.memory_steps), "its weights fit whole"
+
+
+def test_flux_draws_on_a_card_of_24_gib(home: Path, flux: str) -> None:
+    asked = request(model=flux, steps=4, width=1024, height=1024, sampler="euler", guidance_scale=3.5)
+    capped = drawn(home, 24, asked)
+    assert capped.result.images[0].shape == (1024, 1024, 3)
+    assert capped.result.images[0].std() > 0
+    assert not any("group" in step for step in capped.result.memory_steps), "each network fits alone"
+
+
+@pytest.mark.parametrize("form", ["fp8", "gguf"])
+def test_flux_in_fewer_bits_draws_on_a_card_of_12_gib(home: Path, flux: str, form: str) -> None:
+    folder = full_size.smaller(home / "models" / flux, home / "models" / form, form)
+    asked = request(model=form, steps=4, width=1024, height=1024, sampler="euler", guidance_scale=3.5)
+    capped = drawn(home, 12, asked)
+    shutil.rmtree(folder)
+    assert capped.result.images[0].shape == (1024, 1024, 3)
+    assert capped.result.images[0].std() > 0
 
 
 def test_a_model_that_waited_in_ram_draws_the_same_bits(home: Path) -> None:
     asked = request(model="sd15", steps=4, width=512, height=512, sampler="euler")
-    capped = engine(home, 4.5)
+    capped = engine(home, 4)
     before = finished(capped, asked).images[0]
     finished(capped, asked.model_copy(update={"model": "other"}))
     report = capped.report()
     assert report
     assert {held.name: held.where for held in report.models} == {"sd15": "ram", "other": "device"}
     again = finished(capped, asked)
-    capped.close()
+    close(capped)
     assert again.model_cached
     assert np.array_equal(again.images[0], before)
 
@@ -114,10 +176,11 @@ def test_memory_that_runs_out_on_the_card_is_met_and_given_back(home: Path) -> N
     asked = request(model="sd15", steps=2, width=512, height=512, sampler="euler")
     finished(made, asked)
     before = torch.cuda.memory_allocated()
-    hog = torch.empty(GIB // 2, dtype=torch.uint8, device="cuda")  # another program would do the same
+    hog = torch.empty(GIB // 2, dtype=torch.uint8, device="cuda")  # it was not there when the budget was made
     large = finished(made, asked.model_copy(update={"width": 1024, "height": 1024}))
     print("\n", large.memory_steps)
     del hog
     finished(made, asked)
-    made.close()
-    assert torch.cuda.memory_allocated() <= before * 1.05
+    after = torch.cuda.memory_allocated()
+    close(made)
+    assert after <= before * 1.05

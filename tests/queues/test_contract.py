@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from diffusion_api.errors import QueueFull
-from diffusion_api.queues.base import Control, Place, Queue, Snapshot
+from diffusion_api.errors import QueueFull, RateLimited
+from diffusion_api.queues.base import Control, Key, Place, Queue, Snapshot
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.schema.job import Job, Progress, Result, State
@@ -203,6 +203,21 @@ def test_no_more_jobs_wait_than_may(
         eventually(is_ended(queue, *accepted))
         queue.check()
         queue.enqueue(new_job())
+
+
+def test_no_more_jobs_of_one_caller_wait_than_may(make_queue: Any, new_job: Any) -> None:
+    queue = make_queue(max_waiting_each=2)
+    for priority in (0, 5):
+        queue.enqueue(new_job(caller="ann", priority=priority))
+    with pytest.raises(RateLimited, match="2 jobs of this caller wait already; at most 2 may") as refused:
+        queue.enqueue(new_job(caller="ann"), key=Key.of("k", {}))
+    assert refused.value.retry_after == 10
+    other = new_job(caller="bob")
+    queue.enqueue(other)
+    queue.cancel(other.id)
+    queue.enqueue(new_job(caller="bob"))
+    queue.cancel(next(job.id for job in queue.jobs() if job.caller == "ann"))
+    queue.enqueue(new_job(caller="ann"), key=Key.of("k", {}))
 
 
 def test_a_job_in_hand_takes_no_place_among_the_waiting(

@@ -169,6 +169,15 @@ class SamplingBody(JobBody):
         validation_alias=_also("discard_next_to_last_sigma", "always_discard_next_to_last_sigma"),
         description="the sampler's own way when left out",
     )
+    sigma_min: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="lowest noise level but 0; 0: the schedule's own"
+    )
+    sigma_max: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="highest noise level; 0: the schedule's own"
+    )
+    rho: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="of karras and polyexponential; 0: the schedule's own"
+    )
     guidance_rescale: float | None = Field(
         default=None, ge=0, le=1, allow_inf_nan=False, description="0 when left out; against overexposed pictures"
     )
@@ -233,10 +242,10 @@ class Txt2ImgBody(SamplingBody):
         },
     )
 
+    hires: HiresBody | None = None
     image: str | None = Field(
         default=None, description="a picture in base64, or as a data URL: the infotext in it counts, not its pixels"
     )
-    hires: HiresBody | None = None
 
 
 class SizeBody(BaseModel):
@@ -522,6 +531,40 @@ class InfoBody(BaseModel):
     height: int
 
 
+class JobRow(BaseModel):
+    """A job in a list: how it stands, and what it is, without its pictures. Times in epoch seconds."""
+
+    job_id: str
+    kind: Literal["txt2img", "img2img", "upscale"]
+    state: Literal["queued", "loading", "processing", "done", "error"]
+    cancelled: bool = False
+    progress: float = Field(description="0 to 100")
+    current_phase: str
+    error: str | None
+    position: int | None = Field(default=None, description="while it waits: how many are before it")
+    model: str | None = Field(default=None, description="null for a job that draws nothing")
+    prompt: str | None = Field(default=None, description="its beginning")
+    width: int = Field(description="pixels")
+    height: int = Field(description="pixels")
+    steps: int | None = None
+    seed: int | None = None
+    n: int = 1
+    priority: int
+    created: float
+    started: float | None
+    finished: float | None
+    generation_time_sec: float | None = None
+    pictures: int = Field(default=0, description="how many there are to fetch")
+
+
+class JobsBody(BaseModel):
+    """Jobs, newest first."""
+
+    status: Literal["success"] = "success"
+    jobs: list[JobRow]
+    next: str | None = Field(description="the cursor with which the list goes on; null at its end")
+
+
 class ModelBody(BaseModel):
     """An installed model."""
 
@@ -602,6 +645,13 @@ class HelloBody(BaseModel):
     """The service answers."""
 
     ok: bool = True
+
+
+class LoadingBody(BaseModel):
+    """The model will be loaded when the jobs at hand are done."""
+
+    status: Literal["success"] = "success"
+    model: str
 
 
 class PausedBody(BaseModel):

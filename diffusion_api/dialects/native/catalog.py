@@ -11,6 +11,7 @@ from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects.native.bodies import (
     LabelBody,
     LabelsBody,
+    LoadingBody,
     LoraRow,
     LorasBody,
     ModelBody,
@@ -18,6 +19,7 @@ from diffusion_api.dialects.native.bodies import (
     SamplingMethodsBody,
     UpscalerRow,
     UpscalersBody,
+    refusals,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +37,13 @@ def add(router: APIRouter, service: Service) -> None:
     @router.get("/models/aliases", tags=["catalog"], summary="Labels of models")
     def labels() -> LabelsBody:
         return LabelsBody(models=[LabelBody(name=name, label=label) for name, label in service.labels()])
+
+    @router.post(
+        "/models/{name:path}/load", tags=["catalog"], summary="Load a model now",
+        responses=refusals(400, 401, 403, 409, 501),
+    )  # fmt: skip
+    def load(name: str) -> LoadingBody:
+        return LoadingBody(model=service.warm_up(name).name)
 
     @router.get("/loras", tags=["catalog"], summary="Installed LoRAs")
     def loras() -> LorasBody:

@@ -23,7 +23,7 @@ from diffusion_api.dialects.native.bodies import (
     UpscaleDryRunBody,
     refusals,
 )
-from diffusion_api.dialects.native.replies import answer_of, dry_run, dry_upscale, read
+from diffusion_api.dialects.native.replies import answer_of, dry_run, dry_upscale, read, told
 from diffusion_api.dialects.native.requests import Meant, given
 from diffusion_api.queues.base import Key
 from diffusion_api.schema.job import Job
@@ -67,6 +67,11 @@ IdempotencyKey = Annotated[
         alias="Idempotency-Key",
         description="sent again by the same caller within a day, with the same body, it makes no second job",
     ),
+]
+
+
+Pictures = Annotated[
+    bool, Query(alias="image", description="false leaves the pictures out, which does not count as reading the result")
 ]
 
 
@@ -127,11 +132,11 @@ def add(router: APIRouter, service: Service) -> None:
         "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=refusals(400, 404, 410, 503),
         response_model=StatusBody,
     )  # fmt: skip
-    async def queue(job_id: str, http: Request, wait: Wait = 0) -> Response:
+    async def queue(job_id: str, http: Request, wait: Wait = 0, pictures: Pictures = True) -> Response:
         caller = caller_of(http)
         if wait and not await hears(http, service.wait(job_id, wait, caller)):
             return Response(status_code=NOBODY)
-        return await run_in_threadpool(read, job_id, caller, service)
+        return await run_in_threadpool(read if pictures else told, job_id, caller, service)
 
     @router.delete(
         "/queue/{job_id}", tags=["jobs"], summary="Cancel a job", responses=refusals(400, 404, 409, 410, 503),

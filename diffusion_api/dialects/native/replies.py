@@ -9,12 +9,12 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from diffusion_api import infotext
-from diffusion_api.dialects.native.bodies import DryRunBody, NeedBody, PassBody, UpscaleDryRunBody
+from diffusion_api.dialects.native.bodies import DryRunBody, JobRow, NeedBody, PassBody, UpscaleDryRunBody
 from diffusion_api.dialects.native.requests import Meant
 from diffusion_api.queues.base import Snapshot
 from diffusion_api.schema.caller import Caller
 from diffusion_api.schema.job import Earlier, Job, Result, State
-from diffusion_api.schema.request import Img2Img, Txt2Img, Upscale
+from diffusion_api.schema.request import Img2Img, Sampling, Txt2Img, Upscale
 
 if TYPE_CHECKING:
     from diffusion_api.service import Service
@@ -50,6 +50,10 @@ def dry_run(meant: Meant[Txt2Img | Img2Img], service: Service) -> DryRunBody:
     )  # fmt: skip
 
 
+LONGEST_PROMPT = 200
+"""Characters of a prompt in a list of jobs."""
+
+
 def dry_upscale(meant: Meant[Upscale], service: Service) -> UpscaleDryRunBody:
     request = meant.request
     service.check(request)
@@ -67,6 +71,36 @@ def ended(job: Job) -> dict[str, Any]:
     return _status(Snapshot(job))
 
 
+def row(snapshot: Snapshot) -> JobRow:
+    """A job in a list."""
+    job, request = snapshot.job, snapshot.job.request
+    first = job.result.images[0] if job.result else None
+    size = first or request
+    drawn = request if isinstance(request, Sampling) else None
+    return JobRow(
+        **_standing(snapshot),
+        kind=request.kind,
+        model=drawn.model if drawn else None,
+        prompt=drawn.prompt[:LONGEST_PROMPT] if drawn else None,
+        width=size.width,
+        height=size.height,
+        steps=drawn.steps if drawn else None,
+        seed=request.seeds[0],
+        n=len(request.seeds),
+        priority=job.priority,
+        created=job.created,
+        started=job.started,
+        finished=job.finished,
+        generation_time_sec=round(job.result.seconds, 3) if job.result else None,
+        pictures=len(job.result.images) if job.result else 0,
+    )
+
+
+def told(job_id: str, caller: Caller, service: Service) -> Response:
+    """The answer about a job without its pictures: it is no reading of the result."""
+    return JSONResponse(answer_of(service.get(job_id, caller), service, pictures=False))
+
+
 def read(job_id: str, caller: Caller, service: Service) -> Response:
     """The answer about a job; built before the result is let go of, if it may be read once."""
     snapshot = service.get(job_id, caller)
@@ -75,8 +109,9 @@ def read(job_id: str, caller: Caller, service: Service) -> Response:
     return answer
 
 
-def answer_of(snapshot: Snapshot, service: Service) -> dict[str, Any]:
-    answer = _status(snapshot) | _pictures(snapshot.job, service)
+def answer_of(snapshot: Snapshot, service: Service, *, pictures: bool = True) -> dict[str, Any]:
+    """How a job stands, with what it made."""
+    answer = _status(snapshot) | (_pictures(snapshot.job, service) if pictures else {})
     if not snapshot.state.terminal:
         left = service.seconds_left(snapshot)
         answer["eta_seconds"] = None if left is None else round(left, 1)
@@ -85,14 +120,32 @@ def answer_of(snapshot: Snapshot, service: Service) -> dict[str, Any]:
     return answer
 
 
+def shown_state(snapshot: Snapshot) -> State:
+    """The state of a job as callers see it: one that a worker has, but not its device yet, still waits."""
+    if snapshot.progress and not snapshot.job.begun:
+        return State.QUEUED
+    return State.ERROR if snapshot.state is State.CANCELLED else snapshot.state
+
+
 def _status(snapshot: Snapshot) -> dict[str, Any]:
+    job = snapshot.job
+    answer: dict[str, Any] = {"status": "success"} | _standing(snapshot)
+    if snapshot.progress and snapshot.progress.preview:
+        answer["preview"] = snapshot.progress.preview
+    if job.warnings:
+        answer["warnings"] = list(job.warnings)
+    if job.reproduces:
+        answer["reproduces"] = _reproduces(job, job.reproduces)
+    return answer | (_result(job, job.result) if job.result else {})
+
+
+def _standing(snapshot: Snapshot) -> dict[str, Any]:
     job, progress, position = snapshot.job, snapshot.progress, snapshot.position
-    state = State.ERROR if snapshot.state is State.CANCELLED else snapshot.state
-    if progress and not job.begun:  # in the hands of a worker, and waiting for the device
-        state, progress, position = State.QUEUED, None, 0
+    state = shown_state(snapshot)
+    if progress and state is State.QUEUED:
+        progress, position = None, 0
     done = job.state is State.DONE
     answer: dict[str, Any] = {
-        "status": "success",
         "job_id": job.id,
         "progress": 100 if done else round(100 * progress.fraction, 2) if progress else 0,
         "current_phase": progress.phase if progress else state.value,
@@ -101,16 +154,8 @@ def _status(snapshot: Snapshot) -> dict[str, Any]:
     }
     if position is not None:
         answer["position"] = position
-    if progress and progress.preview:
-        answer["preview"] = progress.preview
-    if job.warnings:
-        answer["warnings"] = list(job.warnings)
     if job.state is State.CANCELLED:
         answer["cancelled"] = True
-    if job.reproduces:
-        answer["reproduces"] = _reproduces(job, job.reproduces)
-    if job.result:
-        answer |= _result(job, job.result)
     return answer
 
 

@@ -14,7 +14,7 @@ from diffusion_api.dialects.native.bodies import MAX_UNKNOWN, HiresBody, JobBody
 from diffusion_api.dialects.native.told import DEFAULT_SAMPLER, Drawn, filled, with_text_of_image
 from diffusion_api.errors import InvalidRequest, UnknownModel
 from diffusion_api.prompt import parse, uncommented
-from diffusion_api.schema.job import NOT_INSTALLED, lora_skipped
+from diffusion_api.schema.job import lora_skipped
 from diffusion_api.schema.request import OWN_VAE, Format, Hires, LoraUse, Output, Refiner, Request, Txt2Img
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ LOSSLESS = ("png", "webp")
 LONGEST_NAME = 100
 OPTIONS = (
     *("rng", "ensd", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "discard_next_to_last_sigma"),
+    *("sigma_min", "sigma_max", "rho"),
     *("guidance_rescale", "clip_skip", "emphasis", "tiling", "preview_every"),
 )
 """Fields that are passed on as they are, and left to the request's defaults when they are not given."""
@@ -201,7 +202,9 @@ def upscaler_name(name: str, service: Service) -> str:
         found = row.name
     if found is None:
         raise InvalidRequest(
-            f"External upscaler model not found: {name!r}; one of {', '.join((*INTERNAL, *own))}", field="upscaler"
+            f"External upscaler model not found: {name!r} {service.absence(name)}; "
+            f"one of {', '.join((*INTERNAL, *own))}",
+            field="upscaler",
         )
     return found
 
@@ -253,7 +256,7 @@ def _absent(networks: list[tuple[str, str]], service: Service) -> list[str]:
         if kind != "lora":
             warnings.append(f"<{kind}:{name}> was taken out of the prompt: no such kind of network is known; {KNOWN}")
         elif service.asset("lora", name) is None:
-            warnings.append(lora_skipped(name, NOT_INSTALLED))
+            warnings.append(lora_skipped(name, f"it {service.absence(name)}"))
     return warnings
 
 
@@ -266,7 +269,7 @@ def _vae(name: str | None, service: Service) -> str | None:
     row = service.asset("vae", name)
     if row is None:
         choices = ", ".join(["Automatic", OWN_VAE, *(row.name for row in service.assets("vae"))])
-        raise InvalidRequest(f"vae {name!r} is not installed; one of {choices}", field="vae")
+        raise InvalidRequest(f"vae {name!r} {service.absence(name)}; one of {choices}", field="vae")
     return row.name
 
 

@@ -106,8 +106,8 @@ class _Files:
         """A prompt with the LoRAs by the names that they have here."""
         for network in parse(prompt).networks:
             if network.kind == "lora" and (name := self._lora(network.name)) != network.name:
-                local = name.replace("\\", r"\\")
-                prompt = re.sub(rf"<lora:{re.escape(network.name)}(?=[:>])", f"<lora:{local}", prompt)
+                there = rf"<lora:{re.escape(network.name)}(?=[:>])"
+                prompt = f"<lora:{name}".join(re.split(there, prompt))
         return prompt
 
     def _lora(self, name: str) -> str:

@@ -246,7 +246,7 @@ class UNetLane(ABC):
     def patches(self) -> Patches:
         """What stands in place of the model's own weights."""
         texts = {name: getattr(self, name) for name in self.PARTS}
-        return Patches({"unet": self.unet, "vae": self.vae} | texts)
+        return Patches({"unet": self.unet, "vae": self.vae} | texts, self.words)
 
     @cached_property
     def words(self) -> Mapping[str, text.Words]:

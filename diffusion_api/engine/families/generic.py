@@ -56,7 +56,7 @@ OPTIONS = ("eta", "guidance_rescale")
 
 UNUSED = (
     *("variation_strength", "seed_resize_width", "s_churn", "s_tmin", "s_tmax", "s_noise"),
-    *("discard_next_to_last_sigma", "emphasis", "tiling", "preview_every"),
+    *("discard_next_to_last_sigma", "sigma_min", "sigma_max", "rho", "emphasis", "tiling", "preview_every"),
 )
 """Fields of a request that no pipeline takes."""
 
@@ -96,7 +96,7 @@ class Generic:
     def patches(self) -> Patches:
         """What stands in place of the model's own weights."""
         parts = self.pipeline.components.items()
-        return Patches({name: part for name, part in parts if isinstance(part, nn.Module)})
+        return Patches({name: part for name, part in parts if isinstance(part, nn.Module)}, self.words)
 
     def paint(self, stage: Pass, stepped: Callable[[float], bool]) -> Painted | None:
         """The picture of a pass. ``stepped`` is told after each step how much is done, and whether that is to be all.

@@ -27,23 +27,26 @@ SHARED = 12
 
 
 class Span(NamedTuple):
-    """A part of the way that halving gives: where it lies, its place among those of its length, how often was halved."""
+    """A part of the way that halving gives: its ends and its middle, its place among those of its length, and how often
+    the way was halved.
+    """
 
     start: float
+    middle: float
     end: float
-    place: int = 0
-    depth: int = 0
+    place: int
+    depth: int
 
-    @property
-    def middle(self) -> float:
-        """Where it is halved."""
-        return round((self.start + self.end) / 2, DIGITS)
+    @classmethod
+    def between(cls, start: float, end: float, place: int = 0, depth: int = 0) -> Span:
+        """With the middle that belongs to these ends."""
+        return cls(start, round((start + end) / 2, DIGITS), end, place, depth)
 
     def half(self, sigma: float) -> Span:
         """The half that ``sigma`` lies in."""
         if sigma < self.middle:
-            return Span(self.start, self.middle, 2 * self.place, self.depth + 1)
-        return Span(self.middle, self.end, 2 * self.place + 1, self.depth + 1)
+            return Span.between(self.start, self.middle, 2 * self.place, self.depth + 1)
+        return Span.between(self.middle, self.end, 2 * self.place + 1, self.depth + 1)
 
 
 class Brownian:
@@ -56,7 +59,7 @@ class Brownian:
 
     def __init__(self, low: float, high: float, seed: int, draw: Draw) -> None:
         self._seeds, self._draw = Seeds(seed), draw
-        whole = Span(round(low, DIGITS), round(high, DIGITS))
+        whole = Span.between(round(low, DIGITS), round(high, DIGITS))
         change = self._noise([()])[0] * math.sqrt(high - low)
         self._known: dict[float, Values] = {whole.start: change * 0, whole.end: change}
         self._path: list[tuple[Span, Values, Values]] = [(whole, self._known[whole.start], change)]
@@ -81,7 +84,8 @@ class Brownian:
         while sigma != span.start:
             span = span.half(sigma)
             spans.append(span)
-        noises = self._noise([(span.place, span.depth) for span in spans[:-1]])
+        keys = [(span.place, span.depth) for span in spans[:-1]]
+        noises = self._noise(keys) if keys else ()
         for (span, half), noise in zip(pairwise(spans), noises, strict=True):
             left, right, length = span.middle - span.start, span.end - span.middle, span.end - span.start
             noise *= math.sqrt(left * right / length)

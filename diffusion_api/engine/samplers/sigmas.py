@@ -103,12 +103,12 @@ class NoiseLevels:
 
 @dataclass(frozen=True)
 class Span:
-    """What a spacing is made of. ``low`` and ``high`` are the levels at its ends; ``rho`` None is the spacing's own."""
+    """What a spacing is made of. ``low`` and ``high`` are the levels at its ends; ``rho`` 0 is the spacing's own."""
 
     levels: NoiseLevels
     low: float
     high: float
-    rho: float | None = None
+    rho: float = 0
 
     def over_time(self, times: Sequence[float]) -> list[float]:
         """The levels at those shares of the way, in timesteps, from ``high`` (0) to ``low`` (1)."""
@@ -276,14 +276,14 @@ TRAINED: dict[str, Spacing] = {"default": timesteps, "ddim": timesteps, "pndm": 
 
 @dataclass(frozen=True)
 class Ends:
-    """What a caller may change of a spacing; None for the model's own levels and the spacing's own rho.
+    """What a caller may change of a spacing; 0 for the model's own levels and the spacing's own rho.
 
     ``discard_next_to_last_sigma``: one level more is computed, and the last one above 0 left out.
     """
 
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    rho: float | None = None
+    sigma_min: float = 0
+    sigma_max: float = 0
+    rho: float = 0
     discard_next_to_last_sigma: bool = False
 
 

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from diffusion_api import disk
 from diffusion_api.errors import DiskFull, InvalidRequest, QueueFull, QueueUnusable, TooLarge
-from diffusion_api.queues.base import PAUSED_BY_OPERATOR
+from diffusion_api.queues.base import PAUSED_BY_OPERATOR, check_each
 from diffusion_api.schema.job import Job, Progress, State, UnreadableRecord, dumps, loads
 
 log = logging.getLogger(__name__)
@@ -264,15 +264,15 @@ class Waiting:
                 self._take_up(name)
 
     @contextlib.contextmanager
-    def place_for(self, job: Job, *, at_most: int) -> Iterator[str]:
-        """The name of a new job, which counts from now on and is written within. ``at_most`` 0 is no limit.
-
-        Raises QueueFull.
+    def place_for(self, job: Job, *, at_most: int, each: int) -> Iterator[str]:
+        """The name of a new job, which counts from now on and is written within. ``at_most`` jobs wait, and ``each`` of
+        one caller; 0 is no limit. Raises QueueFull, RateLimited.
         """
         self.sync()
         rank, caller = f"{9 - job.priority:02d}", hashlib.sha256(job.caller.encode(errors="replace")).hexdigest()[:8]
         with self._mutex:
             self._check(at_most)
+            check_each(sum(len(mine) for (_, of), mine in self._of_caller.items() if of == caller) if each else 0, each)
             self._last = max(self._last + 1, time.time_ns())
             name = f"{rank}-{self._new_round(rank, caller):010d}-{self._last:020d}-{caller}-{job.id}.json"
             self._coming.add(name)

@@ -528,7 +528,6 @@ def test_numbers_that_json_has_not_are_null_in_the_payload(stub_server: Program)
             {"hires": {"hr_scale": 2, "enabled": False}},
             "unknown field 'hires.hr_scale' was ignored; did you mean 'hires.scale'?",
         ),
-        ({"init_images": []}, "unknown field 'init_images' was ignored"),
         ({"loras": ["one"]}, "LoRA 'one' was skipped: it is not installed"),
         ({"loras": [{"name": "one"}]}, "LoRA 'one' was skipped: it is not installed"),
         ({"loras": [{"name": "one", "scale": 0.5}]}, "LoRA 'one' was skipped: it is not installed"),

@@ -103,8 +103,7 @@ def _list(value: Any) -> Any:
 
 
 def _kind(value: Any) -> str | None:
-    kinds = {str: "name", dict: "object", LoraBody: "object"}
-    return kinds.get(type(value))
+    return "name" if isinstance(value, str) else "object" if isinstance(value, dict | LoraBody) else None
 
 
 Lora = Annotated[

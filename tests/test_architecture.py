@@ -42,7 +42,7 @@ LAYERS = (
     ("settings",),
     ("schema",),
     ("disk", "retention", "storage", "usage"),
-    ("errors",),
+    ("errors", "nearest"),
     ("",),  # the package itself: its version
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -254,6 +254,17 @@ def test_styles_are_put_around_the_prompts_in_their_order(styled: Service) -> No
     assert warnings == []
 
 
+def test_styles_are_put_around_the_words_of_a_second_pass_too(styled: Service) -> None:
+    words = {"prompt": "a cat", "negative_prompt": "fog", "styles": ["oil"]}
+    same, own = (
+        meant(styled, **words, hires={"enabled": True, **hires})[0].hires for hires in ({}, {"prompt": "a dog # (red)"})
+    )
+    assert same
+    assert own
+    assert (same.prompt, same.negative_prompt) == ("a cat, oil painting", "fog, photo")
+    assert (own.prompt, own.negative_prompt) == ("a dog, oil painting", "fog, photo")
+
+
 def test_a_style_that_is_not_known_is_skipped_with_the_nearest_name(styled: Service) -> None:
     request, warnings = meant(styled, prompt="a cat", styles=["oill", "oil", "x" * 200])
     assert request.prompt == "a cat, oil painting"

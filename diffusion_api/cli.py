@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion_api import __version__, remote
+from diffusion_api import __version__, examples, remote
 from diffusion_api import settings as configuration
 from diffusion_api.errors import DiffusionApiError
 
@@ -240,6 +240,7 @@ def version() -> None:
 
 
 app.add_typer(remote.app)
+app.add_typer(examples.app)
 
 
 def _version(asked: bool) -> None:

@@ -121,7 +121,7 @@ def jobs(
     key: Key = None,
 ) -> None:
     """List the jobs of a service, newest first."""
-    with _service(url, key) as client:
+    with service(url, key) as client:
         found = client.jobs(*(state or ()), limit=limit)
     _table([_job(row) for row in found], ("JOB", "POSTED", "STATE", "KIND", "MODEL", "SIZE", "SEED", "PROMPT"))
 
@@ -134,7 +134,7 @@ def cancel(
     key: Key = None,
 ) -> None:
     """Cancel a job that waits or runs."""
-    with _service(url, key) as client:
+    with service(url, key) as client:
         status = client.cancel(job_id, partial=partial)
     kept = status.get("output_path")
     print(f"cancelled; the picture so far is {kept} at the service" if kept else "cancelled")
@@ -143,7 +143,7 @@ def cancel(
 @app.command(rich_help_panel=PANEL)
 def models(url: Url = HERE, key: Key = None) -> None:
     """List the models of a service."""
-    with _service(url, key) as client:
+    with service(url, key) as client:
         found = client.models()
     _table(
         [[row["label"], row["name"], row["family"], row["path"]] for row in found], ("LABEL", "NAME", "FAMILY", "PATH")
@@ -153,13 +153,13 @@ def models(url: Url = HERE, key: Key = None) -> None:
 @app.command(rich_help_panel=PANEL)
 def loras(url: Url = HERE, key: Key = None) -> None:
     """List the LoRAs of a service."""
-    with _service(url, key) as client:
+    with service(url, key) as client:
         found = client.loras()
     _table([[row["name"], row["family"] or "?", row["path"]] for row in found], ("NAME", "FAMILY", "PATH"))
 
 
 @contextmanager
-def _service(url: str, key: str | None) -> Iterator[Client]:
+def service(url: str, key: str | None) -> Iterator[Client]:
     """A client; a service that does not answer is told with what can be done about it."""
     from diffusion_api.client import Client
 
@@ -172,7 +172,7 @@ def _service(url: str, key: str | None) -> Iterator[Client]:
 
 def _post(kind: Kind, body: dict[str, Any], watch: bool, output: Path, url: str, key: str | None) -> None:
     """Post a job; print its id, or watch it and print where its pictures were saved."""
-    with _service(url, key) as client:
+    with service(url, key) as client:
         job = client.submit(kind, {name: value for name, value in body.items() if value is not None})
         for warning in job.warnings:
             print(f"warning: {warning}", file=sys.stderr)

@@ -126,7 +126,7 @@ def lora_compatibility(
     lora_dir: Annotated[Path | None, typer.Option(help="Folder with LoRAs, in place of the installed ones.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where the report goes, beside the screen.")] = None,
     render: Annotated[
-        bool, typer.Option(help="Prove each LoRA that fits by a picture, beside one without it.")
+        bool, typer.Option("--render", help="Prove each LoRA that fits by a picture, beside one without it.")
     ] = False,
     home: Home = None,
     device: Device = None,

@@ -127,6 +127,17 @@ def test_the_compiler_knows_the_fields(tsc: list[object], compiled: Path, tmp_pa
         assert (mistake in found) if mistake else not found, told
 
 
+def test_the_program_of_the_page_compiles_and_runs(server: Program, tsc: list[object], compiled: Path) -> None:
+    page = (ROOT / "docs" / "clients.md").read_text("utf-8")
+    (program,) = re.findall(r"```typescript\n(.*?)```", page, re.DOTALL)
+    (compiled / "page.ts").write_text(program.replace("http://127.0.0.1:8000", server.url))
+    options = ("--strict", "--target", "ES2022", "--module", "ES2022", "--moduleResolution", "bundler")
+    done = run(*tsc, *options, "page.ts", cwd=compiled)
+    assert done.returncode == 0, done.stdout
+    shown = run("node", "page.js", cwd=compiled)
+    assert re.fullmatch(r"(\d+(\.\d+)?\n)+\d+ image/png 64\n", shown.stdout), shown.stderr
+
+
 PROGRAM = """
 import { ApiError, DiffusionAPIClient, JobFailed, toBase64 } from "./diffusion-api.js";
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion_api import __version__, remote
+from diffusion_api import __version__, examples, remote
 from diffusion_api import settings as configuration
 from diffusion_api.errors import DiffusionApiError
 
@@ -126,7 +126,7 @@ def lora_compatibility(
     lora_dir: Annotated[Path | None, typer.Option(help="Folder with LoRAs, in place of the installed ones.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where the report goes, beside the screen.")] = None,
     render: Annotated[
-        bool, typer.Option(help="Prove each LoRA that fits by a picture, beside one without it.")
+        bool, typer.Option("--render", help="Prove each LoRA that fits by a picture, beside one without it.")
     ] = False,
     home: Home = None,
     device: Device = None,
@@ -240,6 +240,7 @@ def version() -> None:
 
 
 app.add_typer(remote.app)
+app.add_typer(examples.app)
 
 
 def _version(asked: bool) -> None:

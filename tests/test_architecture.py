@@ -16,7 +16,7 @@ PACKAGE = "diffusion_api"
 
 # Imports point down this list, or stay in the same row or folder. A name is a module or a folder of the package.
 LAYERS = (
-    ("cli", "__main__", "asgi", "demo", "doctor", "pulling", "listing", "lora_report", "remote"),
+    ("cli", "__main__", "asgi", "demo", "doctor", "pulling", "listing", "metadata", "lora_report", "remote"),
     ("server",),
     ("supervisor",),
     ("app", "connections"),

@@ -145,6 +145,32 @@ def lora_compatibility(
 
 
 @app.command()
+def info(
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="PNG, JPEG, WebP, AVIF or GIF.")],
+) -> None:
+    """Say what a picture says of itself. The exit status is 1 when that is nothing."""
+    from diffusion_api import metadata
+
+    text, found = metadata.info(image)
+    print(text)
+    raise typer.Exit(not found)
+
+
+@app.command("test-metadata")
+def metadata_test(
+    folder: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Where the pictures are written.")
+    ] = Path(),
+) -> None:
+    """Write a picture of each format with all that it may have to say, read it back, and show a text of the web UI."""
+    from diffusion_api import metadata
+
+    text, well = metadata.test(folder)
+    print(text)
+    raise typer.Exit(not well)
+
+
+@app.command()
 def pull(
     source: Annotated[str, typer.Argument(help="org/name[@revision], org/name/file.safetensors, or an https URL.")],
     sha256: Annotated[str | None, typer.Option(help="SHA-256 that the file must have.")] = None,

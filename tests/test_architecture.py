@@ -16,7 +16,19 @@ PACKAGE = "diffusion_api"
 
 # Imports point down this list, or stay in the same row or folder. A name is a module or a folder of the package.
 LAYERS = (
-    ("cli", "__main__", "asgi", "demo", "doctor", "pulling", "listing", "lora_report", "remote", "examples"),
+    (
+        "cli",
+        "__main__",
+        "asgi",
+        "demo",
+        "doctor",
+        "pulling",
+        "listing",
+        "metadata",
+        "lora_report",
+        "remote",
+        "examples",
+    ),
     ("server",),
     ("supervisor",),
     ("app", "connections"),

@@ -81,15 +81,6 @@ def test_a_picture_is_drawn_from_a_picture_and_made_larger(server: Program, tmp_
     assert kinds == ["upscale", "img2img"]
 
 
-def test_a_picture_is_drawn_again_and_compared(server: Program, tmp_path: Path) -> None:
-    first = said(server, "txt2img", "a ring", "--steps", 3, "--set", "fileType=png", "-w", cwd=tmp_path).strip()
-    same = run("reproduce", first, "-w", "-o", "again.png", cwd=tmp_path, url=server.url)
-    assert (same.returncode, same.stdout) == (0, "again.png\n"), same.stderr
-    assert same.stderr.endswith("the same pixels\n")
-    other = run("reproduce", first, "-w", "-o", "other.png", "--set", "seed=5", cwd=tmp_path, url=server.url)
-    assert other.stderr.endswith("other pixels\n")
-
-
 def test_a_job_is_posted_listed_and_cancelled(server: Program, tmp_path: Path) -> None:
     posted = said(server, "txt2img", "stub:seconds=0.2 many\nwords", "--steps", 100, cwd=tmp_path).strip()
     eventually(lambda: server.status(posted)["state"] == "processing", "the job to run")

@@ -90,6 +90,7 @@ BODIES = st.fixed_dictionaries(
         "rho": st.just(0) | st.floats(0.1, 100),
         "guidance_rescale": st.floats(0, 1),
         "clip_skip": st.integers(1, 12),
+        "tiling": st.booleans(),
         "emphasis": st.sampled_from(["original", "no norm", "ignore", "none"]),
         "hires": st.fixed_dictionaries(
             {"enabled": st.just(True)},

@@ -55,7 +55,9 @@ def nginx(folder: Path, port: int, upstream: str) -> Iterator[None]:
     config = folder / "nginx.conf"
     config.write_text(CONFIG.format(folder=folder, port=port, upstream=upstream))
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen([NGINX, "-c", config, "-p", folder, "-e", folder / "error.log"], stderr=log, stdout=log)
+        process = subprocess.Popen(
+            [NGINX, "-c", config, "-p", folder, "-e", folder / "error.log"], stderr=log, stdout=log
+        )
     try:
         eventually(lambda: process.poll() is not None or not socket.socket().connect_ex(("127.0.0.1", port)), "nginx")
         assert process.poll() is None, (folder / "log").read_text()
@@ -167,7 +169,7 @@ def test_https_is_served_with_that_pair(pair: Path) -> None:
             port = server.url.rpartition(":")[2]
             with httpx.Client(verify=ssl.create_default_context(cafile=cert), trust_env=False) as http:
                 assert http.get(f"https://{name}:{port}/hello").json() == {"ok": True}
-        with pytest.raises(httpx.ConnectError, match="self-signed|certificate verify failed"):
+        with pytest.raises(httpx.ConnectError, match=r"self-signed|certificate verify failed"):
             httpx.get(f"{server.url}/hello", trust_env=False)
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{server.url.replace('https', 'http')}/hello", trust_env=False)

@@ -107,10 +107,8 @@ class Conversation:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if self._root_path:
-            scope["root_path"] = (
-                self._root_path
-            )  # for the router and the links in /docs, whether the proxy takes it off or not
+        if self._root_path and scope["type"] != "lifespan":
+            _mount(scope, self._root_path)
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -272,6 +270,15 @@ def route_path(scope: Scope) -> str:
     """The path as the routes know it: without what a proxy has before it."""
     root, path = scope.get("root_path", ""), str(scope["path"])
     return path.removeprefix(root) if path == root or path.startswith(f"{root}/") else path
+
+
+def _mount(scope: Scope, root: str) -> None:
+    """Say under which path callers find the service, as ASGI has it: in ``root_path``, and before ``path``, be it that the
+    proxy took it off.
+    """
+    scope["root_path"] = root
+    if route_path(scope) == scope["path"]:
+        scope["path"] = root + scope["path"]
 
 
 async def _closed(send: Send) -> None:

@@ -79,9 +79,13 @@ class Connection(H11Protocol):
         elif self._has_too_many():
             self._refuse(429, "too many connections of one address; try again later", ("retry-after", "10"))
 
+    @property
+    def _host(self) -> str:
+        return self.client[0] if self.client else ""
+
     def _has_too_many(self) -> bool:
-        most, host = self.settings.max_connections_per_client, self.client[0] if self.client else ""
-        theirs = sum(1 for other in self.connections if getattr(other, "client", None) and other.client[0] == host)
+        most, host = self.settings.max_connections_per_client, self._host
+        theirs = sum(isinstance(other, Connection) and other._host == host for other in self.connections)
         if not most or theirs <= most or is_proxy(host, self.settings.trusted_proxies):
             return False
         log.warning("%s: a connection was refused: %d are open", host, theirs - 1)

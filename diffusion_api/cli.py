@@ -57,6 +57,8 @@ def serve(
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Ask nobody for a key, on whatever address.")
     ] = False,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Private key, to serve https.")] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate, to serve https.")] = None,
     handover: HandedOver = "{}",
 ) -> None:
     """Serve the API and run its jobs."""
@@ -65,7 +67,7 @@ def serve(
 
     settings = _settings(
         host=host, port=port, home=home, engine=engine, device=device, isolated=isolated, models_from=models_from,
-        require_auth=False if allow_anonymous else None,
+        require_auth=False if allow_anonymous else None, ssl_keyfile=ssl_keyfile, ssl_certfile=ssl_certfile,
     )  # fmt: skip
     run(settings, worker=worker, handover=Handover.model_validate_json(handover))
 
@@ -182,6 +184,21 @@ def pull(
     from diffusion_api.pulling import run_pull
 
     raise typer.Exit(run_pull(_settings(home=home), source, sha256, Console()))
+
+
+@app.command()
+def certificate(
+    names: Annotated[list[str] | None, typer.Argument(help="Host names and addresses beside localhost's.")] = None,
+    home: Home = None,
+) -> None:
+    """Make a self-signed certificate for https, and say how to use it."""
+    from diffusion_api.certificates import DAYS, self_signed
+
+    folder = _settings(home=home).access_dir
+    key, cert = self_signed(folder, ("localhost", "127.0.0.1", "::1", *(names or ())))
+    print(f"{key} and {cert} were made, for {DAYS} days. Use them with")
+    print(f"  diffusion-api serve --ssl-keyfile {key} --ssl-certfile {cert}")
+    print(f"  curl --cacert {cert} https://localhost:8000/hello")
 
 
 keys = typer.Typer(no_args_is_help=True, help="Say who may call: docs/access.md.")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion_api import __version__, remote
+from diffusion_api import __version__, examples, remote
 from diffusion_api import settings as configuration
 from diffusion_api.errors import DiffusionApiError
 
@@ -57,6 +57,8 @@ def serve(
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Ask nobody for a key, on whatever address.")
     ] = False,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Private key, to serve https.")] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate, to serve https.")] = None,
     handover: HandedOver = "{}",
 ) -> None:
     """Serve the API and run its jobs."""
@@ -65,7 +67,7 @@ def serve(
 
     settings = _settings(
         host=host, port=port, home=home, engine=engine, device=device, isolated=isolated, models_from=models_from,
-        require_auth=False if allow_anonymous else None,
+        require_auth=False if allow_anonymous else None, ssl_keyfile=ssl_keyfile, ssl_certfile=ssl_certfile,
     )  # fmt: skip
     run(settings, worker=worker, handover=Handover.model_validate_json(handover))
 
@@ -126,7 +128,7 @@ def lora_compatibility(
     lora_dir: Annotated[Path | None, typer.Option(help="Folder with LoRAs, in place of the installed ones.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where the report goes, beside the screen.")] = None,
     render: Annotated[
-        bool, typer.Option(help="Prove each LoRA that fits by a picture, beside one without it.")
+        bool, typer.Option("--render", help="Prove each LoRA that fits by a picture, beside one without it.")
     ] = False,
     home: Home = None,
     device: Device = None,
@@ -145,6 +147,32 @@ def lora_compatibility(
 
 
 @app.command()
+def info(
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="PNG, JPEG, WebP, AVIF or GIF.")],
+) -> None:
+    """Say what a picture says of itself. The exit status is 1 when that is nothing."""
+    from diffusion_api import metadata
+
+    text, found = metadata.info(image)
+    print(text)
+    raise typer.Exit(not found)
+
+
+@app.command("test-metadata")
+def metadata_test(
+    folder: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Where the pictures are written.")
+    ] = Path(),
+) -> None:
+    """Write a picture of each format with all that it may have to say, read it back, and show a text of the web UI."""
+    from diffusion_api import metadata
+
+    text, well = metadata.test(folder)
+    print(text)
+    raise typer.Exit(not well)
+
+
+@app.command()
 def pull(
     source: Annotated[str, typer.Argument(help="org/name[@revision], org/name/file.safetensors, or an https URL.")],
     sha256: Annotated[str | None, typer.Option(help="SHA-256 that the file must have.")] = None,
@@ -156,6 +184,21 @@ def pull(
     from diffusion_api.pulling import run_pull
 
     raise typer.Exit(run_pull(_settings(home=home), source, sha256, Console()))
+
+
+@app.command()
+def certificate(
+    names: Annotated[list[str] | None, typer.Argument(help="Host names and addresses beside localhost's.")] = None,
+    home: Home = None,
+) -> None:
+    """Make a self-signed certificate for https, and say how to use it."""
+    from diffusion_api.certificates import DAYS, self_signed
+
+    folder = _settings(home=home).access_dir
+    key, cert = self_signed(folder, ("localhost", "127.0.0.1", "::1", *(names or ())))
+    print(f"{key} and {cert} were made, for {DAYS} days. Use them with")
+    print(f"  diffusion-api serve --ssl-keyfile {key} --ssl-certfile {cert}")
+    print(f"  curl --cacert {cert} https://localhost:8000/hello")
 
 
 keys = typer.Typer(no_args_is_help=True, help="Say who may call: docs/access.md.")
@@ -240,6 +283,7 @@ def version() -> None:
 
 
 app.add_typer(remote.app)
+app.add_typer(examples.app)
 
 
 def _version(asked: bool) -> None:

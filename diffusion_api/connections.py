@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import json
 import logging
 import sys
@@ -43,6 +45,15 @@ def protocol(settings: Settings) -> type[Connection]:
     return type("Connection", (Connection,), {"settings": settings})
 
 
+def is_proxy(host: str, trusted: str) -> bool:
+    """Whether an address is one of those ``trusted`` lists, as addresses and networks with commas, or ``*``."""
+    for name in filter(None, map(str.strip, trusted.split(","))):
+        with contextlib.suppress(ValueError):
+            if name in ("*", host) or ipaddress.ip_address(host) in ipaddress.ip_network(name):
+                return True
+    return False
+
+
 class Connection(H11Protocol):
     """One connection. Its own refusals look like those of the dialects."""
 
@@ -65,6 +76,20 @@ class Connection(H11Protocol):
         if len(self.connections) > self.settings.max_connections:
             log.warning("a connection was refused: %d are open", len(self.connections) - 1)
             self._refuse(503, "too many connections; try again later", ("retry-after", "10"))
+        elif self._has_too_many():
+            self._refuse(429, "too many connections of one address; try again later", ("retry-after", "10"))
+
+    @property
+    def _host(self) -> str:
+        return self.client[0] if self.client else ""
+
+    def _has_too_many(self) -> bool:
+        most, host = self.settings.max_connections_per_client, self._host
+        theirs = sum(isinstance(other, Connection) and other._host == host for other in self.connections)
+        if not most or theirs <= most or is_proxy(host, self.settings.trusted_proxies):
+            return False
+        log.warning("%s: a connection was refused: %d are open", host, theirs - 1)
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The end of it."""

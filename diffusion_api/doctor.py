@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from diffusion_api import __version__
+from diffusion_api.access import is_loopback
 from diffusion_api.errors import DiffusionApiError, InvalidRequest
 from diffusion_api.schema.report import WorkerReport
-from diffusion_api.server import build_library, build_queue
+from diffusion_api.server import build_access, build_library, build_queue
 from diffusion_api.settings import Settings
 
 GIB = 2**30
@@ -39,7 +40,15 @@ class Finding:
 def examine(settings: Settings) -> int:
     """Print the report; 0 when nothing needs doing, else 1."""
     console = Console(highlight=False, soft_wrap=True)
-    findings = [*_versions(), _memory(), *_folders(settings), *_models(settings), _device(settings), _workers(settings)]
+    findings = [
+        *_versions(),
+        _memory(),
+        *_folders(settings),
+        *_models(settings),
+        _device(settings),
+        _workers(settings),
+        _access(settings),
+    ]
     for finding in findings:
         mark = "[green]ok  [/]" if finding.fix is None else "[red]fix [/]"
         console.print(f"{mark} [bold]{finding.subject:9}[/] {escape(finding.text)}")
@@ -123,6 +132,24 @@ def _worker(report: WorkerReport) -> str:
     device = report.device.name if report.device else "a device not known yet"
     words = f"process {report.pid} on {device}: {report.state}, {report.restarts} restarts"
     return f"{words}, nothing heard for {report.quiet:.0f} s" if report.jobs else words
+
+
+def _access(settings: Settings) -> Finding:
+    """Who may call."""
+    try:
+        access = build_access(settings)
+        keys = len(access.keyring)
+        if keys:
+            roles = "with one of an admin" if access.keyring.has_admin else "none of an admin"
+            return Finding("access", f"by key: {keys}, {roles}")
+    except DiffusionApiError as error:
+        return Finding("access", "nobody can be let in", str(error))
+    if not access.open:
+        return Finding("access", f"by key; the first is made when it serves on {settings.host or 'every address'}")
+    if is_loopback(settings.host):
+        return Finding("access", "open to everybody on this machine; `diffusion-api keys add NAME` changes that")
+    fix = "make a key: `diffusion-api keys add NAME --admin`, and leave out --allow-anonymous and REQUIRE_AUTH=false"
+    return Finding("access", f"open to everybody who reaches {settings.host or 'any address'}", fix)
 
 
 def _device(settings: Settings) -> Finding:

@@ -46,13 +46,6 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 ELSEWHERE = ("cross-site", "same-site")
 """What Sec-Fetch-Site says of a request that a page of another origin led to."""
 
-READABLE: dict[str, Any] = {
-    "allow_methods": ("GET", "POST", "DELETE"),
-    "allow_headers": ("Authorization", "Content-Type", "Idempotency-Key", "Prefer", "X-API-Key", "X-Request-ID"),
-    "expose_headers": ("Idempotency-Replayed", "Retry-After", "X-Job-Id", "X-Request-ID"),
-}
-"""What the pages of allowed origins may do and read; there are no cookies, so none are allowed."""
-
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 HARDENING = {
@@ -76,10 +69,21 @@ def middleware(settings: Settings, metrics: Metrics, access: Access) -> list[Mid
     return [
         Middleware(Conversation, metrics=metrics, root_path=settings.root_path),
         Middleware(Gate, hosts=allowed_hosts(settings), origins=pages | own),
-        *([Middleware(CORSMiddleware, allow_origins=sorted(pages), **READABLE)] if pages else []),
+        *([_readable_by(pages)] if pages else []),
         Middleware(Reception, access=access),
         Middleware(BodyLimit, limit=settings.max_body),
     ]
+
+
+def _readable_by(pages: frozenset[str]) -> Middleware:
+    """What tells browsers that the pages of these origins may call and read. There are no cookies, so none are allowed."""
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=sorted(pages),
+        allow_methods=("GET", "POST", "DELETE"),
+        allow_headers=("Authorization", "Content-Type", "Idempotency-Key", "Prefer", "X-API-Key", "X-Request-ID"),
+        expose_headers=("Idempotency-Replayed", "Retry-After", "X-Job-Id", "X-Request-ID"),
+    )
 
 
 def allowed_hosts(settings: Settings) -> frozenset[str]:
@@ -107,10 +111,8 @@ class Conversation:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if self._root_path:
-            scope["root_path"] = (
-                self._root_path
-            )  # for the router and the links in /docs, whether the proxy takes it off or not
+        if self._root_path and scope["type"] != "lifespan":
+            _mount(scope, self._root_path)
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -272,6 +274,15 @@ def route_path(scope: Scope) -> str:
     """The path as the routes know it: without what a proxy has before it."""
     root, path = scope.get("root_path", ""), str(scope["path"])
     return path.removeprefix(root) if path == root or path.startswith(f"{root}/") else path
+
+
+def _mount(scope: Scope, root: str) -> None:
+    """Say under which path callers find the service, as ASGI has it: in ``root_path``, and before ``path``, be it that the
+    proxy took it off.
+    """
+    scope["root_path"] = root
+    if route_path(scope) == scope["path"]:
+        scope["path"] = root + scope["path"]
 
 
 async def _closed(send: Send) -> None:

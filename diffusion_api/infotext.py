@@ -75,7 +75,8 @@ _QUOTED = re.compile(f"({_STRING}){_END}")
 _JSON = re.compile(f"({_json_pattern(6)}){_END}")
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,29})")
 _FLOAT = re.compile(r"-?[0-9]{1,30}(?:\.[0-9]{1,30}(?:e[+-][0-9]{2,3})?|e[+-][0-9]{2,3})")
-_USE = re.compile(r"\s*+([^,:][^,:]*+):(-?[0-9.]++)(?::(-?[0-9.]++))?\s*+(?:,|\Z)")
+_STRENGTH = r"(-?[0-9]{1,30}(?:\.[0-9]{1,30})?(?:e[+-]?[0-9]{1,3})?)"
+_USE = re.compile(rf'\s*+({_STRING}|[^,:"][^,:]*+):{_STRENGTH}(?::{_STRENGTH})?\s*+(?:,|\Z)')
 _NAMED = re.compile(r"(.+?)\s*+\[([0-9a-fA-F]{8,64})\]", re.DOTALL)
 _SIZE = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")
 _VERSION = re.compile(r"v?(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?(?:-(\d{1,9}))?(?![.\w])")
@@ -293,7 +294,7 @@ def for_request(
         **_picture(request),
         "Refiner": request.refiner and request.refiner.model,
         "Refiner switch at": request.refiner and request.refiner.switch_at,
-        "LoRAs": ", ".join(f"{use.name}:{_strengths(use)}" for use in request.loras) or None,
+        "LoRAs": ", ".join(f"{_written(use.name)}:{_strengths(use)}" for use in request.loras) or None,
         **(known or {}),
         "Version": version,
     }
@@ -382,7 +383,7 @@ def asked(parameters: Parameters, *, picture: bool = False) -> tuple[dict[str, A
         found["model"] = ""  # as before 2023, when the hash was all
     if found.get("rng") == "gpu":
         found["rng"] = "nv"
-    if loras := [_use(item) for item in _USE.finditer(str(full.fields.get("LoRAs", "")))]:
+    if loras := list(_uses(str(full.fields.get("LoRAs", "")))):
         found["loras"] = loras
     known = _ASKED.keys() | _NO_MATTER | {"LoRAs"}
     second_pass = bool({"Hires upscale", "Hires resize", "Hires upscaler"} & parameters.fields.keys())
@@ -435,9 +436,18 @@ def _object(text: Value | None) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _use(item: re.Match[str]) -> dict[str, str | float]:
-    use: dict[str, str | float] = {"name": item[1], "scale": float(item[3] or item[2])}
-    return use | {"text_scale": float(item[2])} if item[3] else use
+def _uses(text: str) -> Iterator[dict[str, str | float]]:
+    """The LoRAs in a list as :func:`for_request` writes it; what is no such item is passed over."""
+    position = 0
+    while position < len(text):
+        if item := _USE.match(text, position):
+            position = item.end()
+            name = _unquoted(item[1]) if item[1].startswith('"') else item[1]
+            on_text, scale = float(item[2]), float(item[3] or item[2])
+            if math.isfinite(on_text) and math.isfinite(scale):
+                yield {"name": name, "scale": scale} | ({"text_scale": on_text} if item[3] else {})
+        else:
+            position = text.find(",", position) + 1 or len(text)
 
 
 def from_novelai(description: str, comment: str, *, width: int, height: int) -> str | None:

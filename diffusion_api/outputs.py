@@ -21,7 +21,7 @@ from diffusion_api.schema.request import Upscale
 
 MIB = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT)
-SUFFIX = {"png": "png", "jpeg": "jpg", "webp": "webp", "avif": "avif", "gif": "gif"}
+SUFFIX: dict[Format, str] = {"png": "png", "jpeg": "jpg", "webp": "webp", "avif": "avif", "gif": "gif"}
 OURS = re.compile(rf"(?P<job>[0-9a-f]{{8}}(-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}})(-\d+)?\.({'|'.join(SUFFIX.values())})")
 """Names that the service gives; what else lies in the folder is somebody's own."""
 

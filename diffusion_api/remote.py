@@ -111,6 +111,25 @@ def upscale(
 
 
 @app.command(rich_help_panel=PANEL)
+def reproduce(
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A picture that says how it was made.")],
+    output: Output = Path(),
+    url: Url = HERE,
+    key: Key = None,
+) -> None:
+    """Make a picture again from what it says of itself, and say whether the pixels are the same.
+
+    The new one is a PNG. The exit status is 1 when a picture without loss came out otherwise.
+    """
+    from diffusion_api import metadata
+
+    paths = _post("txt2img", dict(image=image, fileType="png"), True, output, url, key)
+    text, well = metadata.compared(image, paths[0])
+    print(text)
+    raise typer.Exit(not well)
+
+
+@app.command(rich_help_panel=PANEL)
 def jobs(
     state: Annotated[
         list[str] | None,
@@ -121,7 +140,7 @@ def jobs(
     key: Key = None,
 ) -> None:
     """List the jobs of a service, newest first."""
-    with _service(url, key) as client:
+    with service(url, key) as client:
         found = client.jobs(*(state or ()), limit=limit)
     _table([_job(row) for row in found], ("JOB", "POSTED", "STATE", "KIND", "MODEL", "SIZE", "SEED", "PROMPT"))
 
@@ -134,7 +153,7 @@ def cancel(
     key: Key = None,
 ) -> None:
     """Cancel a job that waits or runs."""
-    with _service(url, key) as client:
+    with service(url, key) as client:
         status = client.cancel(job_id, partial=partial)
     kept = status.get("output_path")
     print(f"cancelled; the picture so far is {kept} at the service" if kept else "cancelled")
@@ -143,7 +162,7 @@ def cancel(
 @app.command(rich_help_panel=PANEL)
 def models(url: Url = HERE, key: Key = None) -> None:
     """List the models of a service."""
-    with _service(url, key) as client:
+    with service(url, key) as client:
         found = client.models()
     _table(
         [[row["label"], row["name"], row["family"], row["path"]] for row in found], ("LABEL", "NAME", "FAMILY", "PATH")
@@ -153,13 +172,13 @@ def models(url: Url = HERE, key: Key = None) -> None:
 @app.command(rich_help_panel=PANEL)
 def loras(url: Url = HERE, key: Key = None) -> None:
     """List the LoRAs of a service."""
-    with _service(url, key) as client:
+    with service(url, key) as client:
         found = client.loras()
     _table([[row["name"], row["family"] or "?", row["path"]] for row in found], ("NAME", "FAMILY", "PATH"))
 
 
 @contextmanager
-def _service(url: str, key: str | None) -> Iterator[Client]:
+def service(url: str, key: str | None) -> Iterator[Client]:
     """A client; a service that does not answer is told with what can be done about it."""
     from diffusion_api.client import Client
 
@@ -170,19 +189,18 @@ def _service(url: str, key: str | None) -> Iterator[Client]:
         raise Unavailable(f"{error}; `diffusion-api serve` starts a service, --url names another") from error
 
 
-def _post(kind: Kind, body: dict[str, Any], watch: bool, output: Path, url: str, key: str | None) -> None:
-    """Post a job; print its id, or watch it and print where its pictures were saved."""
-    with _service(url, key) as client:
+def _post(kind: Kind, body: dict[str, Any], watch: bool, output: Path, url: str, key: str | None) -> list[Path]:
+    """Post a job; print its id, or watch it and print where its pictures were saved, which is also the value."""
+    with service(url, key) as client:
         job = client.submit(kind, {name: value for name, value in body.items() if value is not None})
         for warning in job.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         if not watch:
             print(job.job_id)
-            return
+            return []
         try:
             _watch(client, job.job_id)
-            for path in client.save(job.job_id, output):
-                print(path)
+            paths = client.save(job.job_id, output)
         except KeyboardInterrupt:
             print(f"No longer watched; it goes on. To end it: diffusion-api cancel {job.job_id}", file=sys.stderr)
             raise typer.Exit(STOPPED) from None
@@ -190,6 +208,8 @@ def _post(kind: Kind, body: dict[str, Any], watch: bool, output: Path, url: str,
             raise Misconfigured(
                 f"the picture cannot be written to {output}: {error.strerror}; job {job.job_id}"
             ) from error
+    print(*paths, sep="\n")
+    return paths
 
 
 def _watch(client: Client, job_id: str) -> None:

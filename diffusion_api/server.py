@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -271,7 +272,10 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
     logs.configure(settings)
     listener = _adopt(handover.listener) if handover.listener else listen(settings.host, settings.port)
     handover = handover.model_copy(update={"listener": listener.fileno()})
-    url = f"http://{_shown_host(settings.host)}:{listener.getsockname()[1]}"
+    scheme = "https" if settings.ssl_certfile else "http"
+    here = f"{scheme}://{_shown_host(settings.host)}:{listener.getsockname()[1]}"
+    log.info("it listens on %s", here)
+    url = settings.public_url.rstrip("/") or here
     settings.create_folders()
     _show_first_key(settings, url)
     serving = build(settings, worker=worker, handover=handover)
@@ -283,7 +287,11 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=5,
+        forwarded_allow_ips=settings.trusted_proxies,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_certfile=settings.ssl_certfile,
     )
+    _load(config)
     greeting = _greeting(url, open_to_all=build_access(settings).open, model=settings.model)
     Server(config, drain=serving.drain, greeting=greeting).run(sockets=[listener])
     if serving.engine:
@@ -394,6 +402,17 @@ def _shown_host(host: str) -> str:
     """The host of a URL that works on this machine."""
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - shown, not bound
     return f"[{host}]" if ":" in host else host
+
+
+def _load(config: uvicorn.Config) -> None:
+    """Have uvicorn read what it is to serve with. Raises Misconfigured."""
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise Misconfigured(
+            f"https cannot be served with the certificate {config.ssl_certfile} and the key {config.ssl_keyfile}: "
+            f"{error.strerror or error}; `diffusion-api certificate` makes a pair"
+        ) from error
 
 
 def _show_first_key(settings: Settings, url: str) -> None:

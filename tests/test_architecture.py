@@ -16,7 +16,19 @@ PACKAGE = "diffusion_api"
 
 # Imports point down this list, or stay in the same row or folder. A name is a module or a folder of the package.
 LAYERS = (
-    ("cli", "__main__", "asgi", "demo", "doctor", "pulling", "listing", "lora_report", "remote"),
+    (
+        "cli",
+        "__main__",
+        "asgi",
+        "demo",
+        "doctor",
+        "pulling",
+        "listing",
+        "metadata",
+        "lora_report",
+        "remote",
+        "examples",
+    ),
     ("server",),
     ("supervisor",),
     ("app", "connections"),
@@ -42,7 +54,7 @@ LAYERS = (
     ("settings",),
     ("schema",),
     ("disk", "retention", "storage", "usage"),
-    ("errors",),
+    ("errors", "nearest"),
     ("",),  # the package itself: its version
 )
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}

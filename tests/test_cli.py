@@ -137,6 +137,7 @@ def test_the_doctor_finds_nothing_wrong_and_shows_names_as_they_are(tmp_path: Pa
     done = run("doctor", "--home", home, cwd=tmp_path, engine="stub", shipped_models=False)
     assert done.returncode == 0, done.stdout
     assert "everything is well" in done.stdout
+    assert "open to everybody on this machine" in done.stdout
     assert f"{home}, " in done.stdout
     assert "[bold]model (sd1, 512 px)" in done.stdout
     assert f"Diffusion API {__version__}, Python {sys.version.split()[0]}" in done.stdout
@@ -171,7 +172,11 @@ def test_the_doctor_and_the_list_show_the_size_that_models_toml_says(home: Path,
 
 @pytest.mark.parametrize(
     ("settings", "advice"),
-    [({"model": "gone"}, "model 'gone' is not installed"), ({"home": "/nowhere/at/all"}, "the folder does not exist")],
+    [
+        ({"model": "gone"}, "model 'gone' is not installed"),
+        ({"home": "/nowhere/at/all"}, "the folder does not exist"),
+        ({"host": "0.0.0.0", "require_auth": "false"}, "make a key: `diffusion-api keys add NAME --admin`"),
+    ],
 )
 def test_the_doctor_notices(home: Path, tmp_path: Path, settings: dict[str, str], advice: str) -> None:
     done = run("doctor", cwd=tmp_path, **{"home": str(home), "engine": "stub", "shipped_models": "false"} | settings)

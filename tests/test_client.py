@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from serving import serving
 
 from diffusion_api.client import ApiError, Client, Status
 from diffusion_api.demo import run_demo
@@ -138,7 +139,7 @@ def test_wait_asks_a_service_that_cannot_wait_no_more_often_than_its_interval(se
     assert len(asked) <= 8
 
 
-@pytest.mark.parametrize("status", [503, 507])
+@pytest.mark.parametrize("status", [429, 503, 507])
 def test_a_job_is_posted_again_with_its_key_when_there_may_be_room(serve: Callable[..., str], status: int) -> None:
     full: Answer = (status, {"error": "no room"}, {"Retry-After": "0"})
     answers = iter([full, full, (200, {"job_id": "abc", "status": "queued", "seed": 1})])
@@ -151,6 +152,12 @@ def test_a_job_is_posted_again_with_its_key_when_there_may_be_room(serve: Callab
         answers = iter([(200, {"job_id": "def", "status": "queued", "seed": 1})])
         client.txt2img(prompt="a circle")
     assert asked[-1][1]["Idempotency-Key"] != keys[0]
+
+
+def test_a_poll_that_comes_too_often_is_sent_again_when_the_service_says(serve: Callable[..., str]) -> None:
+    answers = iter([(429, {"error": "too many requests"}, {"Retry-After": "0"}), (200, {"state": "done"})])
+    with Client(serve({"GET /queue/abc": lambda _: next(answers)})) as client:
+        assert client.wait("abc")["state"] == "done"
 
 
 def test_a_job_is_posted_once_when_the_service_would_have_it_wait_too_long(serve: Callable[..., str]) -> None:
@@ -364,3 +371,20 @@ def test_an_interrupted_demo_stops_its_service(tmp_path: Path, number: signal.Si
     assert child.wait(20) != 0
     child.stdout.close()
     assert not alive(int((tmp_path / "home" / "pid").read_text()))
+
+
+def test_it_sends_the_key_that_it_is_given_or_that_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DIFFUSION_API_KEY", raising=False)
+    with serving(tmp_path, api_key="ann") as server:
+        with Client(server.url) as client, pytest.raises(ApiError, match="Missing API key") as refused:
+            client.models()
+        assert refused.value.status_code == 401
+        with Client(server.url, api_key="ann") as client:
+            assert client.models()["models"] == []
+        monkeypatch.setenv("DIFFUSION_API_KEY", "ann")
+        with Client(server.url) as client:
+            assert client.models()["models"] == []
+        with Client(server.url, api_key="") as client, pytest.raises(ApiError):
+            client.models()

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import inspect
 import io
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 from fake_models import diffusers_folder
 from PIL import Image
-from serving import Program, serving
+from serving import ROOT, Program, serving
 
+from diffusion_api import client
 from diffusion_api.client import (
     AsyncClient,
     BadRequest,
@@ -173,6 +175,26 @@ def test_many_jobs_are_awaited_at_a_time(server: Program) -> None:
             return await asyncio.gather(*(client.result(job.job_id) for job in jobs))
 
     assert [status["seed"] for status in asyncio.run(draw())] == [0, 1, 2, 3]
+
+
+def test_the_programs_of_the_page_run(server: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "clients.md").read_text("utf-8")
+    blocking, awaiting = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for program in (blocking, awaiting):
+        exec(program.replace("http://127.0.0.1:8000", server.url), names)
+    assert Image.open(names["path"]).size == (64, 64)
+    assert base64.b64decode(names["status"]["image"])
+    assert [status["state"] for status in names["statuses"]] == ["done", "done"]
+
+
+def test_the_page_names_every_method_and_error() -> None:
+    page = (ROOT / "docs" / "clients.md").read_text("utf-8")
+    methods = [name for name, _ in inspect.getmembers(Client, inspect.isfunction) if not name.startswith("_")]
+    errors = [name for name in client.__all__ if isinstance(getattr(client, name), type)]
+    wanted = {*methods, *errors} - {"close", "Status", "Submitted", "Row"}
+    assert [name for name in wanted if not re.search(rf"`{name}[`(]", page)] == []
 
 
 def test_nobody_who_answers_is_unavailable() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import counting
 import pytest
+import typer
 from serving import ROOT
 
+from diffusion_api import cli
 from diffusion_api.catalog import samplers
 from diffusion_api.dialects.native.bodies import Img2ImgBody, Txt2ImgBody, UpscaleBody
 from diffusion_api.settings import Settings
@@ -53,6 +56,38 @@ def test_the_api_page_names_every_field() -> None:
     text = (ROOT / "docs" / "native.md").read_text("utf-8")
     bodies = (Txt2ImgBody, Img2ImgBody, UpscaleBody)
     assert [name for body in bodies for name in body.model_fields if f"`{name}`" not in text] == []
+
+
+def _commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{before}{name} ")
+        else:
+            yield before + name, command
+
+
+COMMANDS = dict(_commands(typer.main.get_command(cli.app)))
+CLI_PAGE = (ROOT / "docs" / "cli.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_page_of_the_command_line_names_every_option(name: str) -> None:
+    section = re.search(
+        rf"^### `diffusion-api {name.split()[0]}\b.*?(?=^##)", f"{CLI_PAGE}\n##", re.MULTILINE | re.DOTALL
+    )
+    assert section
+    assert name in section[0]
+    common = CLI_PAGE[: CLI_PAGE.index("\n## ")]
+    options = [
+        p.opts + p.secondary_opts for p in COMMANDS[name].params if p.param_type_name == "option" and not p.hidden
+    ]
+    assert [names for names in options if not any(f"`{n}`" in section[0] + common for n in names)] == []
+
+
+def test_the_page_of_the_command_line_names_no_option_that_does_not_exist() -> None:
+    options = {n for command in COMMANDS.values() for p in command.params for n in (*p.opts, *p.secondary_opts)}
+    options |= {"--help", "--version", "--install-completion", "--show-completion"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", CLI_PAGE)) - options == {"--folder"} - options
 
 
 def test_the_architecture_page_names_every_module_at_the_top() -> None:

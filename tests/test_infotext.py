@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from diffusion_api.infotext import for_request, from_novelai, ordered, parse, render, restored
+from diffusion_api.infotext import asked, for_request, from_novelai, hashes, named, ordered, parse, render, restored
 from diffusion_api.schema.request import LoraUse, Output, Txt2Img
 
 GOLDEN = """a castle, (stone:1.2) <lora:epic:0.7>
@@ -493,6 +493,100 @@ def test_any_text_can_be_read(text: str) -> None:
     parameters = parse(text)
     assert parameters.raw == text
     restored(parameters)
+    asked(parameters)
+    hashes(parameters)
+
+
+PIECES = [
+    *'ab:,"\\[]{}\n 1x.-e', "Steps: 1, Seed: 2, Size: 8x8, ", "LoRAs: ", "Lora hashes: ", "Hashes: ", "Model: ", "Model hash: ",
+    "Hires upscale: ", "VAE: ", "RNG: ", "Emphasis: ", '{"model": 1}', "lora:", "[0123456789]",
+]  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
+def test_any_text_of_the_fields_that_name_files_asks_for_something(text: str) -> None:
+    for parameters in (parse(text), parse("Steps: 1, Seed: 2, Size: 8x8, LoRAs: " + text)):
+        fields, unused = asked(parameters)
+        assert {"prompt", "negative_prompt", "rng", "schedule"} <= fields.keys()
+        assert set(unused) <= parameters.fields.keys()
+        assert all(isinstance(value, str) for value in hashes(parameters).values())
+
+
+USES = st.builds(
+    LoraUse,
+    name=st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=1),
+    scale=st.floats(-1e9, 1e9),
+    text_scale=st.none() | st.floats(-1e9, 1e9),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(USES, min_size=1, max_size=4))
+@example([LoraUse(name='a, b: "c"', scale=1e-7), LoraUse(name='"', scale=-0.0, text_scale=1e22)])
+def test_loras_with_any_name_and_strength_are_asked_for_again(uses: list[LoraUse]) -> None:
+    request = REQUEST.model_copy(update={"loras": tuple(uses)})
+    text = for_request(
+        request, sampler_label="Euler a", schedule_label="Karras", model_name="m", model_hash=None, version="v1"
+    )
+    found = [LoraUse(**use) for use in asked(parse(text))[0]["loras"]]
+    assert [(use.name, use.scale, use.on_text) for use in found] == [(u.name, u.scale, u.on_text) for u in uses]
+
+
+@pytest.mark.parametrize("told", ["a:1.2.3", "a:.", "a:-", "a:1:2:3", "a:1e999", "a:nan"])
+def test_strengths_that_are_no_numbers_ask_for_no_lora(told: str) -> None:
+    assert "loras" not in asked(parse(f"Steps: 1, Seed: 2, Size: 8x8, LoRAs: {told}"))[0]
+
+
+def test_the_hashes_of_files_are_found_wherever_a_text_has_them() -> None:
+    line = (
+        "Steps: 1, Seed: 2, Model hash: 0123456789, Model: dream, VAE hash: abcdef0123, VAE: kl.pt, "
+        'Lora hashes: "epic: 12ab, a.b: 34cd", Hashes: {"model": "ffffffffff", "lora:epic": "eeee", "lora:old": "dddd", '
+        '"vae": "cccc", "upscaler:x": "bbbb"}'
+    )
+    assert hashes(parse(line)) == {
+        ("model", "dream"): "0123456789",
+        ("vae", "kl.pt"): "abcdef0123",
+        ("lora", "epic"): "12ab",
+        ("lora", "a.b"): "34cd",
+        ("lora", "old"): "dddd",
+        ("upscaler", "x"): "bbbb",
+    }
+    assert hashes(parse("Steps: 1, Seed: 2, Model hash: 0123abcd")) == {("model", ""): "0123abcd"}
+
+
+@pytest.mark.parametrize(
+    ("told", "name", "hashed"),
+    [
+        ("dream [0123456789]", "dream", "0123456789"),
+        ("dream v2 [final] [0123ABCD]", "dream v2 [final]", "0123ABCD"),
+        ("dream [final]", "dream [final]", None),
+        ("[0123456789]", "[0123456789]", None),
+        ("", "", None),
+    ],
+)
+def test_a_name_may_have_its_hash_in_brackets(told: str, name: str, hashed: str | None) -> None:
+    assert named(told) == (name, hashed)
+
+
+def test_a_text_that_knows_a_model_by_its_hash_alone_asks_for_it() -> None:
+    assert asked(parse("Steps: 1, Seed: 2, Model hash: 0123abcd"))[0]["model"] == ""
+    assert "model" not in asked(parse("Steps: 1, Seed: 2, Size: 8x8"))[0]
+
+
+def test_forges_and_civitais_texts_are_read() -> None:
+    forge = (
+        "cat\nSteps: 20, Sampler: Euler, Schedule type: Simple, CFG scale: 1, Distilled CFG Scale: 3.5, Seed: 1, "
+        "Size: 896x1152, "
+        "Model hash: b4a2fdb95a, Model: flux1-dev, Module 1: ae, Module 2: clip_l, Diffusion in Low Bits: Automatic, "
+        "Version: f2.0.1v1.10.1-previous-659-gc055f2d4"
+    )
+    fields, unused = asked(parse(forge))
+    assert (fields["model"], fields["sampler"], fields["width"]) == ("flux1-dev", "Euler", 896)
+    assert unused == ("Distilled CFG Scale", "Module 1", "Module 2", "Diffusion in Low Bits")
+    fields, unused = asked(parse(CIVITAI))
+    assert (fields["seed"], fields["clip_skip"]) == (1, 2)
+    assert unused == ("Civitai resources", "Civitai metadata")
 
 
 @given(st.lists(st.sampled_from([*'ab:,"\\[]{}\n 1x', "Size: ", "Negative prompt:", "kk: "])).map("".join))

@@ -19,12 +19,16 @@ BESIDE_THE_DOCUMENT = (
 )
 
 
+KEY = "the-key-of-an-admin"  # without which no route answers that the document says needs one
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Program]:
     """A service whose limits let no job take long."""
     home = tmp_path / "home"
     diffusers_folder(home / "stable_diffusion" / "models" / "small", sample_size=8)
-    with serving(home, max_pixels=64 * 64, max_batch=2, max_queue=0, max_seconds=5) as program:
+    with serving(home, max_pixels=64 * 64, max_batch=2, max_queue=0, max_seconds=5, admin_api_key=KEY) as program:
+        program.key = KEY
         yield program
 
 
@@ -34,6 +38,7 @@ def test_no_request_that_the_document_leads_to_ends_in_a_5xx(server: Program, tm
         [
             *(f"{sysconfig.get_path('scripts')}/st", "run", f"{server.url}/openapi.json", "--no-color"),
             *("--phases", "examples,coverage,fuzzing,stateful", "--mode", "all"),
+            *("--header", f"X-API-Key: {KEY}"),
             *("--max-examples", str(examples), "--generation-deterministic"),
             *(("--exclude-path", "/inpaint") if examples < 100 else ()),  # its body is that of /img2img
             *("--checks", "all", "--exclude-checks", ",".join(BESIDE_THE_DOCUMENT)),

@@ -22,7 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     home = tmp_path_factory.mktemp("remote")
     diffusers_folder(home / "stable_diffusion" / "models" / "small", sample_size=8)
     checkpoint(home / "stable_diffusion" / "loras" / "style.safetensors", LORA_KEYS)
-    with serving(home) as program:
+    with serving(home, log_level="debug") as program:
         yield program
 
 
@@ -67,6 +67,18 @@ def test_every_option_reaches_the_service(server: Program, tmp_path: Path) -> No
     newest = server.get("/queue?limit=1").json()["jobs"][0]
     payload = server.status(newest["job_id"])["payload"]
     assert payload["loras"] == [{"name": "style", "scale": 0.5}, {"name": "other"}]
+
+
+def test_a_picture_is_drawn_from_a_picture_and_made_larger(server: Program, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 72), "red").save(tmp_path / "in.png")
+    drawn = said(server, "img2img", "in.png", "a star", "--strength", 0.5, "--steps", 2, "-w", cwd=tmp_path).strip()
+    assert Image.open(tmp_path / drawn).size == (64, 72)
+    larger = said(
+        server, "upscale", "in.png", "--scale", 3, "--upscaler", "nearest", "-w", "-o", "big.jpg", cwd=tmp_path
+    )
+    assert Image.open(tmp_path / larger.strip()).size == (192, 216)
+    kinds = [row["kind"] for row in server.get("/queue?limit=2").json()["jobs"]]
+    assert kinds == ["upscale", "img2img"]
 
 
 def test_a_job_is_posted_listed_and_cancelled(server: Program, tmp_path: Path) -> None:
@@ -131,18 +143,18 @@ def test_a_key_opens_a_service_that_wants_one(tmp_path: Path) -> None:
 
 def test_who_stops_watching_does_not_stop_the_job(server: Program, tmp_path: Path) -> None:
     with subprocess.Popen(
-        command("txt2img", "stub:seconds=0.1", "--set", "steps=100", "--watch"),
+        command("txt2img", "stub:seconds=0.3", "--set", "steps=100", "--watch"),
         cwd=tmp_path, env=environment(url=server.url), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as watching:  # fmt: skip
-        eventually(lambda: server.get("/queue?state=processing").json()["jobs"], "the job to run")
+        (job,) = eventually(lambda: server.get("/queue?state=processing").json()["jobs"], "the job to run")
+        eventually(lambda: f"GET /queue/{job['job_id']}" in server.log, "it to be watched")
         watching.send_signal(signal.SIGINT)
         _, told = watching.communicate(timeout=PATIENCE)
     assert watching.returncode == 130, told
-    found = re.search(r"To end it: diffusion-api cancel (\S+)", told)
-    assert found
-    assert server.status(found[1])["state"] == "processing"
-    said(server, "cancel", found[1], cwd=tmp_path)
+    assert f"To end it: diffusion-api cancel {job['job_id']}" in told
+    assert server.status(job["job_id"])["state"] == "processing"
+    said(server, "cancel", job["job_id"], cwd=tmp_path)
 
 
 def test_the_shell_completes_commands(tmp_path: Path) -> None:

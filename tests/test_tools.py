@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_models import SD1_KEYS, checkpoint
-from serving import PATIENCE, ROOT, environment, run
+from fake_models import SD1_KEYS, checkpoint, diffusers_folder
+from PIL import Image
+from serving import PATIENCE, ROOT, Program, environment, run, serving
 
 from diffusion_api.settings import DATA
 
@@ -155,8 +157,6 @@ def test_a_pair_takes_milliseconds(tmp_path: Path) -> None:
 
 
 def test_a_picture_proves_that_a_lora_works(tmp_path: Path) -> None:
-    from PIL import Image
-
     done = tool("test_lora_compatibility.py", "--render", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     told = re.search(
@@ -171,7 +171,53 @@ def test_a_picture_proves_that_a_lora_works(tmp_path: Path) -> None:
     assert float(told[2]) > 1
 
 
-@pytest.mark.parametrize("name", ["list_models.py", "list_available_models_loras.py", "test_lora_compatibility.py"])
+TOOLS = [
+    *("list_models.py", "list_available_models_loras.py", "test_lora_compatibility.py"),
+    *("example_usage.py", "example_img2img_refiner.py", "test_img2img_refiner.py"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """A service with the stub engine and two small models."""
+    home = tmp_path_factory.mktemp("examples")
+    models = home / "stable_diffusion" / "models"
+    diffusers_folder(models / "models--mirroring--pastel-mix", sample_size=8)
+    diffusers_folder(models / "stable-diffusion-v1-5", sample_size=8)
+    with serving(home) as program:
+        yield program
+
+
+def test_the_example_draws_with_each_model_by_its_label(server: Program, tmp_path: Path) -> None:
+    done = tool("example_usage.py", cwd=tmp_path, url=server.url)
+    assert done.returncode == 0, done.stderr
+    assert "  Pastel Mix -> models--mirroring--pastel-mix\n" in done.stdout
+    assert "\nPastel Mix: a beautiful landscape" in done.stdout
+    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 2
+
+
+def test_the_example_of_the_refiner_runs_and_shows_what_the_service_warns_of(server: Program, tmp_path: Path) -> None:
+    done = tool("example_img2img_refiner.py", "--refiner", "pastel mix", cwd=tmp_path, url=server.url)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("  warning: refiner_checkpoint is ignored") == 2
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [((), 0, "SKIP refiner: "), (("--refiner", "pastel mix"), 1, "FAIL refiner: refiner_checkpoint is ignored")],
+)
+def test_a_refiner_is_tried(
+    server: Program, tmp_path: Path, arguments: tuple[str, ...], status: int, told: str
+) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "in.png")
+    done = tool("test_img2img_refiner.py", "--image", "in.png", *arguments, cwd=tmp_path, url=server.url)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.startswith("PASS img2img: a picture of ")
+    assert told in done.stdout
+
+
+@pytest.mark.parametrize("name", TOOLS)
 def test_a_tool_is_a_command_and_lies_where_the_document_has_it(tmp_path: Path, name: str) -> None:
     command = Path(name).stem.replace("_", "-")
     assert (ROOT / name).resolve() == ROOT / "scripts" / name

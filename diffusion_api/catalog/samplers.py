@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from diffusion_api.errors import UnknownSampler
+from diffusion_api.nearest import hint
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,10 @@ def _sampler(name: str) -> tuple[Sampler, str | None]:
     for ending in (AUTOMATIC, *(key for row in SCHEDULES for key in _keys(row))):
         if wanted.endswith(" " + ending) and (found := _find(SAMPLERS, wanted.removesuffix(" " + ending))):
             return found, ending
-    choices = ", ".join(sampling_methods())
-    raise UnknownSampler(f"sampler_name {name!r} is not known; one of {choices}", field="sampler_name")
+    known = [row.label for row in SAMPLERS]
+    raise _unknown(
+        "sampler_name", name, sampling_methods(), [*known, *(f"{s} {row.label}" for s in known for row in SCHEDULES)]
+    )
 
 
 def _schedule(name: str | None, sampler: Sampler) -> Schedule:
@@ -145,8 +148,13 @@ def _schedule(name: str | None, sampler: Sampler) -> Schedule:
         return schedule(sampler.automatic)
     if found := _find(SCHEDULES, _key(name)):
         return found
-    choices = ", ".join(scheduler_types())
-    raise UnknownSampler(f"scheduler_type {name!r} is not known; one of {choices}", field="scheduler_type")
+    raise _unknown("scheduler_type", name, scheduler_types(), scheduler_types())
+
+
+def _unknown(field: str, name: str, choices: Sequence[str], near: Sequence[str]) -> UnknownSampler:
+    meant, among = hint(name, near), ", ".join(choices)
+    choice = f"{meant} One of {among}" if meant else f"; one of {among}"
+    return UnknownSampler(f"{field} {name!r} is not known{choice}", field=field)
 
 
 def _key(name: str) -> str:

@@ -231,3 +231,10 @@ def test_a_reproduction_that_is_asked_for_twice_with_one_key_is_one(stub_server:
     once, twice = (stub_server.request("POST", path, headers=headers) for _ in range(2))
     assert once.json()["job_id"] == twice.json()["job_id"]
     assert ("Idempotency-Replayed" in once.headers, "Idempotency-Replayed" in twice.headers) == (False, True)
+
+
+def test_a_picture_from_a_picture_is_made_again_with_what_it_brought_along(stub_server: Program) -> None:
+    body = {"prompt": PROMPT, "image": picture(), "model": "small", "steps": 2}
+    first = stub_server.request("POST", "/img2img", json=body).json()
+    stub_server.wait(first["job_id"])
+    assert reproduced(stub_server, first["job_id"])["reproduces"]["matched"] is True

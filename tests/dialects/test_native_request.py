@@ -113,6 +113,7 @@ BODIES = st.fixed_dictionaries(
         "rho": st.just(0) | st.floats(0.1, 100),
         "guidance_rescale": st.floats(0, 1),
         "clip_skip": st.integers(1, 12),
+        "tiling": st.booleans(),
         "emphasis": st.sampled_from(["original", "no norm", "ignore", "none"]),
         "hires": st.fixed_dictionaries(
             {"enabled": st.just(True)},
@@ -364,6 +365,17 @@ def test_styles_are_put_around_the_prompts_in_their_order(styled: Service) -> No
     request, warnings = meant(styled, prompt="a cat # (black)", negative_prompt="fog", styles=["oil", "in oil"])
     assert (request.prompt, request.negative_prompt) == ("an oil painting of a cat, oil painting", "fog, photo")
     assert warnings == []
+
+
+def test_styles_are_put_around_the_words_of_a_second_pass_too(styled: Service) -> None:
+    words = {"prompt": "a cat", "negative_prompt": "fog", "styles": ["oil"]}
+    same, own = (
+        meant(styled, **words, hires={"enabled": True, **hires})[0].hires for hires in ({}, {"prompt": "a dog # (red)"})
+    )
+    assert same
+    assert own
+    assert (same.prompt, same.negative_prompt) == ("a cat, oil painting", "fog, photo")
+    assert (own.prompt, own.negative_prompt) == ("a dog, oil painting", "fog, photo")
 
 
 def test_a_style_that_is_not_known_is_skipped_with_the_nearest_name(styled: Service) -> None:

@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_models import ESRGAN_KEYS, LORA_KEYS, SD1_KEYS, VAE_KEYS, checkpoint, diffusers_folder
+from fake_models import (
+    ESRGAN_KEYS,
+    LORA_KEYS,
+    REFINER_KEYS,
+    SD1_KEYS,
+    SDXL_KEYS,
+    VAE_KEYS,
+    checkpoint,
+    diffusers_folder,
+)
 
+from diffusion_api import infotext
 from diffusion_api.catalog.library import Library
 from diffusion_api.dialects.native.bodies import Txt2ImgBody
 from diffusion_api.dialects.native.requests import txt2img
@@ -24,6 +34,8 @@ from diffusion_api.settings import Settings
 FILES = {
     "model": ("models/one.safetensors", SD1_KEYS),
     "other": ("models/two.safetensors", SD1_KEYS | {"more": [1]}),
+    "xl": ("models/xl.safetensors", SDXL_KEYS),
+    "refiner": ("models/refine.safetensors", REFINER_KEYS),
     "lora": ("loras/style.safetensors", LORA_KEYS),
     "vae": ("vae/white.safetensors", VAE_KEYS),
     "upscaler": ("upscalers/sharp.safetensors", ESRGAN_KEYS),
@@ -81,7 +93,7 @@ def test_a_model_with_another_hash_is_taken_by_its_name_and_told(service: Servic
 
 def test_a_model_that_is_absent_is_told_with_name_hash_and_choices(service: Service) -> None:
     said = refusal(service, f"a\n{FIELDS}, Model hash: 0123456789, Model: dream")
-    for word in ("infotext: ", "model 'dream' is not installed", "0123456789", "folder, one, two"):
+    for word in ("infotext: ", "model 'dream' is not installed", "0123456789", "one of folder, one, "):
         assert word in said
 
 
@@ -149,3 +161,36 @@ def test_the_second_passes_model_and_upscaler_are_found_by_their_hashes(service:
 def test_an_upscaler_that_is_absent_is_told(service: Service) -> None:
     said = refusal(service, f"a\n{FIELDS}, Model: one, Hires upscale: 2, Hires upscaler: R-SHARP")
     assert said == "infotext: upscaler 'R-SHARP' is not installed; one of sharp"
+
+
+def test_all_that_a_request_names_is_asked_for_again(service: Service, home: Path) -> None:
+    body = Txt2ImgBody.model_validate(
+        {
+            "prompt": "a <lora:style:0.5>",
+            "model": "xl",
+            "vae": "white",
+            "refiner_checkpoint": "refine",
+            "refiner_switch_at": 0.65,
+            "tiling": True,
+            "seed": 5,
+            "loras": ["style", {"name": "style", "scale": -0.5, "text_scale": 0.25}],
+            "hires": {"enabled": True, "model": "xl", "upscaler": "sharp", "prompt": "b <lora:style:1>"},
+        }
+    )
+    request = txt2img(body, service).request
+    text = infotext.for_request(
+        request,
+        sampler_label="DPM++ 2M",
+        schedule_label="Karras",
+        model_name="xl",
+        model_hash=digest(home, "xl")[:10],
+        known={
+            "VAE hash": digest(home, "vae")[:10],
+            "VAE": "white.safetensors",
+            "Lora hashes": f"style: {digest(home, 'lora')[:12]}",
+        },
+        version="DiffusionAPI v0.1.0",
+    )
+    assert request.refiner
+    assert request.hires
+    assert meant(service, text) == (request, [])

@@ -80,7 +80,7 @@ def test_a_sampler_is_k_diffusions(name: str, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4])
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("name", sorted(STOCHASTIC))
 def test_eta_and_s_noise_mean_what_they_do_there(name: str, eta: float) -> None:
     sigmas = spacing(LEVELS, name, "karras", 12)
     x = noise(1, 4, 8, 8) * sigmas[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from diffusion_api.dialects._base import MAX_SIDE
 from diffusion_api.schema.job import LoraApplied, LoraSkipped
@@ -58,6 +58,8 @@ Factor = Annotated[float, Field(gt=0, le=16, allow_inf_nan=False)]
 class LoraBody(BaseModel):
     """A LoRA by name, or by its path as the service shows it, with its strength."""
 
+    model_config = ConfigDict(extra="allow")
+
     name: str = Field(validation_alias=_also("name", "path"))
     scale: float = Field(default=1.0, allow_inf_nan=False)
     text_scale: float | None = Field(
@@ -67,6 +69,8 @@ class LoraBody(BaseModel):
 
 class HiresBody(BaseModel):
     """A second pass at a larger size. What is left out is as in the first."""
+
+    model_config = ConfigDict(extra="allow")
 
     enabled: bool | None = None
     scale: float = Field(default=2.0, gt=0, le=8, allow_inf_nan=False, description="without width and height")
@@ -80,6 +84,32 @@ class HiresBody(BaseModel):
     model: str | None = None
     prompt: str | None = None
     negative_prompt: str | None = None
+
+
+HIRES = 'it is an object, as {"enabled": true, "scale": 2}, with ' + ", ".join(HiresBody.model_fields)
+LORAS = "it is a list of names, or of objects with name (or path), scale and text_scale"
+
+
+def _object(value: Any) -> Any:
+    if value is None or isinstance(value, dict | HiresBody):
+        return value
+    raise ValueError(HIRES)
+
+
+def _list(value: Any) -> Any:
+    if value is None or isinstance(value, list):
+        return value
+    raise ValueError(LORAS)
+
+
+def _kind(value: Any) -> str | None:
+    return "name" if isinstance(value, str) else "object" if isinstance(value, dict | LoraBody) else None
+
+
+Lora = Annotated[
+    Annotated[str, Tag("name")] | Annotated[LoraBody, Tag("object")],
+    Discriminator(_kind, custom_error_type="lora", custom_error_message=LORAS),
+]
 
 
 class JobBody(BaseModel):
@@ -197,7 +227,7 @@ class SamplingBody(JobBody):
     infotext: str | None = Field(
         default=None, description="the parameters of a picture, as A1111 writes them: for all that is left out here"
     )
-    loras: list[LoraBody | str] | None = Field(
+    loras: Annotated[list[Lora] | None, BeforeValidator(_list)] = Field(
         default=None, description="beside those that the prompt names as <lora:name:scale>"
     )
     vae: str | None = Field(
@@ -242,7 +272,7 @@ class Txt2ImgBody(SamplingBody):
         },
     )
 
-    hires: HiresBody | None = None
+    hires: Annotated[HiresBody | None, BeforeValidator(_object)] = None
     image: str | None = Field(
         default=None, description="a picture in base64, or as a data URL: the infotext in it counts, not its pixels"
     )

@@ -14,9 +14,9 @@ from diffusion_api.dialects.native.requests import (
     given,
     output,
     rounded,
-    unknown_fields,
     upscaler_name,
 )
+from diffusion_api.dialects.native.unknown import unknown_fields
 from diffusion_api.errors import InvalidRequest
 from diffusion_api.schema.request import Img2Img, Mask, Upscale
 

@@ -19,6 +19,9 @@ from diffusion_api.schema.request import Img2Img, Sampling, Txt2Img, Upscale
 if TYPE_CHECKING:
     from diffusion_api.service import Service
 
+LONGEST_PROMPT = 200
+"""Characters of a prompt in a list of jobs."""
+
 
 def dry_run(meant: Meant[Txt2Img | Img2Img], service: Service) -> DryRunBody:
     request = meant.request
@@ -48,10 +51,6 @@ def dry_run(meant: Meant[Txt2Img | Img2Img], service: Service) -> DryRunBody:
         ),
         warnings=meant.warnings,
     )  # fmt: skip
-
-
-LONGEST_PROMPT = 200
-"""Characters of a prompt in a list of jobs."""
 
 
 def dry_upscale(meant: Meant[Upscale], service: Service) -> UpscaleDryRunBody:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from diffusion_api.catalog import samplers
 from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects._base import build, resolve_seed, round_size
-from diffusion_api.dialects.native.bodies import MAX_UNKNOWN, HiresBody, JobBody, LoraBody, SamplingBody, Txt2ImgBody
+from diffusion_api.dialects.native.bodies import HiresBody, JobBody, LoraBody, SamplingBody, Txt2ImgBody
 from diffusion_api.dialects.native.told import DEFAULT_SAMPLER, Drawn, filled, with_text_of_image
+from diffusion_api.dialects.native.unknown import unknown_fields
 from diffusion_api.errors import InvalidRequest, UnknownModel
+from diffusion_api.nearest import LONGEST_NAME, hint
 from diffusion_api.prompt import parse, uncommented
 from diffusion_api.schema.job import lora_skipped
 from diffusion_api.schema.request import OWN_VAE, Format, Hires, LoraUse, Output, Refiner, Request, Txt2Img
@@ -34,7 +35,6 @@ FILE_TYPES: dict[str, Format] = {
     "jpeg": "jpeg",
 }
 LOSSLESS = ("png", "webp")
-LONGEST_NAME = 100
 OPTIONS = (
     *("rng", "ensd", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "discard_next_to_last_sigma"),
     *("sigma_min", "sigma_max", "rho"),
@@ -45,6 +45,8 @@ SWITCH_AT = 0.8
 """Share of the steps after which the refiner takes over, where nothing else is said."""
 
 KNOWN = "<lora:name:weight> is one"
+LORA = {"name", "scale", "text_scale"}
+"""What a body says of a LoRA that is known here."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def txt2img(body: Txt2ImgBody, service: Service) -> Meant[Txt2Img]:
     """The picture from words that a body means. Raises InvalidRequest."""
     body, fields, warnings = drawing(with_text_of_image(body, service), service, _own_size)
     first = build(Txt2Img, **fields)
-    hires, notes = _hires(body.hires, first, service)
+    hires, notes = _hires(_hires_styled(body, service), first, service)
     if hires:
         asked = [*(("lora", lora.name) for lora in first.loras), *_networks(first.prompt)]
         notes += _absent([network for network in _networks(hires.prompt) if network not in asked], service)
@@ -220,13 +222,18 @@ def _styled(body: SamplingBody, service: Service) -> tuple[str, str, list[str]]:
                 prompt, negative_prompt = known[name].around(prompt, negative_prompt)
                 service.check_length(prompt, negative_prompt)  # each of them may double it
             else:
-                notes.append(f"style {name[:LONGEST_NAME]!r} is not known and was skipped" + near(name, known))
+                notes.append(f"style {name[:LONGEST_NAME]!r} is not known and was skipped" + hint(name, known))
     return prompt, negative_prompt, notes
 
 
-def near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name[:LONGEST_NAME], known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def _hires_styled(body: Txt2ImgBody, service: Service) -> HiresBody | None:
+    """The second pass that a body has, with its styles around the words of its own. Raises TooLarge."""
+    if body.hires is None or not body.styles:
+        return body.hires
+    own = {"prompt": body.hires.prompt or "", "negative_prompt": body.hires.negative_prompt or ""}
+    prompt, negative_prompt, _ = _styled(body.model_copy(update=own), service)
+    styled = {"prompt": own["prompt"] and prompt, "negative_prompt": own["negative_prompt"] and negative_prompt}
+    return body.hires.model_copy(update=styled)
 
 
 def _noise(body: SamplingBody) -> dict[str, Any]:
@@ -242,7 +249,7 @@ def _noise(body: SamplingBody) -> dict[str, Any]:
 
 
 def _lora(body: LoraBody | str) -> LoraUse:
-    return LoraUse(name=body) if isinstance(body, str) else LoraUse(**body.model_dump())
+    return LoraUse(name=body) if isinstance(body, str) else LoraUse(**body.model_dump(include=LORA))
 
 
 def _networks(prompt: str) -> list[tuple[str, str]]:
@@ -287,18 +294,6 @@ def _defaulted(body: Drawn, model: Model) -> Drawn:
         if value is not None and name in type(body).model_fields and getattr(body, name) is None
     }
     return body.model_copy(update=left_out)
-
-
-def unknown_fields(body: JobBody) -> list[str]:
-    """What to tell the caller of fields that mean nothing here. Raises InvalidRequest when that would be a book."""
-    names = list(body.model_extra or {})
-    if len(names) > MAX_UNKNOWN:
-        raise InvalidRequest(f"the body has {len(names)} fields that are not known; at most {MAX_UNKNOWN} are ignored")
-    return [_unknown(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...", body) for name in names]
-
-
-def _unknown(name: str, body: JobBody) -> str:
-    return f"unknown field {name!r} was ignored" + near(name, type(body).model_fields)
 
 
 def given(value: Any, default: Any) -> Any:

@@ -1,0 +1,1 @@
+scripts/example_img2img_refiner.py

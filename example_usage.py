@@ -1,0 +1,1 @@
+scripts/example_usage.py

@@ -1,0 +1,1 @@
+scripts/test_img2img_refiner.py

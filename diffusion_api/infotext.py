@@ -278,6 +278,7 @@ def for_request(
         **_hires(request),
         "Refiner": request.refiner and request.refiner.model,
         "Refiner switch at": request.refiner and request.refiner.switch_at,
+        "Refiner switch by sampling steps": True if request.refiner else None,
         "LoRAs": ", ".join(f"{_written(use.name)}:{_strengths(use)}" for use in request.loras) or None,
         **(known or {}),
         "Version": version,
@@ -350,7 +351,7 @@ def asked(parameters: Parameters) -> tuple[dict[str, Any], tuple[str, ...]]:
         found["rng"] = "nv"
     if loras := list(_uses(str(full.fields.get("LoRAs", "")))):
         found["loras"] = loras
-    known = _ASKED.keys() | _ASKED_OF_HIRES.keys() | _NO_MATTER | {"LoRAs"}
+    known = _ASKED.keys() | _ASKED_OF_HIRES.keys() | _NO_MATTER | {"LoRAs", "Refiner switch by sampling steps"}
     if {"Hires upscale", "Hires resize", "Hires upscaler"} & parameters.fields.keys():
         second = {
             field: full.fields[key] for key, field in _ASKED_OF_HIRES.items() if full.fields.get(key) not in UNSAID

@@ -97,7 +97,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a job draws, as it looks by now: roughly, and at an eighth of its size."""
+    """What a job draws, as it looks by now; a small picture."""
 
     image: Pixels
 

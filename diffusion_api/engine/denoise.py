@@ -21,7 +21,7 @@ from diffusion_api.engine import text
 from diffusion_api.engine.base import Preview, Stop, StopAsked
 from diffusion_api.engine.loras import Patches
 from diffusion_api.engine.noise import SOURCES, streams
-from diffusion_api.engine.pixels import to_pixels
+from diffusion_api.engine.pixels import previewed
 from diffusion_api.engine.plan import Pass
 from diffusion_api.engine.samplers import SAMPLERS, Options
 from diffusion_api.engine.samplers.brownian import Brownian
@@ -81,10 +81,7 @@ class Lane(Loaded, Protocol):
         """(1, 3, h, w), -1 to 1, sides multiples of 8 → the latents that decode to about that."""
 
     def decode(self, latents: Tensor, *, precise: bool = False) -> Tensor:
-        """(1, 4, h, w) clean latents → (1, 3, 8h, 8w), -1 to 1; ``precise``: computed in float32."""
-
-    def sketch(self, latents: Tensor) -> Tensor:
-        """(1, c, h, w) clean latents → (1, 3, h, w), -1 to 1: about what they decode to, at next to no cost."""
+        """(1, c, h, w) clean latents → (1, 3, 8h, 8w), -1 to 1; ``precise``: computed in float32."""
 
     def wrap(self, edges: bool) -> None:
         """Have the edges of pictures fit each other from now on, or not."""
@@ -333,8 +330,7 @@ class _Denoise:
             estimate = self.start.kept(estimate)
         if (every := asked.preview_every) and progress.step >= self.shown + every:
             self.shown = progress.step
-            lane = self.seat.lane
-            self.report(Preview((yield Run(lambda: to_pixels(lane.sketch(estimate))))))
+            self.report(Preview((yield Run(partial(previewed, self.seat.lane, estimate), Point.DECODE))))
         if self.stop() is Stop.WITH_PICTURE:
             raise _Enough(estimate, progress.step)
         return estimate, predicted

@@ -9,7 +9,6 @@ from operator import or_
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -31,19 +30,12 @@ from diffusion_api.engine.denoise import (
     progress_of,
 )
 from diffusion_api.engine.noise import streams
-from diffusion_api.engine.pixels import to_mask, to_pixels, to_tensor
+from diffusion_api.engine.pixels import OVERFLOWED, developed, finite, to_mask, to_pixels, to_tensor
 from diffusion_api.engine.plan import Pass, plan
 from diffusion_api.engine.upscalers import Upscaler, enlarged
 from diffusion_api.errors import Interrupted, InvalidRequest, NotFinite
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.request import Img2Img, Request, Sampling, Upscale
-
-OVERFLOWED = (
-    "the model's numbers overflowed (NaN), so there is no picture: try another sampler, less guidance or "
-    "another size; if every picture of this model fails, its file is damaged or it needs float32"
-)
-
-DECODED_AGAIN = "the picture overflowed while it was decoded, and was decoded again in float32"
 
 
 @dataclass(frozen=True)
@@ -57,10 +49,9 @@ class Loaders:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a job, and what is to be said about it."""
+    """One picture of a job, and what its infotext is to say."""
 
     image: Pixels
-    warnings: tuple[str, ...] = ()
     infotext: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -73,6 +64,7 @@ class _Job:
     report: Report
     stop: StopAsked
     attached: list[Attached] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     encoded: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
 
@@ -110,14 +102,13 @@ def job(
     if not made:
         raise Interrupted("stopped before there was a picture")
     attached = reduce(Attached.and_then, shared.attached, Attached())
-    told = [*attached.warnings, *(text for one in made for text in one.warnings)]
     return Finished(
         images=tuple(picture.image for picture in made),
         seeds=request.seeds[: len(made)],
         partial=broken_off,
         memory_before_mb=before,
         memory_after_mb=memory(),
-        warnings=tuple(dict.fromkeys(told)),
+        warnings=tuple(dict.fromkeys([*attached.warnings, *shared.warnings])),
         loras_applied=attached.applied,
         loras_skipped=attached.skipped,
         infotext=reduce(or_, (dict(one.infotext) for one in made), attached.infotext),
@@ -142,10 +133,10 @@ def _passed(
     latents, broken_off = yield from denoised(seat, stage, shared.report, shared.stop, start)
     if not stage.last and broken_off is None:
         return latents, None, None
-    pixels, warnings = yield Run(partial(developed, seat.lane, latents), Point.DECODE)
+    pixels = yield from _developed(seat.lane, latents, shared)
     if shared.canvas:
         pixels = np.asarray(shared.canvas.pasted(Image.fromarray(pixels)))
-    return None, broken_off, Picture(pixels, warnings)
+    return None, broken_off, Picture(pixels)
 
 
 def _loaded(name: str, stage: Pass, shared: _Job) -> Generator[Run, Any, Lane | Painter]:
@@ -171,7 +162,7 @@ def _refiner(stage: Pass, shared: _Job) -> Generator[Run, Any, Lane]:
 def _begun(lane: Lane, stage: Pass, before: Tensor | None, shared: _Job) -> Generator[Any, Any, Start | None]:
     """What a pass begins with, beside noise."""
     if stage.upscaler and before is not None:
-        return Start((yield from _larger(lane, stage, before, shared.loaders)))
+        return Start((yield from _larger(lane, stage, before, shared)))
     canvas, request = shared.canvas, stage.request
     if canvas is None:
         return None
@@ -205,7 +196,13 @@ def _encoded(lane: Lane, stage: Pass, canvas: Canvas) -> Generator[Run, Any, tup
     return latents, extra if extra is None else interpolate(extra, shape[2:])
 
 
-def _larger(lane: Lane, stage: Pass, latents: Tensor, loaders: Loaders) -> Generator[Any, Any, Tensor]:
+def _developed(lane: Lane, latents: Tensor, shared: _Job) -> Generator[Run, Any, Pixels]:
+    found: tuple[Pixels, tuple[str, ...]] = yield Run(partial(developed, lane, latents), Point.DECODE)
+    shared.warnings += found[1]
+    return found[0]
+
+
+def _larger(lane: Lane, stage: Pass, latents: Tensor, shared: _Job) -> Generator[Any, Any, Tensor]:
     """Latents of the size of a pass, made of smaller ones: they fill it, and what stands out is cut off."""
     height, width = latents.shape[2:]
     wanted = lane.latent_shape(stage.width, stage.height)[2:]
@@ -215,9 +212,9 @@ def _larger(lane: Lane, stage: Pass, latents: Tensor, loaders: Loaders) -> Gener
         mode, antialias = LATENT[stage.upscaler]
         latents = interpolate(latents, covering, mode=mode, antialias=antialias)
     else:
-        pixels, _ = yield Run(partial(developed, lane, latents), Point.DECODE)
+        pixels = yield from _developed(lane, latents, shared)
         size = covering[1] * stage.width // wanted[1], covering[0] * stage.height // wanted[0]
-        image = yield from _larger_picture(Image.fromarray(pixels), size, str(stage.upscaler), loaders)
+        image = yield from _larger_picture(Image.fromarray(pixels), size, str(stage.upscaler), shared.loaders)
         latents = yield Run(partial(lane.latents_of, to_tensor(image)), Point.ENCODE)
     top, left = (covering[0] - wanted[0]) // 2, (covering[1] - wanted[1]) // 2
     return latents[:, :, top : top + wanted[0], left : left + wanted[1]]
@@ -269,24 +266,7 @@ def _painted(painter: Painter, stage: Pass, shared: _Job) -> tuple[int | None, P
     found = painter.paint(stage, stepped)
     if found is None:
         return 0, None
-    if not _finite(found.values):
+    if not finite(found.values):
         raise NotFinite(OVERFLOWED)
-    return found.broken_off, Picture(to_pixels(found.values), found.warnings, found.infotext)
-
-
-def developed(lane: Lane, latents: Tensor) -> tuple[Pixels, tuple[str, ...]]:
-    """The picture in clean latents, and what is to be said about it. Raises NotFinite.
-
-    A decoder that overflows in half precision gets a second try in float32. Looked at here, once, since a look at every
-    step would make the device wait.
-    """
-    if _finite(latents):
-        if _finite(values := lane.decode(latents)):
-            return to_pixels(values), ()
-        if _finite(values := lane.decode(latents, precise=True)):
-            return to_pixels(values), (DECODED_AGAIN,)
-    raise NotFinite(OVERFLOWED)
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    shared.warnings += found.warnings
+    return found.broken_off, Picture(to_pixels(found.values), found.infotext)

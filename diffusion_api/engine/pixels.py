@@ -1,13 +1,34 @@
-"""Pictures and masks as tensors, and tensors as pictures."""
+"""Pictures and masks as tensors, and latents and tensors as pictures."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from diffusion_api.engine.base import Pixels
+from diffusion_api.errors import NotFinite
+
+OVERFLOWED = (
+    "the model's numbers overflowed (NaN), so there is no picture: try another sampler, less guidance or "
+    "another size; if every picture of this model fails, its file is damaged or it needs float32"
+)
+
+DECODED_AGAIN = "the picture overflowed while it was decoded, and was decoded again in float32"
+
+LARGEST_PREVIEW = 32
+"""Latent pixels of a preview's longer side: decoding them costs less than a step at the usual sizes."""
+
+
+class Decoder(Protocol):
+    """What makes pictures of latents."""
+
+    def decode(self, latents: Tensor, *, precise: bool = False) -> Tensor:
+        """(1, c, h, w) clean latents → (1, 3, 8h, 8w), -1 to 1; ``precise``: computed in float32."""
 
 
 def to_pixels(decoded: Tensor) -> Pixels:
@@ -24,3 +45,30 @@ def to_tensor(image: Image.Image) -> Tensor:
 def to_mask(image: Image.Image) -> Tensor:
     """A mask of mode L → (1, 1, h, w), 0 or 1."""
     return torch.from_numpy(np.asarray(image).copy()).float().div(255).round()[None, None]
+
+
+def developed(decoder: Decoder, latents: Tensor) -> tuple[Pixels, tuple[str, ...]]:
+    """The picture in clean latents, and what is to be said about it. Raises NotFinite.
+
+    A decoder that overflows in half precision gets a second try in float32. Looked at here, once, since a look at every
+    step would make the device wait.
+    """
+    if finite(latents):
+        if finite(values := decoder.decode(latents)):
+            return to_pixels(values), ()
+        if finite(values := decoder.decode(latents, precise=True)):
+            return to_pixels(values), (DECODED_AGAIN,)
+    raise NotFinite(OVERFLOWED)
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all its numbers are."""
+    return bool(torch.isfinite(tensor).all())
+
+
+def previewed(decoder: Decoder, latents: Tensor) -> Pixels:
+    """The picture in clean latents, made smaller before they are decoded. Raises NotFinite."""
+    height, width = latents.shape[2:]
+    share = min(1.0, LARGEST_PREVIEW / max(height, width))
+    size = max(1, round(height * share)), max(1, round(width * share))
+    return developed(decoder, interpolate(latents, size, mode="area"))[0]

@@ -22,7 +22,7 @@ from ldm_layout import write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from diffusion_api.catalog.library import Library
-from diffusion_api.engine import job
+from diffusion_api.engine import job, pixels
 from diffusion_api.engine.base import Event, Finished, Stop
 from diffusion_api.engine.devices import Device
 from diffusion_api.engine.executor import Executor
@@ -285,7 +285,7 @@ def test_a_picture_that_overflows_in_the_decoder_is_decoded_again_and_says_so(ex
     before = draw(**QUICK)
     with faulty("decode", lambda values: values * float("nan")):
         made = finished(executor, request(**QUICK))
-    assert made.warnings == (job.DECODED_AGAIN,)
+    assert made.warnings == (pixels.DECODED_AGAIN,)
     assert np.array_equal(made.images[0], before)
     assert finished(executor, request(**QUICK)).warnings == ()
 
@@ -303,17 +303,17 @@ def test_half_precision_that_overflows_gets_float32_for_one_picture() -> None:
     lane = SD1.from_folder(SHAPES, Device(torch.device("cpu"), torch.float32))
     latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        plain, _ = job.developed(lane, latents)
+        plain, _ = pixels.developed(lane, latents)
         for weights in lane.vae.decoder.conv_in.parameters():
             weights.mul_(1e4)
         lane.vae.half()
         assert not torch.isfinite(lane.decode(latents)).all()
-        picture, warnings = job.developed(lane, latents)
+        picture, warnings = pixels.developed(lane, latents)
         assert lane.vae.dtype == torch.float16
         exact = lane.vae.float()
-        again, nothing = job.developed(lane, latents)
+        again, nothing = pixels.developed(lane, latents)
     assert exact is lane.vae
-    assert warnings == (job.DECODED_AGAIN,)
+    assert warnings == (pixels.DECODED_AGAIN,)
     assert nothing == ()
     assert np.array_equal(picture, again)
     assert picture.std() > 0

@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from asking import events, finished
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
+from diffusion_api.engine.base import Stop
 from diffusion_api.engine.denoise import Asks, Run
 from diffusion_api.engine.devices import Device
+from diffusion_api.engine.executor import Executor
 from diffusion_api.engine.upscalers import MARGIN, TILE, Upscaler, enlarged, tiles
-from diffusion_api.errors import ModelUnreadable
+from diffusion_api.errors import Interrupted, ModelUnreadable
+from diffusion_api.schema.job import Progress
+from diffusion_api.schema.request import Output, Upscale
 from diffusion_api.server import DATA
 
 CPU = Device(torch.device("cpu"), torch.float32)
@@ -138,3 +143,41 @@ def test_no_code_of_a_pickle_runs(tmp_path: Path, capfd: pytest.CaptureFixture[s
     with pytest.raises(ModelUnreadable):
         Upscaler.read(tmp_path / "evil.pth", CPU)
     assert "code ran" not in capfd.readouterr().out
+
+
+# Jobs that only upscale
+
+
+def upscale(upscaler: str, width: int, height: int) -> Upscale:
+    return Upscale(image="scene", upscaler=upscaler, width=width, height=height, output=Output())
+
+
+@pytest.mark.parametrize("upscaler", ["None", "Lanczos", "Nearest", "shapes-2x"])
+@pytest.mark.parametrize(("width", "height"), [(96, 96), (100, 37), (24, 24)])
+def test_a_job_of_its_own_makes_any_size(
+    executor: Executor, pictures: dict[str, Image.Image], upscaler: str, width: int, height: int
+) -> None:
+    pictures["scene"] = scene(48)
+    made = finished(executor, upscale(upscaler, width, height))
+    assert made.images[0].shape == (height, width, 3)
+    assert made.seeds == (None,)
+    assert np.abs(made.images[0].mean((0, 1)) - np.asarray(pictures["scene"]).mean((0, 1))).max() < 4
+
+
+def test_such_a_job_tells_how_far_it_is_and_may_be_stopped_between_two_tiles(
+    executor: Executor, pictures: dict[str, Image.Image]
+) -> None:
+    pictures["scene"] = scene(2 * TILE)
+    told = [
+        event for event in events(executor, upscale("shapes-2x", 4 * TILE, 4 * TILE)) if isinstance(event, Progress)
+    ]
+    assert [event.fraction for event in told if event.phase == "upscaling"] == [0, 0.25, 0.5, 0.75, 1, 1]
+    looks = iter([None] * 6)
+    with pytest.raises(Interrupted):
+        list(executor.run(upscale("shapes-2x", 4 * TILE, 4 * TILE), stop=lambda: next(looks, Stop.NOW)))
+
+
+def test_a_transparent_picture_is_enlarged_on_white(executor: Executor, pictures: dict[str, Image.Image]) -> None:
+    pictures["scene"] = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert finished(executor, upscale("shapes-2x", 16, 16)).images[0].min() > 240
+    assert finished(executor, upscale("Nearest", 16, 16)).images[0].min() == 255

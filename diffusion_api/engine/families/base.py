@@ -20,7 +20,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate
+from torch.nn.functional import interpolate
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusion_api.catalog.detect import file_family, file_schedule, safetensors_header, weight_files
@@ -28,6 +28,7 @@ from diffusion_api.engine import fitting, text
 from diffusion_api.engine.devices import Device
 from diffusion_api.engine.fitting import Tensors
 from diffusion_api.engine.loras import Patches
+from diffusion_api.engine.pixels import finite
 from diffusion_api.engine.samplers.sigmas import NoiseLevels
 from diffusion_api.schema.request import Emphasis
 
@@ -317,7 +318,16 @@ class UNetLane(ABC):
         return None
 
     def latents_of(self, pixels: Tensor) -> Tensor:
-        """(1, 3, h, w), -1 to 1 → (1, c, h/8, w/8), float32: the middle of what the autoencoder takes it for."""
+        """(1, 3, h, w), -1 to 1 → (1, c, h/8, w/8), float32: the middle of what the autoencoder takes it for.
+
+        An encoder that overflows in half precision gets a second try in float32.
+        """
+        if finite(found := self._read(pixels)):
+            return found
+        with in_float32(self.vae):
+            return self._read(pixels)
+
+    def _read(self, pixels: Tensor) -> Tensor:
         found: Tensor = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode()
         scaled: Tensor = found * self.vae.config.scaling_factor
         return scaled.float()
@@ -329,39 +339,12 @@ class UNetLane(ABC):
             decoded: Tensor = self.vae.decode(scaled, return_dict=False)[0]
         return decoded
 
-    def sketch(self, latents: Tensor) -> Tensor:
-        """(1, c, h, w) → (1, 3, h, w), -1 to 1: each pixel of the latents in the mean colour of those it stands for."""
-        colours = self._colours.to(latents.device)
-        found: Tensor = torch.tensordot(latents, colours[:-1], ([1], [0])) + colours[-1]
-        return found.permute(0, 3, 1, 2)
-
-    @cached_property
-    def _colours(self) -> Tensor:
-        """(c + 1, 3): what each channel adds to a colour, and the colour where all are 0.
-
-        Fitted to what the autoencoder makes of a patchwork of colours.
-        """
-        pixels = patchwork()
-        with in_float32(self.vae):
-            latents = self.latents_of(pixels)
-        samples = latents.flatten(2)[0].T.cpu()
-        means = avg_pool2d(pixels, 8).flatten(2)[0].T
-        found: Tensor = torch.linalg.lstsq(torch.cat([samples, torch.ones(len(samples), 1)], 1), means).solution
-        return found
-
     def wrap(self, edges: bool) -> None:
         """Have convolutions go on at the opposite edge of a picture, or see zeros beyond it."""
         for network in (self.unet, self.vae):
             for layer in network.modules():
                 if isinstance(layer, nn.Conv2d):
                     layer.padding_mode = "circular" if edges else "zeros"
-
-
-def patchwork() -> Tensor:
-    """A picture of soft and hard spots in all colours, (1, 3, 128, 128), -1 to 1; the same one each time."""
-    generator = torch.Generator().manual_seed(0)
-    soft, hard = (torch.rand(1, 3, side, side, generator=generator) * 2 - 1 for side in (6, 16))
-    return (interpolate(soft, (128, 128), mode="bilinear") + interpolate(hard, (128, 128)) * 0.5).clamp(-1, 1)
 
 
 def _tokenizer(text_encoder: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffusion_api.schema.request import LoraUse, Sampling, Txt2Img, Upscale
+from diffusion_api.schema.request import Img2Img, LoraUse, Sampling, Txt2Img, Upscale
 
 Value = str | int | float | bool
 """What a field holds: text, or the number or truth value that the text stood for."""
@@ -175,6 +175,21 @@ _ASKED_OF_HIRES = {
     "Hires upscaler": "upscaler",
 }
 
+_ASKED_OF_PICTURES = {
+    "Denoising strength": "strength",
+    "Resize mode": "resize_mode",
+    "Noise multiplier": "noise_multiplier",
+    "Mask mode": "mask_invert",
+    "Mask blur": "mask_blur",
+    "Masked content": "mask_fill",
+    "Inpaint area": "only_masked",
+    "Masked area padding": "mask_padding",
+}
+"""What is said of a picture that began with another one. A1111 has no word for the resize mode; it is the original API's."""
+
+_SWITCHES = {"mask_invert": "Inpaint not masked", "only_masked": "Only masked"}
+"""The value that means true."""
+
 _IN_WORDS = ("rng", "emphasis")
 """Fields whose values are words, which A1111 writes with capitals."""
 
@@ -276,6 +291,7 @@ def for_request(
         "Eta DDIM" if request.sampler.startswith("ddim") else "Eta": request.eta,
         **options,
         **_hires(request),
+        **_picture(request),
         "Refiner": request.refiner and request.refiner.model,
         "Refiner switch at": request.refiner and request.refiner.switch_at,
         "Refiner switch by sampling steps": True if request.refiner else None,
@@ -321,6 +337,23 @@ def _hires(request: Sampling) -> dict[str, str | int | float | None]:
     }
 
 
+def _picture(request: Sampling) -> dict[str, str | int | float | None]:
+    """What is to be said of a picture that began with another one."""
+    if not isinstance(request, Img2Img):
+        return {}
+    mask = request.mask
+    return {
+        "Denoising strength": request.strength,
+        "Resize mode": None if request.resize_mode == "just resize" else request.resize_mode,
+        "Mask mode": _SWITCHES["mask_invert"] if mask and mask.invert else None,
+        "Mask blur": mask.blur if mask else None,  # also 0, which A1111 leaves out, and then takes for its page's 4
+        "Inpaint area": _SWITCHES["only_masked"] if mask and mask.only_masked else None,
+        "Masked area padding": mask.padding if mask and mask.only_masked else None,
+        "Masked content": mask.fill if mask and mask.fill != "original" else None,
+        "Noise multiplier": None if request.noise_multiplier == 1 else request.noise_multiplier,
+    }
+
+
 def _strengths(use: LoraUse) -> str:
     """As in ``<lora:name:text encoder:unet>``, in full only where the two differ."""
     text, unet = _written(use.on_text), _written(use.scale)
@@ -332,12 +365,14 @@ def _unless_default(request: Sampling, field: str) -> Any:
     return None if value == Sampling.model_fields[field].default else value
 
 
-def asked(parameters: Parameters) -> tuple[dict[str, Any], tuple[str, ...]]:
+def asked(parameters: Parameters, *, picture: bool = False) -> tuple[dict[str, Any], tuple[str, ...]]:
     """What a picture like that is asked for with, by the names of :class:`Sampling`, and ``refiner_checkpoint`` and
     ``refiner_switch_at``; and the keys that are not understood.
 
     Sampler, schedule and model are as written. What A1111 means by leaving a key out is filled in, so that the noise is
-    A1111's where no RNG is named. Whether the values are good ones is not looked at.
+    A1111's where no RNG is named. Whether the values are good ones is not looked at. With ``picture`` there is a picture to
+    begin with, and no second pass: then ``strength``, ``resize_mode``, ``noise_multiplier`` and what is said of the mask
+    are found too, if the text is of such a picture.
     """
     full = restored(parameters)
     found: dict[str, Any] = {"prompt": full.prompt, "negative_prompt": full.negative_prompt}
@@ -351,8 +386,16 @@ def asked(parameters: Parameters) -> tuple[dict[str, Any], tuple[str, ...]]:
         found["rng"] = "nv"
     if loras := list(_uses(str(full.fields.get("LoRAs", "")))):
         found["loras"] = loras
-    known = _ASKED.keys() | _ASKED_OF_HIRES.keys() | _NO_MATTER | {"LoRAs", "Refiner switch by sampling steps"}
-    if {"Hires upscale", "Hires resize", "Hires upscaler"} & parameters.fields.keys():
+    known = _ASKED.keys() | _NO_MATTER | {"LoRAs", "Refiner switch by sampling steps"}
+    second_pass = bool({"Hires upscale", "Hires resize", "Hires upscaler"} & parameters.fields.keys())
+    if picture and not second_pass and "Denoising strength" in parameters.fields:
+        known |= _ASKED_OF_PICTURES.keys()
+        for key, field in _ASKED_OF_PICTURES.items():
+            if key in full.fields:
+                value = full.fields[key]
+                found[field] = value == _SWITCHES[field] if field in _SWITCHES else value
+    if second_pass and not picture:
+        known |= _ASKED_OF_HIRES.keys()
         second = {
             field: full.fields[key] for key, field in _ASKED_OF_HIRES.items() if full.fields.get(key) not in UNSAID
         }

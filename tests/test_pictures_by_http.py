@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw
 from semantics import COLOURS, asked, seen
 from serving import Program, eventually, serving
 
+from diffusion_api import images
+
 PROMPT = "a large red circle on a blue background"
 OTHER = "a large yellow square on a blue background"
 FIELDS = {"model": "shapes", "steps": 10, "cfg_scale": 5, "seed": 3, "fileType": "png", "sampler_name": "Euler"}
@@ -94,6 +96,33 @@ def test_only_what_is_masked_is_drawn_at_its_own_size_and_pasted_back(server: Pr
     rows, columns = np.nonzero(differs)
     assert (rows.min() >= 88, columns.min() >= 88, rows.max() <= 120, columns.max() <= 120) == (True,) * 4
     assert differs.mean() > 0.02
+
+
+@pytest.mark.parametrize("path", ["/img2img", "/inpaint"])
+def test_the_infotext_and_the_same_picture_make_the_same_pixels(server: Program, first: Image.Image, path: str) -> None:
+    mask = Image.new("L", first.size, 255)
+    pictures = {"image": b64(first)} | ({"mask": b64(mask.crop((0, 0, 128, 128)))} if path == "/inpaint" else {})
+    asked_for = {
+        "prompt": OTHER,
+        "denoising_strength": 0.65,
+        "resize_by": 0.75,
+        "resize_mode": "crop and resize",
+        "sampler_name": "Euler a",
+        "initial_noise_multiplier": 1.05,
+        "mask_blur": 0,
+        "mask_fill": "original",
+        "tiling": True,
+        "loras": ["shapes-ink"],
+        "apply_loras": True,
+    }
+    status = result(server, path, **asked_for, **pictures)
+    text = images.read_infotext(base64.b64decode(status["image"]))
+    answer = server.request("POST", path, json={"infotext": text, "fileType": "png"} | pictures)
+    assert answer.status_code == 200, answer.text
+    again = server.wait(answer.json()["job_id"])
+    assert answer.json()["warnings"] == []
+    assert np.array_equal(np.asarray(opened(status)), np.asarray(opened(again)))
+    assert images.read_infotext(base64.b64decode(again["image"])) == text
 
 
 def test_the_preview_of_a_running_job_shows_what_it_draws(server: Program) -> None:

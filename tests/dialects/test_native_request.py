@@ -3,37 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_models import diffusers_folder
+from fake_models import diffusers_folder, transformer_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion_api.catalog import samplers
 from diffusion_api.catalog.library import Library
 from diffusion_api.catalog.upscalers import INTERNAL
-from diffusion_api.dialects.native.bodies import Txt2ImgBody
+from diffusion_api.dialects.native.bodies import EXAMPLE_PICTURE, Img2ImgBody, Txt2ImgBody
+from diffusion_api.dialects.native.pictures import inpaint
 from diffusion_api.dialects.native.requests import txt2img
 from diffusion_api.engine.stub import StubEngine
-from diffusion_api.errors import InvalidRequest, TooLarge, UnknownSampler
+from diffusion_api.errors import InvalidRequest, TooLarge, UnknownModel, UnknownSampler
 from diffusion_api.infotext import for_request
 from diffusion_api.outputs import Outputs
 from diffusion_api.queues.memory import MemoryQueue
-from diffusion_api.schema.request import MAX_SEED, Txt2Img
+from diffusion_api.schema.request import MAX_SEED, Img2Img, Mask, Refiner, Txt2Img
 from diffusion_api.service import Service
 from diffusion_api.settings import Settings
+
+
+@contextmanager
+def serving(home: Path) -> Iterator[Service]:
+    """A service on that home, with one model, ``small``."""
+    settings = Settings(home=home)
+    settings.create_folders()
+    diffusers_folder(settings.models_dir / "small")
+    queue, outputs = MemoryQueue(), Outputs(settings.outputs_dir)
+    yield Service(settings, Library(home, settings.models_dir), queue, outputs, StubEngine())
+    queue.close()
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service with one model, ``small``."""
-    home = Settings(home=tmp_path_factory.mktemp("home"))
-    home.create_folders()
-    diffusers_folder(home.models_dir / "small")
-    queue = MemoryQueue()
-    yield Service(home, Library(home.home, home.models_dir), queue, Outputs(home.outputs_dir), StubEngine())
-    queue.close()
+    with serving(tmp_path_factory.mktemp("home")) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service that has an SDXL model ``xl``, its ``xl-refiner`` and a ``flux`` too."""
+    home = tmp_path_factory.mktemp("rich")
+    with serving(home) as service:
+        models = service.settings.models_dir
+        diffusers_folder(models / "xl", pipeline="StableDiffusionXLPipeline")
+        bare = {"text_encoder": [None, None]}
+        diffusers_folder(models / "xl-refiner", pipeline="StableDiffusionXLImg2ImgPipeline", index=bare)
+        transformer_folder(models / "flux")
+        yield service
 
 
 def meant(service: Service, **fields: Any) -> tuple[Txt2Img, list[str]]:
@@ -41,7 +64,7 @@ def meant(service: Service, **fields: Any) -> tuple[Txt2Img, list[str]]:
     return found.request, found.warnings
 
 
-def written(request: Txt2Img, number: int = 0) -> str:
+def written(request: Txt2Img | Img2Img, number: int = 0) -> str:
     return for_request(
         request,
         number=number,
@@ -118,6 +141,95 @@ def test_the_infotext_of_a_picture_asks_for_it_again(service: Service, fields: d
     seeds = {"seed": request.seeds[number], "variation_seed": request.variation_seeds[number], "count": 1}
     assert again == request.model_copy(update=seeds)
     assert warnings == []
+
+
+def drawn_over(service: Service, **fields: Any) -> tuple[Img2Img, list[str]]:
+    body = Img2ImgBody.model_validate({"image": EXAMPLE_PICTURE, "mask": EXAMPLE_PICTURE} | fields)
+    found = inpaint(body, service)
+    return found.request, found.warnings
+
+
+OVER = st.fixed_dictionaries(
+    {
+        "prompt": PROMPTS.filter(bool),
+        "denoising_strength": st.floats(0, 1),
+        "width": st.integers(2, 64).map(lambda n: 8 * n),
+        "height": st.integers(2, 64).map(lambda n: 8 * n),
+        "seed": SEEDS,
+    },
+    optional={
+        "resize_mode": st.sampled_from(["just resize", "crop and resize", "resize and fill", "latent"]),
+        "initial_noise_multiplier": st.floats(0, 2),
+        "mask_blur": st.floats(0, 256),
+        "mask_invert": st.booleans(),
+        "mask_fill": st.sampled_from(["fill", "original", "latent noise", "latent nothing"]),
+        "tiling": st.booleans(),
+    },
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(fields=OVER, padding=st.none() | st.integers(0, 2048))
+def test_the_infotext_of_a_picture_from_a_picture_asks_for_it_again(
+    service: Service, fields: dict[str, Any], padding: int | None
+) -> None:
+    box = {} if padding is None else {"only_masked": True, "mask_padding": padding}
+    request, _ = drawn_over(service, **fields, **box)
+    assert drawn_over(service, infotext=written(request)) == (request, [])
+
+
+def test_what_was_said_of_the_mask_is_of_no_use_without_a_picture(service: Service) -> None:
+    request, _ = drawn_over(service, prompt="a castle", seed=1)
+    _, warnings = meant(service, infotext=written(request))
+    assert warnings == ["infotext: Denoising strength, Mask blur, Masked content is not used here"]
+
+
+def test_a_second_pass_is_of_no_use_with_a_picture(service: Service) -> None:
+    request, _ = meant(service, prompt="a castle", hires={"enabled": True, "denoising_strength": 0.3})
+    again, warnings = drawn_over(service, infotext=written(request))
+    assert again.strength == 0.75
+    assert warnings == ["infotext: Denoising strength, Hires upscale, Hires steps, Hires upscaler is not used here"]
+
+
+def test_an_infotext_of_a1111_from_a_picture_means_what_it_leaves_out(service: Service) -> None:
+    told = f"{A1111}, Denoising strength: 0.5, Mask blur: 8, Version: v1.10.1"
+    request, warnings = drawn_over(service, infotext=told)
+    assert (request.strength, warnings) == (0.5, [])
+    assert request.mask == Mask(image=request.image, blur=8, fill="original")
+
+
+@pytest.mark.parametrize(
+    ("switch", "expected"),
+    [(None, Refiner(model="xl-refiner", switch_at=0.8)), (0.5, Refiner(model="xl-refiner", switch_at=0.5))],
+)
+def test_a_refiner_takes_over_after_a_share_of_the_steps(
+    rich: Service, switch: float | None, expected: Refiner
+) -> None:
+    asked = {"model": "xl", "seed": 1, "refiner_checkpoint": "XL Refiner", "refiner_switch_at": switch}
+    for means in (meant, drawn_over):
+        request, warnings = means(rich, prompt="a castle", **asked)
+        assert (request.refiner, warnings) == (expected, [])
+        assert means(rich, infotext=written(request)) == (request, [])
+
+
+@pytest.mark.parametrize(("model", "refiner", "none"), [("small", "xl-refiner", "small"), ("xl", "small", "small")])
+def test_what_is_no_sdxl_model_is_not_refined_and_refines_nothing(
+    rich: Service, model: str, refiner: str, none: str
+) -> None:
+    request, warnings = meant(rich, prompt="a castle", model=model, refiner_checkpoint=refiner)
+    assert request.refiner is None
+    assert any("refiner_checkpoint is ignored" in text and repr(none) in text for text in warnings)
+
+
+def test_a_refiner_that_is_not_there_is_refused_with_its_field(rich: Service) -> None:
+    with pytest.raises(UnknownModel, match="refiner_checkpoint: model 'x' is not installed") as refusal:
+        meant(rich, model="xl", refiner_checkpoint="x")
+    assert refusal.value.field == "refiner_checkpoint"
+
+
+def test_a_model_that_draws_from_words_alone_takes_no_picture(rich: Service) -> None:
+    with pytest.raises(InvalidRequest, match="image: model 'flux' is drawn by a pipeline of its own"):
+        drawn_over(rich, prompt="a castle", model="flux")
 
 
 A1111 = """a castle, (stone:1.2)

@@ -21,6 +21,7 @@ from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.retention import Limits
 from diffusion_api.schema.job import Job, Result, State
 from diffusion_api.schema.request import Img2Img, Mask
+from diffusion_api.usage import Usage
 
 WEEK = Limits(seconds=7 * 24 * 60 * 60.0)
 LATER = 8 * 24 * 60 * 60.0
@@ -174,6 +175,13 @@ def test_a_damaged_input_is_told_and_mended_by_sending_it_again(
         file_queue.read_input(name)
     file_queue.store_input(b"a picture")
     assert file_queue.read_input(name) == b"a picture"
+
+
+def test_inputs_count_as_what_the_queue_takes_of_the_disk(root: Path, file_queue: FileQueue) -> None:
+    before = Usage({"queue": root}).now()["queue"]
+    file_queue.store_input(os.urandom(2**20))
+    after = Usage({"queue": root}).now()["queue"]
+    assert (after.files - before.files, after.bytes - before.bytes >= 2**20) == (1, True)
 
 
 def test_no_link_is_followed(root: Path, file_queue: FileQueue, tmp_path: Path) -> None:

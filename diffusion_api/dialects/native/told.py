@@ -9,7 +9,7 @@ from diffusion_api import infotext
 from diffusion_api.catalog import samplers
 from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects._base import build
-from diffusion_api.dialects.native.bodies import MAX_UNKNOWN, SamplingBody, Txt2ImgBody
+from diffusion_api.dialects.native.bodies import MAX_UNKNOWN, Img2ImgBody, SamplingBody, Txt2ImgBody
 from diffusion_api.errors import InvalidImage, InvalidRequest, UnknownModel, UnknownSampler
 from diffusion_api.prompt import parse
 from diffusion_api.schema.request import OWN_VAE
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 Drawn = TypeVar("Drawn", bound=SamplingBody)
 
 DEFAULT_SAMPLER = "DPM++ 2M"
-IN_BODY = {"guidance_scale": "cfg_scale", "sampler": "sampler_name", "schedule": "scheduler_type"}
+IN_BODY = {
+    "guidance_scale": "cfg_scale",
+    "sampler": "sampler_name",
+    "schedule": "scheduler_type",
+    "strength": "denoising_strength",
+    "noise_multiplier": "initial_noise_multiplier",
+}
 """What the body calls a field of the request, where the names differ."""
 
 
@@ -31,7 +37,7 @@ def filled(body: Drawn, service: Service) -> tuple[Drawn, list[str]]:
     Raises InvalidRequest, also for a file that is not installed; UnknownModel, UnknownSampler.
     """
     text = infotext.parse(body.infotext or "")
-    told, unused = infotext.asked(text)
+    told, unused = infotext.asked(text, picture=isinstance(body, Img2ImgBody))
     said = body.model_dump(exclude_unset=True, exclude_none=True)
     asked = {IN_BODY.get(key, key): value for key, value in told.items()}
     own = type(body).model_fields.keys() - said.keys()

@@ -294,6 +294,7 @@ def for_request(
         **_picture(request),
         "Refiner": request.refiner and request.refiner.model,
         "Refiner switch at": request.refiner and request.refiner.switch_at,
+        "Refiner switch by sampling steps": True if request.refiner else None,
         "LoRAs": ", ".join(f"{_written(use.name)}:{_strengths(use)}" for use in request.loras) or None,
         **(known or {}),
         "Version": version,
@@ -385,7 +386,7 @@ def asked(parameters: Parameters, *, picture: bool = False) -> tuple[dict[str, A
         found["rng"] = "nv"
     if loras := list(_uses(str(full.fields.get("LoRAs", "")))):
         found["loras"] = loras
-    known = _ASKED.keys() | _NO_MATTER | {"LoRAs"}
+    known = _ASKED.keys() | _NO_MATTER | {"LoRAs", "Refiner switch by sampling steps"}
     second_pass = bool({"Hires upscale", "Hires resize", "Hires upscaler"} & parameters.fields.keys())
     if picture and not second_pass and "Denoising strength" in parameters.fields:
         known |= _ASKED_OF_PICTURES.keys()

@@ -17,7 +17,7 @@ from diffusion_api.engine.base import Finished
 from diffusion_api.errors import DiskFull, OutputsUnusable
 from diffusion_api.retention import Limits, due, entries
 from diffusion_api.schema.job import Image, Job
-from diffusion_api.schema.request import Upscale
+from diffusion_api.schema.request import Format, Upscale
 
 MIB = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT)

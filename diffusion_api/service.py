@@ -463,10 +463,11 @@ class Service:
         """Refuse what can never fit. What cannot be known is left to the worker. Raises OutOfMemory."""
         if not isinstance(request, Sampling):
             return
-        model, room = self._library.find(request.model), self._room()
-        if model and room:
-            with suppress(Unrecognised):
-                estimate(model, request, room)
+        room = self._room()
+        for model in filter(None, map(self._library.find, dict.fromkeys(request.models))):
+            if room:
+                with suppress(Unrecognised):
+                    estimate(model, request, room)
 
     def check(self, request: Request) -> None:
         """The operator's limits and the format's, before anything is written. Raises InvalidRequest, TooLarge."""

@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from diffusion_api.infotext import asked, for_request, from_novelai, hashes, named, ordered, parse, render, restored
-from diffusion_api.schema.request import LoraUse, Output, Txt2Img
+from diffusion_api.schema.request import LoraUse, Output, Refiner, Txt2Img
 
 GOLDEN = """a castle, (stone:1.2) <lora:epic:0.7>
 on a hill
@@ -108,6 +108,17 @@ def test_the_infotext_of_a_request_says_how_the_picture_was_made() -> None:
         "a cat, 猫\nNegative prompt: dog\nSteps: 25, Sampler: Euler a, Schedule type: Karras, CFG scale: 7.5, "
         "Seed: 42, Size: 512x640, Model hash: abcdef0123, Model: tiny, RNG: NV, Version: DiffusionAPI v1.0.0"
     )
+
+
+def test_a_refiner_is_told_with_how_its_share_is_counted_and_so_that_it_can_be_asked_for_again() -> None:
+    request = REQUEST.model_copy(update={"refiner": Refiner(model="r", switch_at=0.8), "tiling": True})
+    text = for_request(
+        request, sampler_label="Euler a", schedule_label="Karras", model_name="m", model_hash=None, version="v"
+    )
+    assert "Refiner: r, Refiner switch at: 0.8, Refiner switch by sampling steps: True" in text
+    found, unused = asked(parse(text))
+    assert (found["refiner_checkpoint"], found["refiner_switch_at"], found["tiling"]) == ("r", 0.8, True)
+    assert unused == ()
 
 
 def test_all_that_decides_the_picture_is_written_with_a1111s_keys_and_in_its_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import threading
@@ -15,7 +16,7 @@ import pytest
 from asking import plain
 from serving import eventually
 
-from diffusion_api import storage
+from diffusion_api import images, storage
 from diffusion_api import worker as worker_module
 from diffusion_api.engine.base import Engine, Event, Finished, StopAsked
 from diffusion_api.engine.stub import StubEngine
@@ -105,6 +106,18 @@ def ended(queue: Queue, job: Job) -> Job:
 
 def running(queue: Queue, job: Job) -> None:
     eventually(lambda: found(queue, job).state is State.PROCESSING, "the job to run")
+
+
+def test_a_running_job_shows_its_latest_preview(queue: Queue, new_worker: NewWorker, tmp_path: Path) -> None:
+    job = queue.enqueue(new_job("stub:seconds=0.2", steps=30, preview_every=1))
+    new_worker()
+    other = FileQueue(tmp_path / "queue")
+    eventually(lambda: (found(other, job).progress or Progress()).preview, "a preview that another process sees")
+    progress = found(other, job).progress
+    other.close()
+    assert progress
+    assert progress.preview
+    assert images.decode(base64.b64decode(progress.preview), max_pixels=64).size == (8, 8)
 
 
 def test_a_job_is_run_saved_and_committed(queue: Queue, new_worker: NewWorker, tmp_path: Path) -> None:

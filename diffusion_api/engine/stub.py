@@ -37,6 +37,7 @@ from diffusion_api.engine.base import (
     Finished,
     Pictures,
     Pixels,
+    Preview,
     Stop,
     StopAsked,
     no_pictures,
@@ -122,6 +123,8 @@ def _job(request: Request, stop: StopAsked) -> Generator[Event, None, Finished]:
             step=step,
             steps=request.steps,
         )
+        if request.preview_every and step % request.preview_every == 0:
+            yield Preview(_picture(request.model_copy(update={"steps": step}), request.width // 8, request.height // 8))
     del held
     made = request if partial is None else request.model_copy(update={"steps": partial})
     if "nan" in hooks and made.steps >= int(hooks["nan"] or middle):
@@ -129,7 +132,7 @@ def _job(request: Request, stop: StopAsked) -> Generator[Event, None, Finished]:
     size = (isinstance(made, Txt2Img) and made.hires) or made
     images = tuple(
         _picture(
-            made.model_copy(update={"seed": seed, "variation_seed": variation_seed, "count": 1}),
+            made.model_copy(update={"seed": seed, "variation_seed": variation_seed, "count": 1, "preview_every": 0}),
             size.width,
             size.height,
         )

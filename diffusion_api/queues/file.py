@@ -598,7 +598,7 @@ class _Claim(Control):
         self._partial = False
         self._next_look = 0.0
         self._next_report = 0.0
-        self._reported: tuple[State, str] | None = None
+        self._reported: tuple[State, str, str | None] | None = None
 
     @property
     def cancelled(self) -> bool:
@@ -645,10 +645,10 @@ class _Claim(Control):
         return self.job
 
     def progress(self, progress: Progress) -> None:
-        """Tell how far the job is: at once in this process; on disk a few times a second and when its phase changes."""
+        """Tell how far the job is: here at once, on disk a few times a second and when its phase or preview changes."""
         self.latest = progress
         self._queue._announce()
-        kind = (progress.state, progress.phase)
+        kind = (progress.state, progress.phase, progress.preview)
         if (kind == self._reported and time.monotonic() < self._next_report) or self.over or not self.here:
             return
         self._reported, self._next_report = kind, time.monotonic() + PROGRESS_EVERY

@@ -167,6 +167,11 @@ class Sampling(Frozen):
         """All that was asked for in words."""
         return self.prompt, self.negative_prompt
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of all that draw."""
+        return (self.model, self.refiner.model) if self.refiner else (self.model,)
+
     def _counted(self, first: int) -> tuple[int, ...]:
         return tuple((first + i) % (MAX_SEED + 1) for i in range(self.count))
 
@@ -215,6 +220,11 @@ class Txt2Img(Sampling):
     def prompts(self) -> tuple[str, ...]:
         """All that was asked for in words."""
         return super().prompts + ((self.hires.prompt, self.hires.negative_prompt) if self.hires else ())
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of all that draw."""
+        return super().models + ((self.hires.model,) if self.hires else ())
 
 
 class Img2Img(Sampling):

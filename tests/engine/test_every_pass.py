@@ -147,9 +147,8 @@ def test_pictures_that_tile_have_no_seam_and_leave_nothing_behind(
     tiled = draw(asked.model_copy(update={"tiling": True}))
     assert np.array_equal(draw(asked), before)
     assert not np.array_equal(tiled, before)
-    print("SEAM", kind, seam(tiled), seam(before))
-    assert seam(tiled) < 0.6
-    assert kind == "only masked" or seam(before) > 0.6
+    if getattr(asked, "mask", None) is None:  # what a mask keeps meets what is drawn
+        assert seam(tiled) < 0.4 < seam(before)
 
 
 def fitted(large: Pixels, small: Pixels) -> NDArray[np.float64]:
@@ -160,17 +159,16 @@ def fitted(large: Pixels, small: Pixels) -> NDArray[np.float64]:
 @every_kind
 def test_previews_come_when_they_are_asked_for_and_end_up_like_the_picture(executor: Executor, kind: str) -> None:
     asked = KINDS[kind](steps=6)
-    told = events(executor, asked.model_copy(update={"preview_every": 2}))
+    told = events(executor, asked.model_copy(update={"preview_every": 1}))
     shown = [event.image for event in told if isinstance(event, Preview)]
     made, without = told[-1].images[0], events(executor, asked)  # type: ignore[union-attr]
-    assert len(shown) >= 2
+    assert len(shown) >= 5
     assert np.array_equal(made, without[-1].images[0])  # type: ignore[union-attr]
     assert not any(isinstance(event, Preview) for event in without)
     if kind != "only masked":  # where it shows a part of the picture
         last, first = (np.abs(image - fitted(made, image)).mean() for image in (shown[-1], shown[0]))
-        print("PRE", kind, last, first)
-        assert last < 12
-        assert last <= first
+        assert last < 4
+        assert last < first
 
 
 def test_a_preview_is_small_however_large_the_picture(executor: Executor) -> None:

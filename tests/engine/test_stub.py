@@ -13,13 +13,14 @@ import numpy as np
 import psutil
 import pytest
 from asking import plain
+from PIL import Image
 from serving import ROOT, environment
 
-from diffusion_api.engine.base import Engine, Event, Finished, Stop, StopAsked
+from diffusion_api.engine.base import Engine, Event, Finished, Preview, Stop, StopAsked
 from diffusion_api.engine.stub import StubEngine
 from diffusion_api.errors import DeviceLost, Interrupted, NotFinite, OutOfMemory
 from diffusion_api.schema.job import Progress, State
-from diffusion_api.schema.request import Txt2Img
+from diffusion_api.schema.request import Output, Txt2Img, Upscale
 
 
 def request(prompt: str = "a lighthouse", **fields: Any) -> Txt2Img:
@@ -62,6 +63,19 @@ def test_a_picture_is_a_function_of_the_request() -> None:
     assert np.array_equal(first, second)
     for change in ({"seed": 2}, {"steps": 5}, {"prompt": "b"}, {"sampler": "heun"}):
         assert not np.array_equal(first, finished(request(**change)).images[0])
+
+
+def test_previews_come_where_they_are_asked_for_and_change_no_picture() -> None:
+    told = events(request(steps=5, preview_every=2))
+    assert [type(event) for event in told].count(Preview) == 2
+    assert np.array_equal(finished(request(preview_every=2)).images[0], finished(request()).images[0])
+
+
+def test_an_upscaled_picture_has_the_size_that_was_asked_and_no_seed() -> None:
+    asked = Upscale(image="a", upscaler="Lanczos", width=61, height=40, output=Output())
+    *_, last = StubEngine(lambda name: Image.new("RGB", (20, 10))).run(asked, stop=lambda: None)
+    assert isinstance(last, Finished)
+    assert (last.images[0].shape, last.seeds) == ((40, 61, 3), (None,))
 
 
 def test_a_picture_does_not_depend_on_its_company() -> None:

@@ -150,9 +150,9 @@ class Service:
         self._fits(job.request)
         self._pixels.take(job.caller, _pixels(job.request))
         stored = job.model_copy(update={"payload": sanitized(job.payload), "deadline": self._deadline(job)})
-        for picture in pictures:
-            self._queue.store_input(picture.data)
         with self._promised(stored):
+            for picture in pictures:
+                self._queue.store_input(picture.data)
             kept = self._queue.enqueue(stored, key=key)
         if kept.id == stored.id:
             self._log_queued(kept)

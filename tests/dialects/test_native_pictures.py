@@ -328,7 +328,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a size": ("/img2img", {"image": grey(), "resize_to": {"width": -8}}, "resize_to.width is -8; it may be 8 to 65536"),
     "too many pixels": ("/img2img", {"image": grey(512, 512), "resize_by": 16}, "at most 4194304 are allowed"),
     "a latent upscaler": ("/upscale", {"image": grey(), "upscaler": "Latent"}, "upscaler is 'Latent', which enlarges what"),
-    "an unknown upscaler": ("/upscale", {"image": grey(), "upscaler": "x"}, "External upscaler model not found: 'x'"),
+    "an unknown upscaler": ("/upscale", {"image": grey(), "upscaler": "x"}, "'x' is not installed; one of Lanczos, Nearest,"),
+    "a webhook": ("/img2img", {"image": grey(level=9), "webhook": "https://example.org"}, "webhook is refused"),
     "too large an upscaling": ("/upscale", {"image": grey(512, 512), "width": 60000}, "pixels; at most"),
     "a side of nothing": ("/upscale", {"image": grey(), "width": -1}, "width would be -1 pixels; it may be 1 to 65536"),
     "a side beyond all codecs": ("/upscale", {"image": grey(), "width": 70000, "height": 1}, "width would be 70000"),
@@ -339,6 +340,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_a_wrong_request_is_refused_with_field_and_value(stub_server: Program, name: str) -> None:
     path, fields, reason = REFUSED[name]
     assert reason in refused(stub_server, path, **fields)
+
+
+def test_what_has_no_effect_is_told(stub_server: Program) -> None:
+    (warning,) = told(stub_server, "/img2img", image=grey(), image_guidance_scale=1.8)["warnings"]
+    assert warning.startswith("image_guidance_scale has no effect")
 
 
 def test_a_field_that_is_not_known_is_told_with_the_nearest_one(stub_server: Program) -> None:

@@ -16,7 +16,7 @@ from diffusion_api.catalog import samplers
 from diffusion_api.catalog.library import Library
 from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects.native.bodies import EXAMPLE_PICTURE, Img2ImgBody, Txt2ImgBody
-from diffusion_api.dialects.native.pictures import inpaint
+from diffusion_api.dialects.native.pictures import img2img, inpaint
 from diffusion_api.dialects.native.requests import txt2img
 from diffusion_api.engine.stub import StubEngine
 from diffusion_api.errors import InvalidRequest, TooLarge, UnknownModel, UnknownSampler
@@ -29,9 +29,9 @@ from diffusion_api.settings import Settings
 
 
 @contextmanager
-def serving(home: Path) -> Iterator[Service]:
+def serving(home: Path, **options: Any) -> Iterator[Service]:
     """A service on that home, with one model, ``small``."""
-    settings = Settings(home=home)
+    settings = Settings(home=home, **options)
     settings.create_folders()
     diffusers_folder(settings.models_dir / "small")
     queue, outputs = MemoryQueue(), Outputs(settings.outputs_dir)
@@ -176,6 +176,16 @@ def test_the_infotext_of_a_picture_from_a_picture_asks_for_it_again(
     box = {} if padding is None else {"only_masked": True, "mask_padding": padding}
     request, _ = drawn_over(service, **fields, **box)
     assert drawn_over(service, infotext=written(request)) == (request, [])
+
+
+@pytest.mark.parametrize(("operator", "body", "applied"), [(True, None, 1), (True, False, 0), (False, True, 1)])
+def test_the_body_goes_before_the_operator_in_what_loras_do(
+    tmp_path: Path, operator: bool, body: bool | None, applied: int
+) -> None:
+    with serving(tmp_path, apply_loras=operator) as service:
+        asked = {"prompt": "a castle", "image": EXAMPLE_PICTURE, "loras": ["x"], "apply_loras": body}
+        found = img2img(Img2ImgBody.model_validate(asked), service)
+    assert len(found.request.loras) == applied
 
 
 def test_what_was_said_of_the_mask_is_of_no_use_without_a_picture(service: Service) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diffusion_api.catalog.upscalers import LATENT
+from diffusion_api.catalog.upscalers import INTERNAL, LATENT
 from diffusion_api.dialects._base import MAX_SIDE, build
 from diffusion_api.dialects.native.bodies import FactorsBody, Img2ImgBody, UpscaleBody
 from diffusion_api.dialects.native.requests import (
@@ -61,6 +61,8 @@ def inpaint(body: Img2ImgBody, service: Service, *, needs_mask: bool = True) -> 
         return rounded(_wanted(body, picture), model)
 
     body, fields, warnings = drawing(body, service, size_of)
+    if body.image_guidance_scale is not None:
+        warnings.append("image_guidance_scale has no effect: it is for models that are told how to edit a picture")
     asked = build(
         Img2Img,
         **fields,
@@ -75,13 +77,14 @@ def inpaint(body: Img2ImgBody, service: Service, *, needs_mask: bool = True) -> 
 def upscale(body: UpscaleBody, service: Service) -> Meant[Upscale]:
     """The larger picture that a body means. Raises InvalidRequest."""
     picture = _picture(body.image, "image", service)
-    upscaler = upscaler_name(body.upscaler or UPSCALER, service)
-    if upscaler in LATENT:
+    wanted = body.upscaler or UPSCALER
+    if wanted.lower() in map(str.lower, LATENT):
         raise InvalidRequest(
-            f"upscaler is {upscaler!r}, which enlarges what a model draws and no picture; one of those of /upscalers "
+            f"upscaler is {wanted!r}, which enlarges what a model draws and no picture; one of those of /upscalers "
             "whose names do not begin with Latent",
             field="upscaler",
         )
+    upscaler = upscaler_name(wanted, service, [name for name in INTERNAL if name not in LATENT])
     if body.width or body.height:
         sides = _in_proportion(body.width, body.height, picture)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
@@ -196,16 +196,15 @@ def _hires(body: HiresBody | None, first: Txt2Img, service: Service) -> tuple[Hi
     ), notes
 
 
-def upscaler_name(name: str, service: Service) -> str:
+def upscaler_name(name: str, service: Service, built_in: Iterable[str] = INTERNAL) -> str:
     """The upscaler that a body means, whatever its case. Raises InvalidRequest with the choices."""
-    own = [row.name for row in service.assets("upscaler")]
-    found = next((known for known in (*INTERNAL, *own) if known.lower() == name.lower()), None)
+    choices = [*built_in, *(row.name for row in service.assets("upscaler"))]
+    found = next((known for known in choices if known.lower() == name.lower()), None)
     if found is None and (row := service.asset("upscaler", name)):
         found = row.name
     if found is None:
         raise InvalidRequest(
-            f"External upscaler model not found: {name!r} {service.absence(name)}; "
-            f"one of {', '.join((*INTERNAL, *own))}",
+            f"External upscaler model not found: {name!r} {service.absence(name)}; one of {', '.join(choices)}",
             field="upscaler",
         )
     return found

@@ -623,7 +623,7 @@ def test_the_examples_of_the_manual_print_what_it_says(tmp_path: Path, monkeypat
         with contextlib.redirect_stdout(printed):
             exec(code, names)
         assert printed.getvalue() == expected
-    assert len(examples) == 4
+    assert len(examples) == 5
 
 
 def test_the_manual_shows_what_the_service_writes() -> None:

@@ -22,6 +22,9 @@ KEYED = "00000000-0000-4000-8000-000000000000"
 WAITING = ["urgent", "running", "suspect", "waiting", KEYED]
 """The jobs that wait in every fixture once the dead are recovered, in their order."""
 
+BRINGING = ["painted", "upscaled"]
+"""Jobs that wait after those, and bring pictures along."""
+
 ENDED = {
     "done": State.DONE,
     "error": State.ERROR,
@@ -73,12 +76,18 @@ def test_every_record_of_every_release_is_understood(root: Path) -> None:
     assert queue.get(READ) is None
 
 
+def test_what_jobs_of_every_release_brought_along_is_found(root: Path) -> None:
+    queue = FileQueue(root)
+    found = {job_id: [queue.read_input(name) for name in job_in(queue, job_id).request.inputs] for job_id in BRINGING}
+    assert found == {"painted": [b"a picture", b"a mask"], "upscaled": [b"a picture"]}
+
+
 def test_work_goes_on_where_every_release_left_it(
     root: Path, serving: Any, eventually: Any, result: Result, caplog: pytest.LogCaptureFixture
 ) -> None:
     queue, handled = recovered(root), []
     assert [(job.id, job.attempts, job.suspect) for job in queue.jobs(frozenset({State.QUEUED}))] == [
-        (job_id, 1 if job_id == "suspect" else 0, job_id == "suspect") for job_id in WAITING
+        (job_id, 1 if job_id == "suspect" else 0, job_id == "suspect") for job_id in WAITING + BRINGING
     ]
     assert queue.paused == "crashes in a row while jobs ran: 1"
     assert json.loads((root / "crashes.json").read_text())["in_a_row"] == 1
@@ -90,8 +99,8 @@ def test_work_goes_on_where_every_release_left_it(
 
     queue.resume()
     with serving(queue, handle, slots=2):
-        eventually(lambda: len(handled) == len(WAITING))
-    assert handled == WAITING
+        eventually(lambda: len(handled) == len(WAITING + BRINGING))
+    assert handled == WAITING + BRINGING
     assert list((root / "error").glob("*.unreadable")) == []
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 

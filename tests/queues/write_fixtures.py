@@ -22,7 +22,7 @@ from diffusion_api.queues.base import Control, Key
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.retention import Limits
 from diffusion_api.schema.job import Image, Job, Progress, Result, State
-from diffusion_api.schema.request import Output, Txt2Img
+from diffusion_api.schema.request import Img2Img, Mask, Output, Txt2Img, Upscale
 
 NOW = 1_800_000_000.0
 BOOT = "00000000-0000-0000-0000-000000000000"
@@ -35,9 +35,10 @@ def new_job(job_id: str, **fields: object) -> Job:
         model="shapes", prompt="a large red circle, gro\u00df", negative_prompt="blur", steps=20, guidance_scale=7.5,
         width=256, height=192, sampler="dpmpp_2m", schedule="karras", seed=7, count=2, output=Output(),
     )  # fmt: skip
-    told = {"payload": {"prompt": request.prompt, "n": 2}, "warnings": ("no LoRA yet",), "deadline": 600.0}
+    told: dict[str, object] = {"request": request}
+    told |= {"payload": {"prompt": request.prompt, "n": 2}, "warnings": ("no LoRA yet",), "deadline": 600.0}
     told |= {"caller": "ann", "webhook": "https://example.org/told", "created": NOW}
-    return Job(id=job_id, request=request, **(told | fields))  # type: ignore[arg-type]
+    return Job(id=job_id, **(told | fields))  # type: ignore[arg-type]
 
 
 def result_of(job: Job) -> Result:
@@ -108,6 +109,12 @@ def write(root: Path) -> None:
     queue.enqueue(new_job("cancelled"))
     queue.cancel("cancelled")
     queue.enqueue(new_job(KEYED), key=Key.of("k", {}))
+    image, mask = (queue.store_input(data) for data in (b"a picture", b"a mask"))
+    drawn = new_job("painted").request.model_dump(exclude={"kind", "hires"})
+    painted = Img2Img(**drawn, image=image, strength=0.5, mask=Mask(image=mask))
+    queue.enqueue(new_job("painted", request=painted))
+    upscaled = Upscale(image=image, upscaler="Lanczos", width=512, height=384, output=Output())
+    queue.enqueue(new_job("upscaled", request=upscaled))
     queue.close()
 
 

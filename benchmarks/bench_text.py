@@ -1,4 +1,7 @@
-"""What a prompt costs before the first step: read and encoded by a text encoder of CLIP's size, and when it comes again."""
+"""What a prompt costs before the first step: read and encoded by a text encoder of CLIP's size, and when it comes again.
+
+And what prompts cost to read that are nothing but brackets.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffusion_api.engine.families.base import read_tokenizer
 from diffusion_api.engine.families.sd1 import SD1
 from diffusion_api.engine.text import Words
+from diffusion_api.prompt import emphasis, parse
 from diffusion_api.settings import DATA
 
 RUNS = 100
@@ -46,10 +50,18 @@ def main() -> None:
         {
             "first_ms": round(1000 * first, 1),
             "again_ms": round(1000 * again, 3),
+            "brackets_2000_ms": round(1000 * _median(partial(_read, "(" * 2000 + "a" + ")" * 2000), RUNS), 1),
+            "groups_500_ms": round(1000 * _median(partial(_read, "(a:1.3) " * 500), RUNS), 1),
             "characters": len(PROMPT) + len(NEGATIVE),
             "threads": torch.get_num_threads(),
         },
     )
+
+
+def _read(prompt: str) -> None:
+    for part in parse(prompt).parts:
+        for _, text in part.schedule(20):
+            emphasis(text)
 
 
 def _median(work: Callable[[], None], runs: int) -> float:

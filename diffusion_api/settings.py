@@ -248,11 +248,6 @@ class Settings(BaseSettings):
                 raise Misconfigured(f"home {self.home}: {folder} cannot be made: {error.strerror}") from error
 
 
-def client_key() -> str:
-    """The key that the client and the commands send, empty for none."""
-    return os.environ.get(PREFIX + "KEY", "")
-
-
 def keep_offline() -> None:
     """Have diffusers and transformers, imported after this, fetch nothing and run no code that comes with a model."""
     os.environ.update(OFFLINE)

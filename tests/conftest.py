@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 from fake_models import LORA_KEYS, checkpoint, diffusers_folder
+from hypothesis import settings
 from serving import Program, serving
+
+settings.register_profile("busy", deadline=None)  # one example may take long on a machine with much to do
+settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session")

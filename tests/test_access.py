@@ -139,7 +139,12 @@ def test_no_caller_meets_the_job_of_another(keyed: Keyed, paths: list[str]) -> N
                     assert theirs.status_code == nobodys.status_code, (method, path, query)
                     assert theirs.text.replace(job_id, NOBODYS) == nobodys.text, (method, path, query)
                     assert time.monotonic() - began < 30, "it waited for another's job"
-    assert keyed.ask("GET", f"/queue/{waiting}", "bob").status_code == 404
+    for path in paths:
+        if "{" not in path:
+            shown = keyed.ask("GET", path, "bob").text
+            assert waiting not in shown, path
+            assert done not in shown, path
+    assert waiting in keyed.ask("GET", "/queue", "ann").text
     assert keyed.ask("GET", f"/queue/{waiting}", "ann").json()["state"] == "processing"
     assert keyed.ask("DELETE", f"/queue/{waiting}", "ann").json()["cancelled"] is True
     assert keyed.ended(done, "ann")["image"]
@@ -159,7 +164,7 @@ def test_the_same_idempotency_key_of_two_callers_makes_two_jobs(keyed: Keyed) ->
 
 
 def test_only_an_admin_does_what_is_done_to_all(keyed: Keyed) -> None:
-    for path in ("/queue/pause", "/queue/resume"):
+    for path in ("/queue/pause", "/queue/resume", "/models/small/load"):
         refused = keyed.ask("POST", path)
         assert (refused.status_code, refused.json()["detail"]) == (
             401,
@@ -170,7 +175,7 @@ def test_only_an_admin_does_what_is_done_to_all(keyed: Keyed) -> None:
             403,
             "Invalid admin API key. Admin access required.",
         )
-        assert keyed.ask("POST", path, "boss").status_code == 200
+        assert keyed.ask("POST", path, "boss").status_code not in (401, 403, 501)
     assert keyed.ask("GET", "/ready").json()["ready"] is True
 
 

@@ -124,6 +124,11 @@ def test_a_prompt_that_comes_again_costs_a_millisecond_at_most() -> None:
     assert text["again_ms"] <= 1
 
 
+def test_thousands_of_brackets_cost_milliseconds() -> None:
+    text: dict[str, Any] = _figures("text")
+    assert max(text["brackets_2000_ms"], text["groups_500_ms"]) < 20
+
+
 def test_the_speeds_that_are_promised_were_measured() -> None:
     models = _figures("models")
     assert models["load_ratio_median"] <= 1.1

@@ -7,11 +7,22 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from diffusion_api.infotext import asked, for_request, from_novelai, hashes, named, ordered, parse, render, restored
-from diffusion_api.schema.request import LoraUse, Output, Refiner, Txt2Img
+from diffusion_api.infotext import (
+    asked,
+    for_request,
+    for_upscale,
+    from_novelai,
+    hashes,
+    named,
+    ordered,
+    parse,
+    render,
+    restored,
+)
+from diffusion_api.schema.request import Hires, Img2Img, LoraUse, Mask, Output, Refiner, Txt2Img, Upscale
 
 GOLDEN = """a castle, (stone:1.2) <lora:epic:0.7>
 on a hill
@@ -514,7 +525,6 @@ PIECES = [
 ]  # fmt: skip
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
 def test_any_text_of_the_fields_that_name_files_asks_for_something(text: str) -> None:
     for parameters in (parse(text), parse("Steps: 1, Seed: 2, Size: 8x8, LoRAs: " + text)):
@@ -532,7 +542,6 @@ USES = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(USES, min_size=1, max_size=4))
 @example([LoraUse(name='a, b: "c"', scale=1e-7), LoraUse(name='"', scale=-0.0, text_scale=1e22)])
 def test_loras_with_any_name_and_strength_are_asked_for_again(uses: list[LoraUse]) -> None:
@@ -623,7 +632,7 @@ def test_the_examples_of_the_manual_print_what_it_says(tmp_path: Path, monkeypat
         with contextlib.redirect_stdout(printed):
             exec(code, names)
         assert printed.getvalue() == expected
-    assert len(examples) == 4
+    assert len(examples) == 5
 
 
 def test_the_manual_shows_what_the_service_writes() -> None:
@@ -652,13 +661,27 @@ def test_the_manual_names_every_field_that_is_written() -> None:
     manual = (Path(__file__).parents[1] / "METADATA_README.md").read_text(encoding="utf-8")
     table = manual[manual.index("## What is written") :]
     named = ", ".join(re.findall(r"^\| ([A-Z][\w ,]+?)(?: \(.*\))? \|", table, re.MULTILINE)).split(", ")
-    text = for_request(
-        FULL.model_copy(update={"loras": (LoraUse(name="epic"),)}),
-        sampler_label="Euler a",
-        schedule_label="Karras",
-        model_name="m",
-        model_hash="abcdef0123",
-        known={"VAE hash": "0", "VAE": "kl-f8", "Lora hashes": "epic: 0", "TI hashes": "bad: 0"},
-        version="v",
-    )
-    assert named == list(parse(text).fields)
+    again = Hires(
+        upscaler="4x", width=1000, height=1000, steps=3, strength=0.5, sampler="euler", schedule="simple", model="other",
+        prompt="b", negative_prompt="c",
+    )  # fmt: skip
+    mask = Mask(image="0", invert=True, only_masked=True)
+    drawn = dict(FULL) | {
+        "loras": (LoraUse(name="epic"),), "refiner": Refiner(model="r", switch_at=0.8), "tiling": True
+    }  # fmt: skip
+    common = {key: value for key, value in drawn.items() if key not in ("kind", "hires")}
+    requests = [
+        FULL.model_copy(update=drawn | {"hires": again}),
+        FULL.model_copy(update={"hires": again.model_copy(update={"width": 1024, "height": 1280})}),
+        Img2Img(**common, image="0", strength=0.5, resize_mode="crop and resize", noise_multiplier=0.9, mask=mask),
+    ]
+    known = {"VAE hash": "0", "VAE": "kl-f8", "Lora hashes": "epic: 0", "TI hashes": "bad: 0"}
+    texts = [
+        for_request(
+            request, sampler_label="Euler a", schedule_label="Karras", model_name="m", model_hash="abcdef0123", known=known,
+            version="v",
+        )
+        for request in requests
+    ]  # fmt: skip
+    texts.append(for_upscale(Upscale(image="0", upscaler="4x", width=8, height=8, output=Output()), version="v"))
+    assert sorted(named) == sorted({key for text in texts for key in parse(text).fields})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from serving import PATIENCE, ROOT, Program, environment, run
 from diffusion_api import images, metadata
 
 TEXT = "a „castle“, 猫\nNegative prompt: fog\nSteps: 20, Sampler: Euler a, Seed: 7, Version: DiffusionAPI v0.1.0"
+
+IGNORED = [f"--ignore={folder}" for folder in ("tests", "diffusion_api", "benchmarks", "docs", "deploy")]
 
 
 def written(path: Path, text: str | None) -> Path:
@@ -51,10 +54,9 @@ def test_the_other_texts_of_a_picture_are_named(tmp_path: Path) -> None:
     assert "  workflow: 2 characters" in metadata.info(tmp_path / "comfy.png")[0]
 
 
-@pytest.mark.parametrize("tool", ["test_metadata.py", "scripts/test_metadata.py"])
-def test_every_format_is_written_and_read_back_by_the_tool_of_the_readme(tmp_path: Path, tool: str) -> None:
+def test_every_format_is_written_and_read_back_by_the_tool(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / tool],
+        [sys.executable, ROOT / "scripts" / "test_metadata.py"],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
@@ -80,7 +82,7 @@ def test_a_format_that_loses_the_text_is_told(tmp_path: Path, monkeypatch: pytes
 
 def test_the_tools_of_the_root_are_no_tests() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", ".", "--ignore=tests"],
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", ".", *IGNORED],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -88,6 +90,28 @@ def test_the_tools_of_the_root_are_no_tests() -> None:
         check=False,
     )
     assert "no tests collected" in done.stdout, done.stdout
+
+
+def test_the_commands_of_the_manual_run(stub_server: Program, tmp_path: Path) -> None:
+    made = stub_server.result(prompt="a castle", model="small", steps=2, seed=7, fileType="png")
+    (tmp_path / "picture.png").write_bytes((stub_server.home / made["output_path"]).read_bytes())
+    program = {"python ": f"{sys.executable} {ROOT}/", "diffusion-api ": f"{sys.executable} -m diffusion_api "}
+    commands = re.findall(r"```bash\n(.*?)\n```", (ROOT / "METADATA_README.md").read_text("utf-8"), re.DOTALL)
+    assert len(commands) == 3
+    for line in commands:
+        for name, here in program.items():
+            line = line.replace(name, here) if line.startswith(name) else line
+        done = subprocess.run(
+            line,
+            shell=True,
+            cwd=tmp_path,
+            env=environment(url=stub_server.url),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("the pixels are the same\n")
 
 
 def test_a_picture_is_made_again_and_compared(stub_server: Program, tmp_path: Path) -> None:

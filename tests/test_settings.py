@@ -96,3 +96,34 @@ def test_a_folder_that_cannot_be_made_is_a_matter_of_the_operator(tmp_path: Path
     (tmp_path / "file").touch()
     with pytest.raises(Misconfigured, match=r"home .*file: .* cannot be made: Not a directory"):
         settings.load(home=tmp_path / "file").create_folders()
+
+
+def test_what_says_who_may_call_has_the_names_of_the_documents_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("API_KEY", "ADMIN_API_KEY", "SECRET_KEY", "REQUIRE_AUTH"):
+        monkeypatch.delenv(name, raising=False)
+    assert settings.load().require_auth is True
+    Path(".env").write_text("API_KEY=one,two\nREQUIRE_AUTH=False\n")
+    monkeypatch.setenv("ADMIN_API_KEY", "boss")
+    monkeypatch.setenv("DIFFUSION_API_SECRET_KEY", "s")
+    found = settings.load()
+    assert (found.api_key.get_secret_value(), found.admin_api_key.get_secret_value()) == ("one,two", "boss")
+    assert (found.secret_key.get_secret_value(), found.require_auth) == ("s", False)
+    assert "one" not in str(found.api_key)
+    where = settings.sources(found, {})
+    assert (where["api_key"], where["require_auth"]) == (".env", ".env")
+    assert (where["admin_api_key"], where["secret_key"]) == ("ADMIN_API_KEY", "DIFFUSION_API_SECRET_KEY")
+
+
+@pytest.mark.parametrize("url", ["box.example", "ftp://box", "https://box?x=1", "https:// box"])
+def test_a_public_url_is_one(url: str) -> None:
+    with pytest.raises(ValidationError):
+        settings.load(public_url=url)
+
+
+@pytest.mark.parametrize(
+    ("url", "origin", "path"),
+    [("", "", ""), ("https://box:8443/sd/", "https://box:8443", "/sd"), ("http://box", "http://box", "")],
+)
+def test_a_public_url_says_where_pages_are_and_what_stands_before_paths(url: str, origin: str, path: str) -> None:
+    found = settings.load(public_url=url)
+    assert (found.public_origin, found.root_path) == (origin, path)

@@ -69,7 +69,6 @@ class Tile:
     """A part of a picture by its rows and columns: what the model sees, and of that what is kept."""
 
     seen: tuple[slice, slice]
-    kept: tuple[slice, slice]
     place: tuple[slice, slice]
 
 
@@ -78,19 +77,19 @@ def tiles(width: int, height: int, *, side: int = TILE, margin: int = MARGIN) ->
     for top in range(0, height, side):
         for left in range(0, width, side):
             rows, columns = _stretch(top, side, margin, height), _stretch(left, side, margin, width)
-            yield Tile((rows[0], columns[0]), (rows[1], columns[1]), (rows[2], columns[2]))
+            yield Tile((rows[0], columns[0]), (rows[1], columns[1]))
 
 
-def _stretch(begin: int, side: int, margin: int, limit: int) -> tuple[slice, slice, slice]:
+def _stretch(begin: int, side: int, margin: int, limit: int) -> tuple[slice, slice]:
     end = min(begin + side, limit)
-    first, last = max(begin - margin, 0), min(end + margin, limit)
-    return slice(first, last), slice(begin - first, end - first), slice(begin, end)
+    return slice(max(begin - margin, 0), min(end + margin, limit)), slice(begin, end)
 
 
 def enlarged(image: Image.Image, width: int, height: int, upscaler: Upscaler, told: Callable[[float], None]) -> Asks:
-    """The picture with ``width`` x ``height`` pixels: as many passes of the model as it takes, then Lanczos to the very size.
+    """The picture with ``width`` x ``height`` pixels: as many passes of the model as it takes, and Lanczos to the very size.
 
-    A job's generator; each tile is one :class:`Run`. ``told`` hears the share that is done, 0 to 1.
+    A job's generator; each tile is one :class:`Run`. ``told`` hears the share that is done, 0 to 1. What is larger than the
+    picture that was asked for is never held whole.
     """
     passes = _passes(image.size, (width, height), upscaler.scale)
     for number in range(passes):
@@ -98,7 +97,10 @@ def enlarged(image: Image.Image, width: int, height: int, upscaler: Upscaler, to
         def told_of_all(share: float, before: int = number) -> None:
             told((before + share) / passes)
 
-        image = yield from _once(image, upscaler, told_of_all)
+        size = image.width * upscaler.scale, image.height * upscaler.scale
+        if number + 1 == passes:
+            size = max(width, image.width), max(height, image.height)
+        image = yield from _once(image, size, upscaler, told_of_all)
     return image if image.size == (width, height) else image.resize((width, height), LANCZOS)
 
 
@@ -112,19 +114,32 @@ def _passes(size: tuple[int, int], wanted: tuple[int, int], scale: int) -> int:
     return passes
 
 
-def _once(image: Image.Image, upscaler: Upscaler, told: Callable[[float], None]) -> Asks:
-    pixels, scale = np.asarray(image), upscaler.scale
-    result = np.empty((pixels.shape[0] * scale, pixels.shape[1] * scale, 3), np.uint8)
+def _once(image: Image.Image, size: tuple[int, int], upscaler: Upscaler, told: Callable[[float], None]) -> Asks:
+    """One pass of the model, each of its tiles brought to what it is of a picture of that size."""
+    pixels, result = np.asarray(image), Image.new("RGB", size)
+    across, down = size[0] / image.width, size[1] / image.height
     parts = list(tiles(image.width, image.height))
     for number, tile in enumerate(parts):
         seen = torch.from_numpy(pixels[tile.seen].copy()).permute(2, 0, 1)[None].float().div(255)
         large: Tensor = yield Run(partial(upscaler.enlarged, seen))
-        kept = large[0].permute(1, 2, 0)[tuple(_times(part, scale) for part in tile.kept)]
-        rows, columns = (_times(part, scale) for part in tile.place)
-        result[rows, columns] = kept.mul(255).round().to(torch.uint8).numpy()
+        levels = large[0].permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy()
+        (top, bottom, *rows), (left, right, *columns) = (
+            _fitted(place, seen_of, factor, upscaler.scale)
+            for place, seen_of, factor in zip(tile.place, tile.seen, (down, across), strict=True)
+        )
+        box = columns[0], rows[0], columns[1], rows[1]
+        part = Image.fromarray(levels).resize((right - left, bottom - top), LANCZOS, box=box)
+        result.paste(part, (left, top))
         told((number + 1) / len(parts))
-    return Image.fromarray(result)
+    return result
 
 
-def _times(part: slice, scale: int) -> slice:
-    return slice(part.start * scale, part.stop * scale)
+def _fitted(place: slice, seen: slice, factor: float, scale: int) -> tuple[int, int, float, float]:
+    """Where a stretch of the picture comes to lie in the larger one, and where that is in what the model made of it.
+
+    Neighbours are seen by the filter as well: the margin is larger than its reach, so that no seam shows.
+    """
+    begin, end = round(place.start * factor), round(place.stop * factor)
+    longest = (seen.stop - seen.start) * scale
+    first, last = ((edge / factor - seen.start) * scale for edge in (begin, end))
+    return begin, end, max(first, 0.0), min(last, float(longest))

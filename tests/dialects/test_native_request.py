@@ -191,7 +191,10 @@ def test_the_body_goes_before_the_operator_in_what_loras_do(
 def test_what_was_said_of_the_mask_is_of_no_use_without_a_picture(service: Service) -> None:
     request, _ = drawn_over(service, prompt="a castle", seed=1)
     _, warnings = meant(service, infotext=written(request))
-    assert warnings == ["infotext: Denoising strength, Mask blur, Masked content is not used here"]
+    assert warnings == [
+        "infotext: Denoising strength, Mask blur, Masked content is not used here",
+        "infotext: the picture began with another one, which is not in it; POST /img2img takes that",
+    ]
 
 
 def test_a_second_pass_is_of_no_use_with_a_picture(service: Service) -> None:

@@ -45,6 +45,8 @@ def filled(body: Drawn, service: Service) -> tuple[Drawn, list[str]]:
     files = _Files(text, service)
     fields |= files.found(fields)
     notes = [f"infotext: {', '.join(unused[:MAX_UNKNOWN])} is not used here"] if unused else []
+    if isinstance(body, Txt2ImgBody) and "Denoising strength" in unused:
+        notes.append("infotext: the picture began with another one, which is not in it; POST /img2img takes that")
     full = build(type(body), **fields | said)
     try:
         samplers.resolve(full.sampler_name or DEFAULT_SAMPLER, full.scheduler_type)

@@ -126,7 +126,7 @@ def test_the_infotext_and_the_same_picture_make_the_same_pixels(server: Program,
 
 
 def test_the_preview_of_a_running_job_shows_what_it_draws(server: Program) -> None:
-    fields = {"prompt": PROMPT, "width": 128, "height": 128, "steps": 60, "preview_every": 1}
+    fields = {"prompt": PROMPT, "width": 128, "height": 128, "steps": 30, "preview_every": 1}
     job_id = server.submit(**FIELDS | fields)
     shown = eventually(lambda: server.status(job_id).get("preview"), "a preview")
     small = Image.open(io.BytesIO(base64.b64decode(shown)))

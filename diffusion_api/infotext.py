@@ -196,6 +196,9 @@ _IN_WORDS = ("rng", "emphasis")
 UNSAID = ("", 0, None, "Use same checkpoint", "Use same sampler", "Use same scheduler")
 """What A1111 writes, or means, of a second pass that does as the first."""
 
+_DISTILLED = "Distilled CFG Scale"
+"""Forge's key for the guidance of FLUX and its like, which take it as a number and not as a second evaluation."""
+
 _SINGLE = {"model": "Model", "vae": "VAE"}
 """Kinds of files of which a text names one, and where."""
 
@@ -387,6 +390,9 @@ def asked(parameters: Parameters, *, picture: bool = False) -> tuple[dict[str, A
     if loras := list(_uses(str(full.fields.get("LoRAs", "")))):
         found["loras"] = loras
     known = _ASKED.keys() | _NO_MATTER | {"LoRAs", "Refiner switch by sampling steps"}
+    if found.get("guidance_scale") == 1 and (distilled := full.fields.get(_DISTILLED)) is not None:
+        found["guidance_scale"] = distilled
+        known |= {_DISTILLED}
     second_pass = bool({"Hires upscale", "Hires resize", "Hires upscaler"} & parameters.fields.keys())
     if picture and not second_pass and "Denoising strength" in parameters.fields:
         known |= _ASKED_OF_PICTURES.keys()

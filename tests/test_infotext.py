@@ -602,8 +602,10 @@ def test_forges_and_civitais_texts_are_read() -> None:
         "Version: f2.0.1v1.10.1-previous-659-gc055f2d4"
     )
     fields, unused = asked(parse(forge))
-    assert (fields["model"], fields["sampler"], fields["width"]) == ("flux1-dev", "Euler", 896)
-    assert unused == ("Distilled CFG Scale", "Module 1", "Module 2", "Diffusion in Low Bits")
+    assert (fields["model"], fields["sampler"], fields["guidance_scale"]) == ("flux1-dev", "Euler", 3.5)
+    assert unused == ("Module 1", "Module 2", "Diffusion in Low Bits")
+    fields, unused = asked(parse(forge.replace("CFG scale: 1,", "CFG scale: 4,")))
+    assert (fields["guidance_scale"], unused[0]) == (4, "Distilled CFG Scale")
     fields, unused = asked(parse(CIVITAI))
     assert (fields["seed"], fields["clip_skip"]) == (1, 2)
     assert unused == ("Civitai resources", "Civitai metadata")

@@ -121,7 +121,7 @@ def _overhead(lane: SD1, sampler: str, runs: int, fields: dict[str, object]) -> 
 
 def _share(lane: SD1, sampler: str, fields: dict[str, object]) -> float:
     (stage,) = plan(request(PROMPT, sampler=sampler, **fields))
-    asks = denoise.denoised(lane, stage, lambda progress: None, lambda: None)
+    asks = denoise.denoised(denoise.Seat(lane), stage, lambda progress: None, lambda: None)
     answer, inside, began = None, 0.0, None
     while True:
         try:

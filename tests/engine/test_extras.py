@@ -217,9 +217,9 @@ def test_a_second_pass_has_the_loras_and_embeddings_that_its_own_prompt_names(
     """Each pass against the same one made alone: a picture, and one that begins with it, enlarged."""
     file = put("embeddings/zorb.safetensors")
     save_file({"emb_params": vector("red")}, file)
-    zoo.write(
+    lora_zoo.write(
         put("loras/text.safetensors"),
-        zoo.kohya("lora_te_text_model_encoder_layers_0_self_attn_q_proj", (128, 128), zoo.Maker()),
+        lora_zoo.kohya("lora_te_text_model_encoder_layers_0_self_attn_q_proj", (128, 128), lora_zoo.Maker()),
     )
     first, second = "<lora:text:1>a blue circle", "<lora:shapes-ink:0.5>a zorb circle"
     job = request(

@@ -45,7 +45,7 @@ def stage(wanted: Txt2Img) -> Pass:
 
 def latents(lane: Any, wanted: Txt2Img) -> Tensor:
     """The latents that a lane makes of a request."""
-    asks = denoise.denoised(lane, stage(wanted), lambda progress: None, lambda: None)
+    asks = denoise.denoised(denoise.Seat(lane), stage(wanted), lambda progress: None, lambda: None)
     answer = None
     with torch.inference_mode():
         while True:

@@ -136,7 +136,7 @@ class Notes:
     def asked(self, prompt: str, **changes: object) -> list[list[str]]:
         """The texts of each evaluation that the last pass asks for."""
         *_, stage = plan(request(prompt, **({"guidance_scale": 1, "steps": 4, "sampler": "euler"} | changes)))
-        asks = denoise.denoised(self, stage, lambda progress: None, lambda: None)  # type: ignore[arg-type]
+        asks = denoise.denoised(denoise.Seat(self), stage, lambda progress: None, lambda: None)  # type: ignore[arg-type]
         found, answer = [], None
         while True:
             try:

@@ -352,7 +352,11 @@ def test_options_of_a_job_change_the_samplers_that_heed_them(
 def test_a_job_goes_through_the_levels_that_it_asks_for(lane: SD1, schedule: str, asked: dict[str, float]) -> None:
     """By the timesteps that the model is told, against k-diffusion's own spacing."""
     job = request(PROMPT, sampler="euler", schedule=schedule, steps=4, width=64, height=64, **asked)
-    steps, told, answer = denoise.denoised(lane, plan(job)[0], lambda progress: None, lambda: None), [], None
+    steps, told, answer = (
+        denoise.denoised(denoise.Seat(lane), plan(job)[0], lambda progress: None, lambda: None),
+        [],
+        None,
+    )
     with suppress(StopIteration):
         while True:
             question = steps.send(answer)
@@ -410,7 +414,7 @@ def test_a_whole_pass_is_the_reference(name: str, lane: SD1) -> None:
 
 def passed(lane: SD1, asked: Txt2Img) -> Tensor:
     """The latents that a request's pass ends with."""
-    asks = denoise.denoised(lane, plan(asked)[0], lambda progress: None, lambda: None)
+    asks = denoise.denoised(denoise.Seat(lane), plan(asked)[0], lambda progress: None, lambda: None)
     answer = None
     try:
         while True:

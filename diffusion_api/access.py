@@ -138,17 +138,18 @@ class Access:
         credential = credential_of(connection, path)
         if need is Role.NOBODY:
             with suppress(KeysUnreadable):
-                if self._lets_in_all(connection):
+                if self._lets_in_all(connection, address):
                     return Caller(id=address, role=Role.ADMIN)
                 if credential and (known := self._known(credential)):
                     return known
             return Caller(id=address, role=Role.NOBODY)
-        if self._lets_in_all(connection):
+        if self._lets_in_all(connection, address):
             return Caller(id=address, role=Role.ADMIN)
         if credential is None and not self._required:
             caller = Caller(id=address, role=Role.USER)
         elif credential is None:
-            self._warn_of_no_keys()
+            if not len(self.keyring):
+                self._warn("%s was refused, and there are no keys: `diffusion-api keys add NAME` makes one", address)
             raise Unauthenticated(MISSING_ADMIN if need is Role.ADMIN else MISSING, scheme=Scheme.KEY)
         else:
             caller = await self._identify(credential, need, address)
@@ -156,8 +157,12 @@ class Access:
             raise Forbidden(INVALID_ADMIN) if self.keyring.has_admin else NoAdminKey(NO_ADMIN)
         return caller
 
-    def _lets_in_all(self, connection: HTTPConnection) -> bool:
-        return self.open and (not self._required or _is_local(connection))
+    def _lets_in_all(self, connection: HTTPConnection, address: str) -> bool:
+        if not self.open or (self._required and not _is_local(connection)):
+            return False
+        if self._required and address and not is_loopback(address):
+            self._warn("a proxy lets %s call: whoever it lets in may do everything here, as there are no keys", address)
+        return True
 
     async def _identify(self, credential: Credential, need: Role, address: str) -> Caller:
         caller = self._known(credential)
@@ -183,10 +188,11 @@ class Access:
             log.warning("%s: a wrong credential", address)
         return caller
 
-    def _warn_of_no_keys(self) -> None:
-        if not self._warned and not len(self.keyring):
+    def _warn(self, message: str, address: str) -> None:
+        """Once: it would be said of every request."""
+        if not self._warned:
             self._warned = True
-            log.warning("somebody was refused, and there are no keys: `diffusion-api keys add NAME` makes one")
+            log.warning(message, address)
 
     # tokens
 

@@ -274,7 +274,6 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
     handover = handover.model_copy(update={"listener": listener.fileno()})
     scheme = "https" if settings.ssl_certfile else "http"
     here = f"{scheme}://{_shown_host(settings.host)}:{listener.getsockname()[1]}"
-    log.info("it listens on %s", here)
     url = settings.public_url.rstrip("/") or here
     settings.create_folders()
     _show_first_key(settings, url)
@@ -292,6 +291,7 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
         ssl_certfile=settings.ssl_certfile,
     )
     _load(config)
+    log.info("it listens on %s", here)
     greeting = _greeting(url, open_to_all=build_access(settings).open, model=settings.model)
     Server(config, drain=serving.drain, greeting=greeting).run(sockets=[listener])
     if serving.engine:

@@ -117,6 +117,7 @@ def test_only_trusted_proxies_say_who_calls(tmp_path: Path) -> None:
         with serving(tmp_path / address / trusted.replace("/", "-"), trusted_proxies=trusted) as server:
             assert server.get("/models", headers=said).status_code == 200
             eventually(lambda: f"{address} GET /models 200" in server.log, "the line of the request")  # noqa: B023
+            assert ("a proxy lets 192.0.2.7 call" in server.log) is (address == "192.0.2.7")
 
 
 @pytest.mark.parametrize(

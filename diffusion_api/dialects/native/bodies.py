@@ -27,7 +27,7 @@ RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "se
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The refusals of a route, for its documentation; all have one body."""
     expected: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorBody, "headers": RETRY_AFTER} if status in (503, 507) else {"model": ErrorBody}
+        status: {"model": ErrorBody, "headers": RETRY_AFTER} if status in (429, 503, 507) else {"model": ErrorBody}
         for status in statuses
     }
     return expected | {"default": {"model": ErrorBody, "description": "Any other refusal"}}

@@ -40,7 +40,7 @@ LINKS = {
     for name in ("get", "delete")
 }
 """What can be asked of a job that was stored, for the documentation."""
-POSTED: dict[int | str, dict[str, Any]] = refusals(400, 413, 422, 503, 507) | {200: {"links": LINKS}}
+POSTED: dict[int | str, dict[str, Any]] = refusals(400, 413, 415, 422, 429, 503, 507) | {200: {"links": LINKS}}
 PICTURES = {"image", "mask"}
 """Fields of bodies that are pictures, and go into no record."""
 Wait = Annotated[

@@ -87,7 +87,7 @@ def test_the_page_of_the_command_line_names_every_option(name: str) -> None:
 def test_the_page_of_the_command_line_names_no_option_that_does_not_exist() -> None:
     options = {n for command in COMMANDS.values() for p in command.params for n in (*p.opts, *p.secondary_opts)}
     options |= {"--help", "--version", "--install-completion", "--show-completion"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", CLI_PAGE)) - options == {"--folder"} - options
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", CLI_PAGE)) - options == set()
 
 
 def test_the_architecture_page_names_every_module_at_the_top() -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from fake_models import LORA_KEYS, checkpoint, diffusers_folder
+from inside import run
 from PIL import Image
-from serving import PATIENCE, Program, command, environment, eventually, run, serving
+from serving import PATIENCE, Program, command, environment, eventually, serving
 
 from diffusion_api.keys import Keyring
 from diffusion_api.schema.caller import Role

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import inside
 import pytest
 from fake_models import SD1_KEYS, checkpoint, diffusers_folder
 from PIL import Image
-from serving import PATIENCE, ROOT, Program, environment, run, serving
+from serving import PATIENCE, ROOT, Program, environment, serving
 
 from diffusion_api.settings import DATA
 
@@ -20,10 +21,7 @@ INK, XL_INK = (DATA / "loras" / f"{name}.safetensors" for name in ("shapes-ink",
 
 def tool(name: str, *arguments: object, cwd: Path = ROOT, **settings: object) -> subprocess.CompletedProcess[str]:
     """Run a file at the root as a user would: ``python name …``."""
-    command = [sys.executable, str(ROOT / name if cwd != ROOT else name), *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env=environment(**settings), capture_output=True, text=True, timeout=2 * PATIENCE, check=False
-    )
+    return inside.run(*arguments, cwd=cwd, file=ROOT / name, **settings)
 
 
 def test_the_labels_are_listed_in_order(tmp_path: Path) -> None:
@@ -157,7 +155,10 @@ def test_a_pair_takes_milliseconds(tmp_path: Path) -> None:
 
 
 def test_a_picture_proves_that_a_lora_works(tmp_path: Path) -> None:
-    done = tool("test_lora_compatibility.py", "--render", "--device", "cpu", cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, ROOT / "test_lora_compatibility.py", "--render", "--device", "cpu"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=2 * PATIENCE, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = re.search(
         r"  • shapes-ink\n    Picture: (\S+) \(differs by ([\d.]+)% from the one without it\)", done.stdout
@@ -223,7 +224,7 @@ def test_a_tool_is_a_command_and_lies_where_the_document_has_it(tmp_path: Path, 
     assert (ROOT / name).resolve() == ROOT / "scripts" / name
     described = tool(name, "--help").stdout
     assert f"Usage: diffusion-api {command}" in described
-    assert described == run(command, "--help", cwd=tmp_path).stdout
+    assert described == inside.run(command, "--help", cwd=tmp_path).stdout
 
 
 def test_pytest_takes_no_tool_for_a_test() -> None:

@@ -808,7 +808,7 @@ def test_labels_are_those_of_the_readme_by_label(stub_server: Program) -> None:
             "PlantMilk (Walnut)",
         ),
     ]
-    assert answer["models"][1] == {"name": "models--digiplay--ChikMix_V3", "label": "ChikMix V3"}
+    assert answer["models"][1] == {"name": "models--digiplay--ChikMix_V3", "label": "ChikMix V3", "installed": False}
 
 
 def test_loras_are_listed_with_the_scale_that_they_have_when_none_is_given(stub_server: Program) -> None:
@@ -888,7 +888,7 @@ def test_what_the_operator_says_of_a_model_is_the_default(tmp_path: Path) -> Non
         fields = said(server.result(prompt="x", model="small", **asked)["image"]).fields
         assert (fields["Size"], fields["Steps"], fields["Sampler"]) == ("64x64", 2, "Heun")
         assert "Clip skip" not in fields
-        assert {"name": "small", "label": "Tiny"} in server.get("/models/aliases").json()["models"]
+        assert {"name": "small", "label": "Tiny", "installed": True} in server.get("/models/aliases").json()["models"]
 
 
 def test_a_pipeline_of_diffusers_has_its_publishers_defaults_and_sizes(tmp_path: Path) -> None:

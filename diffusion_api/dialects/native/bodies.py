@@ -618,6 +618,7 @@ class LabelBody(BaseModel):
 
     name: str
     label: str
+    installed: bool
 
 
 class LabelsBody(BaseModel):

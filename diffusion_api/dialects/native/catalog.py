@@ -36,7 +36,10 @@ def add(router: APIRouter, service: Service) -> None:
 
     @router.get("/models/aliases", tags=["catalog"], summary="Labels of models")
     def labels() -> LabelsBody:
-        return LabelsBody(models=[LabelBody(name=name, label=label) for name, label in service.labels()])
+        installed = {model.name for model in service.models()}
+        return LabelsBody(
+            models=[LabelBody(name=name, label=label, installed=name in installed) for name, label in service.labels()]
+        )
 
     @router.post(
         "/models/{name:path}/load", tags=["catalog"], summary="Load a model now",

@@ -11,7 +11,7 @@ from PIL import Image
 from serving import ROOT, Program
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from make_gallery import CAPTION, PAGE, captions, sheet, sheets
+from make_gallery import CAPTION, PAGE, captions, repeated, sent, sheet, sheets, size
 
 TEXT = PAGE.read_text("utf-8")
 SHEETS = sheets(TEXT)
@@ -26,15 +26,17 @@ def test_every_picture_of_the_page_says_how_it_was_made() -> None:
 def test_a_sheet_is_small_and_has_a_place_for_each_request(path: str) -> None:
     file, bodies = PAGE.parent / path, SHEETS[path]
     assert file.stat().st_size < 300_000
-    blank = [Image.new("RGB", (body["width"], body["height"])) for body in bodies]
+    blank = [repeated(Image.new("RGB", size(body)), body) for body in bodies]
     with Image.open(file) as found:
         assert found.size == sheet(blank, captions(bodies)).size
 
 
 @pytest.mark.parametrize("path", SHEETS)
 def test_the_service_takes_the_requests_of_a_sheet(stub_server: Program, path: str) -> None:
+    blank = [Image.new("RGB", size(body)) for body in SHEETS[path]]
     for body in SHEETS[path]:
-        answer = stub_server.post(**body | {"model": "small"})
+        fields = sent(body, blank) | ({"model": "small"} if "model" in body else {})
+        answer = stub_server.request("POST", f"/{body.get('kind', 'txt2img')}", json=fields)
         assert answer.status_code == 200, answer.text
         assert answer.json()["warnings"] == []
 

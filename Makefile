@@ -33,7 +33,7 @@ export PROMPT
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo serve test chaos lint audit bench lock wheel clean
+.PHONY: help setup demo serve test chaos lint audit bench openapi lock wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -73,6 +73,10 @@ bench: setup ## measure every speed that the README names
 	@for script in benchmarks/bench_*.py; do \
 	    echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; \
 	done
+
+openapi: setup ## write openapi.yml, the promise to callers; ARGS=--breaking if it may break them
+	@echo "== openapi.yml"
+	@$(BIN)/python scripts/openapi.py $(ARGS)
 
 lock: $(BIN)/uv ## pin the dependencies again; UPGRADE=--upgrade takes newer ones
 	@echo "== lock"

@@ -364,7 +364,7 @@ def test_polls_are_for_those_who_debug(server: Program) -> None:
 
 def test_what_a_caller_sends_is_not_in_the_log(server: Program) -> None:
     secret = "a portrait of Jane Q. Public"
-    server.result(prompt=secret, negative_prompt=f"not {secret}", model="small", steps=1, image=PICTURE)
+    server.result(prompt=secret, negative_prompt=f"not {secret}", model="small", steps=1, picture=PICTURE)
     server.wait(server.submit(prompt=f"stub:fail {secret}", model="small"), "error")
     server.post(prompt=[secret], image=PICTURE)
     server.post(prompt=secret, model=PICTURE, steps=secret)

@@ -222,7 +222,8 @@ class Executor:
         except Exception as error:  # whatever it was, a job that asks for the model meets it again, and says it
             log.warning("model %s was not loaded: %s", name, error)
             _forget_tensors(error)
-            weights.free()
+            if self._device:
+                self._device.free()
 
     def _next(self, weights: Weights) -> Task | str | None:
         """The next job; None at the end. While there is none, models leave the memory when their time is over."""

@@ -183,7 +183,7 @@ def test_a_request_has_no_holes(name: str) -> None:
         Txt2Img(**{key: value for key, value in FIELDS.items() if key != name})
 
 
-@pytest.mark.parametrize("change", [{"quality": 0}, {"quality": 101}, {"format": "gif"}], ids=str)
+@pytest.mark.parametrize("change", [{"quality": 0}, {"quality": 101}, {"format": "bmp"}], ids=str)
 def test_an_output_has_no_wrong_values(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Output(**change)

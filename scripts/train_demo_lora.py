@@ -116,11 +116,11 @@ def train(network: Network, adapters: Adapters, material: dict[Size, tuple[list[
         chunks = caption_chunks([scenes[i] for i in pick.tolist()], rng)
         zeroed = [not any(words) and rng.random() < model.blank for words in zip(*chunks, strict=True)]
         z, time_ids = framed(model, encoded[pick], generator)
-        x, target, t = noised(z, alphas, generator)
+        x, target, t = noised(z, alphas, generator, false_signal=True)
         with torch.no_grad():
             conditioning = network.conditioning(chunks, time_ids, zeroed)
         error = (network.predict(x, t, conditioning) - target).square()
-        loss = (error * emphasis(t, alphas)).mean()
+        loss = (error * emphasis(t, alphas, most=200)).mean()
         optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
         loss.backward()

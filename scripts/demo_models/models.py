@@ -60,9 +60,9 @@ XL_TEXT = Text("text_encoder", "tokenizer", "text", 64, 3, "quick_gelu")
 XL_TEXT_2 = Text("text_encoder_2", "tokenizer_2", "text_2", 128, 3, "gelu", padding="!", projected=True)
 
 TIME_ID_WIDTH = 32
-ANY_UNET = dict(sample_size=32, in_channels=4, out_channels=4, layers_per_block=1)
+ANY_UNET = dict(in_channels=4, out_channels=4, layers_per_block=1)
 ANY_XL_UNET = dict(
-    **ANY_UNET, norm_num_groups=8, use_linear_projection=True,
+    **ANY_UNET, sample_size=16, norm_num_groups=8, use_linear_projection=True,
     addition_embed_type="text_time", addition_time_embed_dim=TIME_ID_WIDTH,
 )  # fmt: skip
 XL_SCHEDULER = {
@@ -76,7 +76,7 @@ MODELS = (
     DemoModel(
         name="shapes", checkpoint="unet.pt", steps=8000, scaling_factor=0.18215, force_upcast=True, texts=(SHAPES_TEXT,),
         unet=dict(
-            **ANY_UNET, cross_attention_dim=128, attention_head_dim=8, norm_num_groups=16,
+            **ANY_UNET, sample_size=32, cross_attention_dim=128, attention_head_dim=8, norm_num_groups=16,
             block_out_channels=[64, 64, 128, 128],
             down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
             up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
@@ -91,7 +91,7 @@ MODELS = (
         },
     ),
     DemoModel(
-        name="shapes-xl", checkpoint="unet-xl.pt", steps=5000, scaling_factor=0.13025, texts=(XL_TEXT, XL_TEXT_2),
+        name="shapes-xl", checkpoint="unet-xl.pt", steps=20000, scaling_factor=0.13025, texts=(XL_TEXT, XL_TEXT_2),
         time_ids=("original", "crop", "target"), blank=0.7,
         unet=dict(
             **ANY_XL_UNET, block_out_channels=[48, 64, 96], attention_head_dim=[3, 4, 6],

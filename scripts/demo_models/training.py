@@ -63,14 +63,15 @@ def train(run: Run, network: Network, material: Material, steps: int) -> Network
         chunks = caption_chunks([material.scenes[size][i] for i in pick.tolist()], rng)
         zeroed = [not any(words) and rng.random() < model.blank for words in zip(*chunks, strict=True)]
         z, time_ids = framed(model, material.latents[size][pick], generator)
-        x, target, t = noised(z, alphas[: model.timesteps], generator)
-        weight = emphasis(t, alphas).to(run.device)
+        calm = step < 0.6 * steps
+        x, target, t = noised(z, alphas[: model.timesteps], generator, false_signal=not calm)
+        weight = emphasis(t, alphas, most=20 if calm else 200).to(run.device)
         with run.autocast():
             conditioning = network.conditioning(chunks, time_ids, zeroed)
             x = x.to(run.device, memory_format=torch.channels_last)
             predicted = network.predict(x, t.to(run.device), conditioning)
-        error = (predicted.float() - target.to(run.device)).square()
-        loss = (error * weight).mean()
+        error = predicted.float() - target.to(run.device)
+        loss = (error.square() * weight).mean() + misplaced(error, t, alphas)
         optimizer.param_groups[0]["lr"] = RATE * cosine_tail(step, steps)
         optimizer.zero_grad()
         loss.backward()
@@ -124,13 +125,15 @@ def framed(model: DemoModel, z: Tensor, generator: torch.Generator) -> tuple[Ten
     return z, torch.cat([values[name] for name in model.time_ids], 1)
 
 
-def noised(z: Tensor, alphas: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def noised(
+    z: Tensor, alphas: Tensor, generator: torch.Generator, *, false_signal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Noised latents, the epsilon to predict, and timesteps.
 
     scaled_linear leaves sqrt(alpha_bar) = 0.068 of the signal at t = 999: enough for a network to read a flat colour off a
     large picture, and a place too, which pure noise at sampling time does not carry (Lin et al. 2024, arXiv:2305.08891). It
     then takes the noise's word for it, not the prompt's. So most of the noisiest samples carry less of their signal or none,
-    and some carry another picture's, with the target that still leads to the right one.
+    and, with ``false_signal``, some carry another picture's, with the target that still leads to the right one.
     """
     batch, timesteps = len(z), len(alphas)
     t = torch.randint(0, timesteps, (batch,), generator=generator)
@@ -140,21 +143,38 @@ def noised(z: Tensor, alphas: Tensor, generator: torch.Generator) -> tuple[Tenso
     a = alphas[t].view(-1, 1, 1, 1)
     hide = (torch.rand(batch, generator=generator) * 2).clamp(max=1)  # all of it for half of them
     hide = hide * (torch.rand(batch, generator=generator) < 0.75) * (t > 820)
-    false = (torch.rand(batch, generator=generator) < 0.3) & (t > 880)
+    false = (torch.rand(batch, generator=generator) < 0.3 * false_signal) & (t > 880)
     hide = torch.where(false, 1.0, hide).view(-1, 1, 1, 1)
     other = z.roll(1, 0) * false.view(-1, 1, 1, 1)
     noise = noise + (a / (1 - a)).sqrt() * (other - hide * z)
     return a.sqrt() * z + (1 - a).sqrt() * noise, noise, t
 
 
-def emphasis(t: Tensor, alphas: Tensor) -> Tensor:
+def misplaced(error: Tensor, t: Tensor, alphas: Tensor) -> Tensor:
+    """How wrong the noisiest samples are about what is where, as a share of the loss.
+
+    The error of epsilon, (batch, 4, h, w), as one of the picture, averaged over blocks of half the height and a quarter of the
+    width: noise goes, and what stays is which colours are up, down, left and right. Without it a network whose upper layers see
+    no words takes very long to learn sides.
+    """
+    deep = t > 820
+    if not deep.any():
+        return error.new_zeros(())
+    signal = (alphas[t[deep]] / (1 - alphas[t[deep]])).sqrt().view(-1, 1, 1, 1)
+    picture = error[deep.to(error.device)] / signal.to(error.device)
+    height, width = picture.shape[2:]
+    return 0.03 * torch.nn.functional.avg_pool2d(picture, (height // 2, width // 4)).square().mean()
+
+
+def emphasis(t: Tensor, alphas: Tensor, *, most: float) -> Tensor:
     """How much each sample's error counts, (batch, 1, 1, 1), 1 on average.
 
     In the loss of epsilon an error of the picture counts alpha_bar / (1 - alpha_bar): next to nothing where shape and place are
     decided. 1 / alpha_bar makes up for it (the loss of v: Salimans, Ho 2022, arXiv:2202.00512). Half of the whole goes to the
-    noisy samples, which decide what is drawn, and half to the others, which decide how well.
+    noisy samples, which decide what is drawn, and half to the others, which decide how well. ``most`` keeps the noisiest from
+    having all the say while nothing is known yet.
     """
-    weight = (1 / alphas[t]).clamp(max=200)
+    weight = (1 / alphas[t]).clamp(max=most)
     noisy = t >= 600
     for part in (noisy, ~noisy):
         if part.any():

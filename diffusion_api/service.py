@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +230,12 @@ class Service:
         if not caller.admin:
             await anyio.to_thread.run_sync(self.get, job_id, caller)
         await self._waiters.ended(job_id, seconds)
+
+    def changes(self, job_id: str, every: float) -> AsyncGenerator[Snapshot | None]:
+        """A job that :meth:`get` has given to its caller, now and after each change, None for each ``every`` seconds without
+        one. Ends when the job has, or is gone. No thread is held meanwhile.
+        """
+        return self._waiters.changes(job_id, every)
 
     def watch(self, job_id: str, timeout: float, caller: Caller) -> Iterator[Snapshot]:
         """Snapshots as the job changes, for at most ``timeout`` seconds. Raises NotFound, Gone."""

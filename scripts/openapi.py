@@ -107,13 +107,14 @@ class _Way:
 
     def __init__(self, old: Document, new: Document) -> None:
         self._old, self._new = (document.get("components", {}).get("schemas", {}) for document in (old, new))
+        self._within: set[tuple[int, int]] = set()
 
     def compare(self, where: str, old: Schema, new: Schema) -> Iterator[str]:
         """What would break, each as a sentence that begins with the place."""
         before, after = list(_kinds(old, self._old)), list(_kinds(new, self._new))
         yield from self.kinds(where, before, after)
         for kind in before:
-            same = [list(self._same(where, kind, other)) for other in after if _like(kind, other)]
+            same = [list(self._once(where, kind, other)) for other in after if _like(kind, other)]
             if same:
                 yield from min(same, key=len)
 
@@ -124,6 +125,14 @@ class _Way:
     def bounds(self, where: str, old: Schema, new: Schema) -> Iterator[str]:
         """What would break of the limits of a value, and of what must be there."""
         raise NotImplementedError
+
+    def _once(self, where: str, old: Schema, new: Schema) -> Iterator[str]:
+        """What would break of two schemas; nothing while these are compared already, as an object may hold its like."""
+        pair = id(old), id(new)
+        if pair not in self._within:
+            self._within.add(pair)
+            yield from self._same(where, old, new)
+            self._within.remove(pair)
 
     def _same(self, where: str, old: Schema, new: Schema) -> Iterator[str]:
         yield from self.bounds(where, old, new)

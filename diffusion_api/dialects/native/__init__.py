@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, FastAPI
 
 from diffusion_api.dialects._base import ErrorRoute
-from diffusion_api.dialects.native import catalog, info, jobs, results, state
+from diffusion_api.dialects.native import capabilities, catalog, events, info, jobs, results, state
 from diffusion_api.dialects.native.bodies import refusals
 from diffusion_api.dialects.native.replies import ended
 
@@ -20,6 +20,6 @@ __all__ = ["ended", "mount"]
 def mount(app: FastAPI, service: Service) -> None:
     """Add the routes of this dialect."""
     router = APIRouter(route_class=ErrorRoute, responses=refusals())
-    for part in (state, catalog, jobs, results, info):
+    for part in (state, catalog, capabilities, jobs, events, results, info):
         part.add(router, service)
     app.include_router(router)

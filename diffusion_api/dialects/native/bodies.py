@@ -20,6 +20,8 @@ EXAMPLE_PICTURE = (
     "TkSuQmCC"
 )
 """A white disc on black, 64 pixels."""
+EXAMPLE_DOT = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw=="
+"""One pixel."""
 
 RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
 
@@ -538,11 +540,7 @@ class StatusBody(BaseModel):
 class ImgInfoBody(BaseModel):
     """The body of ``POST /img-info``."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"image": "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw=="}]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"image": EXAMPLE_DOT}]})
 
     image: str | None = Field(default=None, description="a picture in base64, or as a data URL")
 
@@ -670,6 +668,48 @@ class SamplingMethodsBody(BaseModel):
     status: Literal["success"] = "success"
     sampling_methods: list[str]
     scheduler_types: list[str]
+
+
+class ParameterBody(BaseModel):
+    """A field of a body. What is null does not apply."""
+
+    type: list[str] = Field(description="JSON types that it may have, beside null")
+    minimum: float | None
+    maximum: float | None
+    multiple: int | None = Field(default=None, description="what it is rounded to a multiple of")
+    choices: list[Any] | None
+    default: Any = Field(description="what it means to leave it out; null for nothing, or for what the job then says")
+    description: str
+    fields: dict[str, ParameterBody] | None = Field(description="those of an object")
+
+
+class ModelFacts(BaseModel):
+    """What a model is. Sizes in pixels."""
+
+    name: str
+    label: str
+    type: Literal["standard", "sdxl"]
+    family: str
+    native_size: int = Field(description="the side that it was trained at")
+    width: int = Field(description="of a request that names none")
+    height: int
+    multiple: int = Field(description="what width and height are rounded to a multiple of")
+
+
+class CapabilitiesBody(BaseModel):
+    """What may be asked of a model."""
+
+    status: Literal["success"] = "success"
+    model: ModelFacts
+    features: list[str] = Field(description="those of txt2img, img2img, inpaint, hires and refiner that work with it")
+    limits: dict[str, float] = Field(description="the operator's, by setting; 0 is none")
+    parameters: dict[str, dict[str, ParameterBody]] = Field(description="of the bodies of each route, by field")
+    sampling_methods: list[str]
+    scheduler_types: list[str]
+    file_types: list[str]
+    upscalers: list[str]
+    vaes: list[str]
+    loras: list[str] = Field(description="installed ones of its family, and of an unknown one")
 
 
 class HelloBody(BaseModel):

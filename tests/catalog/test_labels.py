@@ -99,7 +99,10 @@ def test_the_file_is_read_again_when_it_changes(toml: Path, library: Library) ->
             "[dream_8]\nstep = 3",
             "models.toml: [dream_8] is not used: 'step' is no key; one of label, aliases, size, steps,",
         ),
-        ("[dream_8]\nsampler = 'Euler z'", "sampler is 'Euler z': sampler_name 'Euler z' is not known; did you mean 'Euler a'? One of Euler"),
+        (
+            "[dream_8]\nsampler = 'Euler z'",
+            "sampler is 'Euler z': sampler_name 'Euler z' is not known; did you mean 'Euler a'? One of Euler",
+        ),
         ("[dream_8]\nprediction = 'vpred'", "prediction is 'vpred': Input should be 'epsilon' or 'v'"),
         ("[dream_8]\nsize = [500, 512]", "size is 500: Input should be a multiple of 8"),
         ("dream_8 = 3", "models.toml: [dream_8] is not used: it is no table of keys; write [name] above them"),

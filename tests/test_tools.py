@@ -39,10 +39,10 @@ def test_models_and_loras_are_listed_with_their_files(tmp_path: Path) -> None:
     (own / "loras").mkdir()
     (own / "loras" / "ink.safetensors").write_bytes(INK.read_bytes())
     shown = tool("list_available_models_loras.py", home=tmp_path).stdout
-    assert "MODELS (2 found)" in shown
+    assert "MODELS (4 found)" in shown
     assert "  1. dream\n     Name: dream\n     Path: stable_diffusion/models/dream.safetensors\n" in shown
     assert "     File: stable_diffusion/loras/ink.safetensors\n     Type: .safetensors\n" in shown
-    assert "Models: 2\nLoRAs: 3\nCombinations: 2 x 3 = 6\n" in shown
+    assert "Models: 4\nLoRAs: 3\nCombinations: 4 x 3 = 12\n" in shown
 
 
 def test_nothing_to_list_is_said(tmp_path: Path) -> None:
@@ -56,14 +56,16 @@ REPORT = """\
 COMPREHENSIVE LoRA COMPATIBILITY REPORT
 ================================================================================
 Generated: 2024-01-15 14:30:25
-Total Tests: 2
-Compatible: 1
-Incompatible: 1
-Success Rate: 50.0%
+Total Tests: 6
+Compatible: 2
+Incompatible: 4
+Success Rate: 33.3%
 
 SUMMARY BY MODEL:
 ----------------------------------------
 Shapes (demo): 1/2 (50.0%)
+shapes-xl: 1/2 (50.0%)
+shapes-xl-refiner: 0/2 (0.0%)
 
 MODEL: Shapes (demo)
 ============================================================
@@ -74,6 +76,31 @@ MODEL: Shapes (demo)
   • shapes-xl-ink
     Reason: LoRA 'shapes-xl-ink' appears to be designed for SDXL models, but you're using a standard SD model. \
 Try using an SDXL base model.
+    Error: down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight is 64x192 there and 64x128 in the ...
+
+MODEL: shapes-xl
+============================================================
+✓ COMPATIBLE LoRAs:
+  • shapes-xl-ink
+
+✗ INCOMPATIBLE LoRAs:
+  • shapes-ink
+    Reason: LoRA 'shapes-ink' appears to be designed for SD 1.5 models, but you're using an SDXL model. Try \
+using a standard SD base model.
+    Error: down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight is 64x128 there and 64x192 in the ...
+
+MODEL: shapes-xl-refiner
+============================================================
+✓ No compatible LoRAs found
+
+✗ INCOMPATIBLE LoRAs:
+  • shapes-ink
+    Reason: LoRA 'shapes-ink' appears to be designed for SD 1.5 models, but you're using an SDXL model. Try \
+using a standard SD base model.
+    Error: down_blocks.2.attentions.0.transformer_blocks.0.attn1.to_k.weight is 128x128 there and 64x64 in the ...
+  • shapes-xl-ink
+    Reason: LoRA 'shapes-xl-ink' may not be compatible with 'shapes-xl-refiner'. Check if the LoRA was trained \
+for the same model architecture.
     Error: down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight is 64x192 there and 64x128 in the ...
 """
 

@@ -38,7 +38,7 @@ POLICY: tuple[tuple[str, str, Role], ...] = (
     ("GET", r"/hello|/ready|/health", Role.NOBODY),
     # Where people come to get a credential, and pictures whose address is the credential: they have rules of their own
     ("GET POST", r"/(token|user)(/[^/]+)?", Role.NOBODY),
-    ("GET", r"/blob/[^/]+", Role.NOBODY),
+    ("GET", r"/(blob|image)/[^/]+", Role.NOBODY),
     # What is done to all callers
     ("POST", r"/queue/(pause|resume)|/models/.+/load", Role.ADMIN),
 )
@@ -208,7 +208,7 @@ class Access:
             "iat": int(now),
             "exp": int(now + seconds),
         }
-        return jwt.encode(claims | {"jti": secrets.token_hex(8)}, self._secret, ALGORITHM)
+        return jwt.encode(claims | {"jti": secrets.token_hex(8)}, self.secret, ALGORITHM)
 
     def _holder(self, credential: Credential) -> Caller | None:
         """Whom a token stands for, None if it is none of ours, or no longer."""
@@ -218,14 +218,15 @@ class Access:
 
         try:
             required: Options = {"require": ["sub", "role", "exp"]}
-            claims: dict[str, Any] = jwt.decode(credential.text, self._secret, algorithms=[ALGORITHM], options=required)
+            claims: dict[str, Any] = jwt.decode(credential.text, self.secret, algorithms=[ALGORITHM], options=required)
             caller = Caller(id=claims["sub"], role=claims["role"], name=claims.get("name", ""))
         except (jwt.InvalidTokenError, ValueError):
             return None
         return self.keyring.holder(caller.id) if caller.id.startswith("key:") else caller
 
     @cached_property
-    def _secret(self) -> str:
+    def secret(self) -> str:
+        """What tokens and links are signed with, made when there is none yet. Raises Misconfigured."""
         return self._told_secret or _kept_secret(self._secret_path)
 
 

@@ -162,7 +162,8 @@ class _Talk:
 def harden(headers: MutableHeaders, request_id: str) -> None:
     """Add what keeps browsers and caches from doing more with an answer than show it."""
     page = headers.get("content-type", "").startswith("text/html")
-    headers.update(HARDENING)
+    for name, value in HARDENING.items():
+        headers.setdefault(name, value)
     headers["Content-Security-Policy"] = DOCS_LOAD if page else NOTHING_LOADS
     if "etag" not in headers:  # what has one is a file of the documentation; anything else is about jobs
         headers.setdefault("Cache-Control", "no-store")

@@ -27,6 +27,7 @@ from diffusion_api.engine.base import Engine, Pictures
 from diffusion_api.engine.executor import Budget, Executor
 from diffusion_api.errors import Misconfigured, QueueUnusable
 from diffusion_api.keys import Keyring
+from diffusion_api.links import Links
 from diffusion_api.outputs import Outputs
 from diffusion_api.pace import Pace
 from diffusion_api.queues.base import Queue
@@ -217,7 +218,9 @@ def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Ser
     webhooks = build_webhooks(settings, queue)
     sweeper = build_sweeper(settings, queue, outputs)
     engine = build_engine(settings, library, queue) if worker and not settings.isolated else None
-    service = Service(settings, library, queue, outputs, engine, pace=pace, webhooks=webhooks)
+    access = build_access(settings)
+    links = Links(lambda: access.secret)
+    service = Service(settings, library, queue, outputs, engine, pace=pace, webhooks=webhooks, links=links)
     hand: Worker | Supervisor | None = None
     if engine:
         hand = build_worker(queue, engine, outputs, pace, handover)
@@ -243,7 +246,7 @@ def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Ser
             webhooks.stop()
         queue.close()
 
-    app = create_app(service, settings, build_access(settings), startup=start, shutdown=stop)
+    app = create_app(service, settings, access, startup=start, shutdown=stop)
     return Serving(app, drain, engine)
 
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from diffusion_api.catalog.library import Asset, Library, Model
     from diffusion_api.catalog.styles import Style
     from diffusion_api.engine.base import Engine
+    from diffusion_api.links import Links
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
     from diffusion_api.queues.base import Key, Place, Queue, Snapshot, Wanted
@@ -122,8 +123,10 @@ class Service:
         *,
         pace: Pace | None = None,
         webhooks: Webhooks | None = None,
+        links: Links | None = None,
     ) -> None:
         self.settings = settings
+        self._links = links
         self._webhooks = webhooks
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
         self._finder = Finder(library)
@@ -278,6 +281,22 @@ class Service:
     def image(self, image: Image) -> bytes | None:
         """The file of a finished picture, None when it was deleted."""
         return self._outputs.read(image)
+
+    def links(self, job: Job) -> list[str]:
+        """For each picture of a job a URL that opens it for a day without a key; a path where the service does not know under
+        which URL it is called. None at all where they cannot be signed.
+        """
+        if self._links is None or job.result is None:
+            return []
+        paths = [self._links.link(job.id, number) for number in range(len(job.result.images))]
+        return [self.settings.public_url.rstrip("/") + path for path in paths if path]
+
+    def linked(self, link: str) -> tuple[Snapshot, int]:
+        """The job and the number of the picture that the end of such a URL opens. Raises NotFound, Gone, Misconfigured."""
+        if self._links is None:
+            raise NotFound("this service makes no links")
+        job_id, number = self._links.opened(link)
+        return self._found(job_id, self._queue.get(job_id)), number
 
     def webhook(self, job: Job) -> dict[str, Any] | None:
         """Where the end of this job is told and how that went, None for a job that asked for nothing of the kind."""

@@ -25,7 +25,17 @@ from diffusion_api.settings import Settings
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
-OPEN = {"/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", "/hello", "/health", "/ready"}
+OPEN = {
+    "/",
+    "/docs",
+    "/docs/oauth2-redirect",
+    "/redoc",
+    "/openapi.json",
+    "/hello",
+    "/health",
+    "/ready",
+    "/image/{link}",
+}
 """What answers GET without a key, beside the files of the documentation."""
 
 NOBODYS = f"{uuid.UUID(int=0)}"

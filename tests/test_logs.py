@@ -140,6 +140,10 @@ def test_cleaning_takes_time_in_proportion_to_the_text() -> None:
         ("https://user:s3cr3t@example.org/x", "https://***@example.org/x"),
         ("redis://:s3cr3t@host:6379/0", "redis://***@host:6379/0"),
         ("Cookie: session=s3cr3t", "Cookie: ***"),
+        (
+            "GET /sd/image/242d6f93-ea2d.0.1795341600.5f0c1a 200 in 3 ms",
+            "GET /sd/image/242d6f93-ea2d.0.1795341600.*** 200 in 3 ms",
+        ),
     ],
 )
 def test_credentials_are_masked(text: str, shown: str) -> None:

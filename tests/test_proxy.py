@@ -85,6 +85,10 @@ def test_it_works_behind_nginx_under_a_sub_path(tmp_path: Path, stripped: bool) 
             # The library, with a wait in it
             job = client.txt2img(prompt="a lighthouse", model="small", steps=1)
             assert client.wait(job.job_id)["state"] == "done"
+            # The link to its picture, by who has no key
+            link = http.get(f"{public}/queue/{job.job_id}").json()["image_url"]
+            assert link.startswith(f"{public}/image/")
+            assert httpx.get(link, trust_env=False).headers["content-type"] == "image/jpeg"
             # The documentation finds its files and the API
             docs = http.get(f"{public}/", follow_redirects=True)
             assert str(docs.url) == f"{public}/docs"

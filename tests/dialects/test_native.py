@@ -23,7 +23,7 @@ from diffusion_api.schema.job import loads
 
 STATUS_KEYS = {"status", "job_id", "progress", "current_phase", "state", "error"}
 FINISHED_KEYS = {
-    *("payload", "image", "output_path", "width", "height", "file_type", "jpeg_quality"),
+    *("payload", "image", "image_url", "output_path", "width", "height", "file_type", "jpeg_quality"),
     *("generation_time_sec", "memory_before_mb", "memory_after_mb", "seed"),
 }
 

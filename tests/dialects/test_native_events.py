@@ -159,3 +159,7 @@ class Listened:
 
     def webhook(self, job: object) -> None:
         """None."""
+
+    def links(self, job: object) -> list[str]:
+        """None."""
+        return []

@@ -516,6 +516,10 @@ class StatusBody(BaseModel):
     payload: dict[str, Any] = Field(default={}, description="the body of the POST, without its pictures")
     image: str | None = Field(default=None, description="the file in base64; null when it was deleted meanwhile")
     images: list[str | None] = Field(default=[], description="with n > 1: all of them")
+    image_url: str = Field(
+        default="", description="opens the picture without a key for a day; a path, where the service has no public URL"
+    )
+    image_urls: list[str] = Field(default=[], description="with n > 1: all of them")
     output_path: str = Field(default="", description="where the service keeps the file, from its home folder")
     output_paths: list[str] = Field(default=[], description="with n > 1: all of them")
     width: int = Field(default=0, description="pixels")

@@ -29,7 +29,20 @@ LastEvent = Annotated[str | None, Header(alias="Last-Event-ID", description="end
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Events state, progress and preview until the job has ended",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {
+            "text/event-stream": {
+                "schema": {
+                    "type": "object",
+                    "description": "each event; its data is JSON",
+                    "properties": {
+                        "event": {"type": "string", "enum": ["state", "progress", "preview"]},
+                        "data": {"type": "string"},
+                        "id": {"type": "string"},
+                    },
+                    "required": ["event", "data"],
+                }
+            }
+        },
     },
     204: {"description": "The caller has seen the end: a browser asks no more"},
 }

@@ -114,6 +114,8 @@ def answer_of(snapshot: Snapshot, service: Service, *, pictures: bool = True) ->
     if not snapshot.state.terminal:
         left = service.seconds_left(snapshot)
         answer["eta_seconds"] = None if left is None else round(left, 1)
+    if links := service.links(snapshot.job):
+        answer |= {"image_url": links[0]} | ({"image_urls": links} if len(links) > 1 else {})
     if webhook := service.webhook(snapshot.job):
         answer["webhook"] = webhook
     return answer

@@ -69,6 +69,18 @@ def add(router: APIRouter, service: Service) -> None:
     ) -> Response:
         return _file(service.get(job_id, caller_of(http)), n, service, known=if_none_match, part=range, unless=if_range)
 
+    @router.get(
+        "/image/{link}", tags=["jobs"], summary="A picture by its link, without a key", response_class=Response,
+        responses=refusals(400, 404, 409, 410, 503) | FILE,
+    )  # fmt: skip
+    def linked(
+        link: str, if_none_match: Condition = None, if_range: Condition = None, range: Condition = None
+    ) -> Response:
+        snapshot, n = service.linked(link)
+        answer = _file(snapshot, n, service, known=if_none_match, part=range, unless=if_range)
+        answer.headers["Cross-Origin-Resource-Policy"] = "cross-origin"  # who has the link may show it anywhere
+        return answer
+
 
 def _listed(states: set[State], limit: int, cursor: str | None, caller: Caller, service: Service) -> JobsBody:
     def wanted(snapshot: Snapshot) -> bool:

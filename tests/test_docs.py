@@ -106,7 +106,11 @@ def test_the_figures_of_the_readme_are_those_of_the_bench() -> None:
     text = _figures("text")
     models = _figures("models")
     loras = _figures("loras")
+    upscale = _figures("upscale")
     for figure in (
+        upscale["seconds"],
+        upscale["peak_mib_over_start"],
+        upscale["result_mib"],
         service["ratio_median"],
         startup["import_above_fastapi_ms"],
         startup["hello_seconds_median"],

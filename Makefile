@@ -49,7 +49,7 @@ serve: setup ## run the service on http://127.0.0.1:8000
 
 test: setup ## run the whole test suite
 	@echo "== tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: setup ## the fault tests that take long, hours in all; KILLS=20 makes them shorter
 	@echo "== chaos"

@@ -212,6 +212,9 @@ export interface LoRAInfo {
   scale: number;
   path: string;
   family: string | null;
+  trigger_words: string[];
+  hash: string | null;
+  autov2: string | null;
 }
 
 /** @openapi LorasBody */

@@ -88,7 +88,7 @@ def _has_tensors(row: Asset) -> bool:
 
 
 def _known(row: Asset, hashed: str) -> bool:
-    return any(made.startswith(hashed) for made in row.hashes.known(row.path))
+    return any(made.startswith(hashed) for made in row.hashes.known(row.path) if made)
 
 
 def _marked(row: Asset, hashed: str) -> bool:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,6 +22,13 @@ Kept: TypeAlias = dict[str, tuple[int, int, str]]
 """Size, time of the last change in nanoseconds, and hash, by path and what was hashed."""
 
 _KEPT = TypeAdapter(Kept)
+
+
+class Made(NamedTuple):
+    """The hashes of a file that were made; None for one that was not yet."""
+
+    whole: str | None = None
+    tensors: str | None = None
 
 
 class Hashes:
@@ -41,15 +48,16 @@ class Hashes:
         """The SHA-256 of what follows the header of a safetensors file, which stays when the file is described anew."""
         return self._ask(f"{path}#tensors", path, _after_header)
 
-    def known(self, path: Path) -> list[str]:
-        """Those hashes of a file that were made: of the whole, of its tensors."""
+    def known(self, path: Path) -> Made:
+        """Those hashes of a file that were made, as it is now."""
         try:
             status = path.stat()
         except OSError:
-            return []
+            return Made()
         with self._lock:
-            found = [self._known(key, status.st_size, status.st_mtime_ns) for key in (str(path), f"{path}#tensors")]
-        return [made for made in found if made]
+            return Made(
+                *(self._known(key, status.st_size, status.st_mtime_ns) for key in (str(path), f"{path}#tensors"))
+            )
 
     def _ask(self, key: str, path: Path, make: Callable[[Path], str]) -> Future[str]:
         answer: Future[str] = Future()

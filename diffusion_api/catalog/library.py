@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 import zipfile
@@ -18,6 +17,7 @@ from diffusion_api.catalog.kinds import family_of, kind_of
 from diffusion_api.catalog.labels import LABELS, Profile, label, loose, read_profiles, repository
 from diffusion_api.catalog.layouts import Entry, Kind, Place, places, search
 from diffusion_api.catalog.pipelines import recommended
+from diffusion_api.catalog.told import Told, read_told
 from diffusion_api.errors import InvalidRequest, UnknownModel
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ CODE = (
 class Asset:
     """A file of weights; a folder only if it is a model. ``family`` is the one that it was made for, where that can be
     told; ``shown_path`` is for callers; ``stamp`` changes with the files, whose ``bytes`` are counted together.
+    ``told`` is what the file says of itself, of a LoRA.
     """
 
     kind: Kind
@@ -60,6 +61,7 @@ class Asset:
     family: str | None
     stamp: int = 0
     bytes: int = 0
+    told: Told = field(default_factory=Told)
     hashes: Hashes = field(default_factory=Hashes, repr=False, compare=False)
 
     @property
@@ -91,8 +93,13 @@ class Asset:
         """
         if self.kind != "lora" or self.pickled:
             return self.hashes.whole(self.path).result()[:12]
-        told = detect.safetensors_metadata(self.path).get("sshs_model_hash", "")
-        return told[:12] if re.fullmatch("[0-9a-f]{12,64}", told) else self.hashes.tensors(self.path).result()[:12]
+        return (self.told.hash or self.hashes.tensors(self.path).result())[:12]
+
+    def known_hashes(self) -> tuple[str | None, str | None]:
+        """``hash`` and ``network_hash`` as far as they are known: nothing is read for them."""
+        made = self.hashes.known(self.path)
+        network = made.whole if self.kind != "lora" or self.pickled else self.told.hash or made.tensors
+        return made.whole and made.whole[:10], network and network[:12]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,6 +325,7 @@ class Library:
             family=facts.family,
             stamp=stamp,
             bytes=size,
+            told=facts.told,
             hashes=self._hashes,
         )
         if facts.kind != "model" or facts.family is None:
@@ -384,6 +392,7 @@ class _Facts:
     family: str | None
     native_size: int = 0
     inpaints: bool = False
+    told: Told = field(default_factory=Told)
 
 
 def _recognise(path: Path, kind: Kind | None) -> _Facts | None:
@@ -399,7 +408,8 @@ def _recognise(path: Path, kind: Kind | None) -> _Facts | None:
     found = kind_of(tensors) or kind
     if found == "model":
         return _Facts("model", *detect.file_family(path), detect.inpaints(path))
-    return _Facts(found, family_of(found, tensors)) if found else None
+    told = read_told(path) if found == "lora" else Told()
+    return _Facts(found, family_of(found, tensors), told=told) if found else None
 
 
 def _recognise_old(path: Path, kind: Kind | None) -> _Facts | None:

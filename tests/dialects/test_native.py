@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import time
@@ -349,9 +350,10 @@ def test_a_waiting_job_is_cancelled_at_once(stub_server: Program) -> None:
     following = stub_server.submit(model="small", steps=1)
     status = cancelled(stub_server, waiting)
     assert status == stub_server.status(waiting)
-    assert status.keys() == STATUS_KEYS | {"cancelled"}
+    assert status.keys() == STATUS_KEYS | {"cancelled", "detail"}
     assert (status["status"], status["state"], status["error"]) == ("success", "error", "cancelled")
     assert status["cancelled"] is True
+    assert status["detail"] == "cancelled"
     assert stub_server.status(running)["state"] == "processing"
     cancelled(stub_server, running)
     assert stub_server.wait(following)["state"] == "done"
@@ -371,7 +373,7 @@ def test_a_running_job_may_be_cancelled_with_the_picture_that_it_has(stub_server
     job_id = stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=150, seed=5, fileType="png")
     stub_server.wait(job_id, "processing")
     status = cancelled(stub_server, job_id, "?partial=true")
-    assert status.keys() == STATUS_KEYS | FINISHED_KEYS | {"cancelled"}
+    assert status.keys() == STATUS_KEYS | FINISHED_KEYS | {"cancelled", "detail"}
     assert (status["state"], status["error"], status["cancelled"]) == ("error", "cancelled", True)
     assert picture(status["image"]).size == (64, 64)
     assert status == stub_server.status(job_id)
@@ -380,7 +382,7 @@ def test_a_running_job_may_be_cancelled_with_the_picture_that_it_has(stub_server
 def test_a_waiting_job_has_no_picture_to_be_cancelled_with(stub_server: Program) -> None:
     running, waiting = (stub_server.submit(prompt="stub:seconds=0.05", model="small", steps=100) for _ in range(2))
     status = cancelled(stub_server, waiting, "?partial=true")
-    assert status.keys() == STATUS_KEYS | {"cancelled"}
+    assert status.keys() == STATUS_KEYS | {"cancelled", "detail"}
     cancelled(stub_server, running)
 
 
@@ -443,7 +445,8 @@ def test_a_paused_queue_takes_jobs_and_begins_none(stub_server: Program) -> None
 def test_a_job_that_failed_says_why_and_nothing_of_the_host(stub_server: Program) -> None:
     job_id = stub_server.submit(prompt="stub:fail", model="small", steps=2)
     status = stub_server.wait(job_id, "error")
-    assert status.keys() == STATUS_KEYS
+    assert status.keys() == STATUS_KEYS | {"detail"}
+    assert status["detail"] == status["error"]
     assert (status["status"], status["state"], status["current_phase"]) == ("success", "error", "error")
     assert status["error"] == f"the engine failed: RuntimeError; the log has the details under job {job_id}"
     assert "Traceback" in stub_server.log
@@ -820,10 +823,35 @@ def test_loras_are_listed_with_the_scale_that_they_have_when_none_is_given(stub_
                 "scale": 1.0,
                 "path": "stable_diffusion/loras/style.safetensors",
                 "family": "sd1",
+                "trigger_words": [],
+                "hash": None,
+                "autov2": None,
                 "pickled": False,
             }
         ],
     }
+
+
+def test_a_lora_is_listed_with_the_words_that_call_it_and_its_hashes_once_they_are_made(tmp_path: Path) -> None:
+    folder = tmp_path / "stable_diffusion" / "loras"
+    tags = {"10_cat": {"cat": 10, "ink": 9} | {f"tag {n}": 1 for n in range(20)}, "5_dog": {"ink": 5, "odd": "many"}}
+    plain = checkpoint(folder / "plain.safetensors", LORA_KEYS, {"ss_tag_frequency": "{not json"})
+    trained = {"ss_tag_frequency": json.dumps(tags), "sshs_model_hash": "0123456789abcdef" * 4}
+    checkpoint(folder / "trained.safetensors", LORA_KEYS, trained)
+    phrase = {"ss_tag_frequency": json.dumps(tags), "modelspec.trigger_phrase": " in ink " + "x" * 200}
+    checkpoint(folder / "written.safetensors", LORA_KEYS, phrase)
+    diffusers_folder(tmp_path / "stable_diffusion" / "models" / "small", sample_size=8)
+    with serving(tmp_path) as server:
+        rows = {row["name"]: row for row in server.get("/loras").json()["loras"]}
+        assert rows["trained"]["trigger_words"] == ["ink", "cat", *(f"tag {n}" for n in range(6))]
+        assert rows["written"]["trigger_words"] == ["in ink " + "x" * 93]
+        assert rows["plain"]["trigger_words"] == []
+        assert [rows[name]["hash"] for name in ("plain", "trained", "written")] == [None, "0123456789ab", None]
+        assert {row["autov2"] for row in rows.values()} == {None}
+        whole = hashlib.sha256(plain.read_bytes()).hexdigest()
+        server.submit(infotext=f'a cat <lora:renamed:1>\nSteps: 1, Size: 64x64, Lora hashes: "renamed: {whole[:12]}"')
+        found = eventually(lambda: [row for row in server.get("/loras").json()["loras"] if row["autov2"]], "hashes")
+        assert (found[0]["name"], found[0]["autov2"]) == ("plain", whole[:10])
 
 
 def test_samplers_and_schedules_are_listed_those_of_the_manual_first(stub_server: Program) -> None:

@@ -502,6 +502,7 @@ class StatusBody(BaseModel):
     current_phase: str
     state: Literal["queued", "loading", "processing", "done", "error"]
     error: str | None = Field(description="why there is no picture, or not the whole one")
+    detail: str = Field(default="", description="there where there is an error, and the same")
     position: int = Field(default=0, description="while it waits: how many are before it")
     eta_seconds: float | None = Field(
         default=None, description="until it ends: in how many seconds that will probably be; null when not known"
@@ -638,6 +639,13 @@ class LoraRow(BaseModel):
     scale: float = 1.0
     path: str
     family: str | None = Field(description="the family of models that it is for; null where its file does not tell")
+    trigger_words: list[str] = Field(
+        description="the phrase that its maker wrote into the file, else the tags that it was trained with most often"
+    )
+    hash: str | None = Field(
+        description="12 hex digits by which A1111 knows it, as in an infotext; null until it was made, at the first use"
+    )
+    autov2: str | None = Field(description="the first 10 hex digits of the file's SHA-256; null until it was made")
     pickled: bool
 
 

@@ -75,7 +75,16 @@ def _model(model: Model) -> ModelBody:
 
 
 def _lora_row(row: Asset) -> LoraRow:
-    return LoraRow(name=row.name, path=row.shown_path, family=row.family, pickled=row.pickled)
+    autov2, network = row.known_hashes()
+    return LoraRow(
+        name=row.name,
+        path=row.shown_path,
+        family=row.family,
+        trigger_words=[*row.told.trigger_words],
+        hash=network,
+        autov2=autov2,
+        pickled=row.pickled,
+    )
 
 
 def _internal_upscalers() -> list[UpscalerRow]:

@@ -153,6 +153,8 @@ def _standing(snapshot: Snapshot) -> dict[str, Any]:
         "state": state.value,
         "error": job.error.message if job.error else None,
     }
+    if job.error:
+        answer["detail"] = job.error.message  # the original API's documents call it error, its program detail
     if position is not None:
         answer["position"] = position
     if job.state is State.CANCELLED:

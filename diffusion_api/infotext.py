@@ -77,6 +77,8 @@ _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,29})")
 _FLOAT = re.compile(r"-?[0-9]{1,30}(?:\.[0-9]{1,30}(?:e[+-][0-9]{2,3})?|e[+-][0-9]{2,3})")
 _STRENGTH = r"(-?[0-9]{1,30}(?:\.[0-9]{1,30})?(?:e[+-]?[0-9]{1,3})?)"
 _USE = re.compile(rf'\s*+({_STRING}|[^,:"][^,:]*+):{_STRENGTH}(?::{_STRENGTH})?\s*+(?:,|\Z)')
+_BARE_USE = rf'[^,:"\s][^,:"]{{0,200}}+:{_STRENGTH}(?::{_STRENGTH})?'
+_BARE_USES = re.compile(rf"({_BARE_USE}(?:,\s*+{_BARE_USE}){{1,99}}+){_END}")
 _NAMED = re.compile(r"(.+?)\s*+\[([0-9a-fA-F]{8,64})\]", re.DOTALL)
 _SIZE = re.compile(r"([0-9]{1,9})x([0-9]{1,9})")
 _VERSION = re.compile(r"v?(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?(?:-(\d{1,9}))?(?![.\w])")
@@ -553,6 +555,8 @@ def _value(key: str, line: str, start: int) -> tuple[Value | None, int]:
         return _unquoted(quoted[1]), quoted.end()
     if (bracketed := _JSON.match(line, start)) and _is_json(bracketed[1]):
         return bracketed[1], bracketed.end()
+    if key == "LoRAs" and (listed := _BARE_USES.match(line, start)):  # as the original API wrote it, without quotes
+        return listed[1], listed.end()
     comma = line.find(",", start)
     end_of_value = len(line) if comma < 0 else comma
     text = line[start:end_of_value].strip()

@@ -368,6 +368,7 @@ HOSTILE = {
     "lines": "\n" * 500_000 + "Negative prompt:\n" * 40_000,
     "digits": "kk: " + "9" * 1_000_000,
     "quotes and commas": 'kk: ",' * 160_000,
+    "LoRAs that never end": "LoRAs:a:1" + ",LoRAs:1:1" * 90_000 + "x",
 }
 
 

@@ -140,3 +140,62 @@ def test_a_picture_is_upscaled_by_the_shipped_model(server: Program, first: Imag
     assert opened(status).size == (256, 256)
     assert seen(np.asarray(opened(status))).agrees(asked(PROMPT), shape=True)
     assert status["current_phase"] == "done"
+
+
+# what the tests of the original API expect of real pictures
+
+
+def test_the_first_pass_ends_at_half_and_the_second_begins_there(server: Program) -> None:
+    hires = {"enabled": True, "scale": 1.5, "upscaler": "Latent", "steps": 6, "denoising_strength": 0.9}
+    job_id = server.submit(**FIELDS | {"prompt": PROMPT, "width": 128, "height": 128, "hires": hires})
+    told: list[dict[str, Any]] = []
+
+    def ended() -> bool:
+        told.append(server.status(job_id))
+        return bool(told[-1]["state"] in ("done", "error"))
+
+    eventually(ended, "the picture")
+    progress = [status["progress"] for status in told]
+    assert progress == sorted(progress)
+    passes = {
+        phase: {status["progress"] for status in told if status["current_phase"] == phase}
+        for phase in ("initial generation", "upscaling")
+    }
+    assert all(passes.values()), "no status was read while a pass ran"
+    assert max(passes["initial generation"]) <= 50 <= min(passes["upscaling"])
+    assert (told[-1]["state"], told[-1]["width"]) == ("done", 192)
+
+
+def test_a_low_strength_keeps_the_picture_the_less_the_higher_it_is(server: Program, first: Image.Image) -> None:
+    """Of test_image_preservation, with its strengths and the likeness that it has for each."""
+    found = []
+    for strength, likeness in ((0.05, 0.9), (0.1, 0.8), (0.3, 0.5)):
+        asked_for = {"image": b64(first), "prompt": PROMPT, "denoising_strength": strength, "steps": 25}
+        second = made(server, "/img2img", **asked_for)
+        assert second.size == first.size
+        found.append(alike(first, second))
+        assert found[-1] >= likeness
+    other = made(server, "/img2img", image=b64(first), prompt=OTHER, denoising_strength=0.95)
+    found.append(alike(first, other))
+    assert found == sorted(found, reverse=True), found
+    assert found[-1] < 0.8 < found[-2], found
+
+
+def alike(one: Image.Image, other: Image.Image) -> float:
+    """The mean structural similarity of two pictures in grey (Wang et al. 2004), over squares of 8 pixels; 1 if equal."""
+    x, y = (
+        np.asarray(image.convert("L"), np.float64).reshape(image.height // 8, 8, image.width // 8, 8).swapaxes(1, 2)
+        for image in (one, other)
+    )
+    mean_x, mean_y = x.mean((2, 3)), y.mean((2, 3))
+    both = (x * y).mean((2, 3)) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    light = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * both + c2) / (x.var((2, 3)) + y.var((2, 3)) + c2)
+    return float((light * structure).mean())
+
+
+def test_the_device_that_draws_is_told_in_the_words_of_the_original(server: Program) -> None:
+    """Of test_gpu_detection; the service of these tests was told to take the CPU."""
+    gpu = server.get("/health").json()["gpu"]
+    assert gpu == {"cuda_available": False, "mps_available": False, "device_name": "CPU"}

@@ -120,6 +120,19 @@ def test_a_picture_is_made_with_and_without_a_refiner(server: Program, name: str
     assert [text.partition(":")[0] for text in status.get("warnings", [])] == ([warning] if warning else [])
 
 
+MODELS = {"stable-diffusion-v1-5": "standard", PASTEL: "standard", "sdxl": "sdxl"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_either_type_draws_from_words_and_from_a_picture(server: Program, name: str) -> None:
+    """Of test_img2img_refactor, whose table has the pipeline for each type and kind of job."""
+    (row,) = (row for row in server.get("/models").json()["models"] if row["name"] == name)
+    assert row["type"] == MODELS[name]
+    for path, fields in (("/txt2img", {"width": 64, "height": 64}), ("/img2img", {"image": png(64)})):
+        status = done(server, path, prompt="a tree", model=name, steps=2, **fields)
+        assert (status["width"], status["height"]) == (64, 64)
+
+
 def test_what_is_missing_is_told_in_the_words_of_the_original(server: Program) -> None:
     for fields, words in (
         ({}, "Image field is required"),

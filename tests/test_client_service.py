@@ -102,6 +102,8 @@ def test_what_is_installed_is_listed(call: Call) -> None:
     assert call("upscalers")[0]["name"] == "Latent"
     assert call("loras") == []
     assert "Euler a" in call("sampling_methods")["sampling_methods"]
+    assert call("capabilities", "small")["model"]["name"] == "small"
+    assert call("capabilities")["model"]["name"] == call("models")[0]["name"]
     assert call("health")["queue"]["paused"] is False
 
 

@@ -170,6 +170,10 @@ said.missing = await caught(client.getJobStatus("no/body"));
 said.models = (await client.getModels()).models.map((model) => model.name);
 said.upscaler = (await client.getUpscalers()).upscalers[0].name;
 said.loras = (await client.getLoRAs()).loras.length;
+said.capable = [(await client.getCapabilities("small")).model.name, (await client.getCapabilities()).features[0]];
+const shown = await fetch(new URL(done.image_url, process.argv[2]));
+said.shown = shown.headers.get("Content-Type");
+said.detail = (await client.getJobStatus(slow.job_id)).detail;
 said.samplers = (await client.getSamplingMethods()).sampling_methods.includes("Euler a");
 console.log(JSON.stringify(said));
 """
@@ -184,7 +188,7 @@ def test_node_runs_the_client(server: Program, compiled: Path) -> None:
     assert said == {
         **{"again": True, "seed": 7, "last": "done", "left_out": True, "picture": ["image/png", True], "drawn": "done"},
         **{"listed": [True, True], "cancelled": True, "models": ["small"], "upscaler": "Latent", "loras": 0},
-        **{"samplers": True},
+        **{"samplers": True, "capable": ["small", "txt2img"], "shown": "image/png", "detail": "cancelled"},
     }
     assert failed == ["JobFailed", failed[1]]
     assert failed[1].endswith("ended without a picture: cancelled")

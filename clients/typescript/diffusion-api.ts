@@ -135,6 +135,8 @@ export interface JobStatus {
   current_phase: string;
   state: State;
   error: string | null;
+  /** There where there is an error, and the same. */
+  detail?: string;
   /** While it waits: how many are before it. */
   position?: number;
   /** Until it ends: in how many seconds that will probably be. */
@@ -146,6 +148,9 @@ export interface JobStatus {
   /** The file in base64; left out unless `image` was asked for. */
   image?: string | null;
   images?: (string | null)[];
+  /** Opens the picture without a key for a day; a path, where the service has no public URL. */
+  image_url?: string;
+  image_urls?: string[];
   output_path?: string;
   output_paths?: string[];
   width?: number;
@@ -221,6 +226,21 @@ export interface LoRAInfo {
 export interface LoRAsResponse {
   status: "success";
   loras: LoRAInfo[];
+}
+
+/** @openapi CapabilitiesBody */
+export interface CapabilitiesResponse {
+  status: "success";
+  model: Record<string, unknown>;
+  features: string[];
+  limits: Record<string, number>;
+  parameters: Record<string, Record<string, Record<string, unknown>>>;
+  sampling_methods: string[];
+  scheduler_types: string[];
+  file_types: string[];
+  upscalers: string[];
+  vaes: string[];
+  loras: string[];
 }
 
 /** @openapi UpscalerRow */
@@ -378,6 +398,11 @@ export class DiffusionAPIClient {
 
   getSamplingMethods(): Promise<SamplingMethodsResponse> {
     return this.#json("GET", "/sampling_methods");
+  }
+
+  /** What may be asked of a model, or of the default one: its features, parameters and limits. */
+  getCapabilities(model?: string): Promise<CapabilitiesResponse> {
+    return this.#json("GET", "/capabilities", { query: model === undefined ? [] : [["model", model]] });
   }
 
   async #json<T>(method: string, path: string, call: Call = {}): Promise<T> {

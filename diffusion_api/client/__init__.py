@@ -93,6 +93,10 @@ class Client:
         """The names of samplers and schedules."""
         return self._run(flows.told("/sampling_methods"))
 
+    def capabilities(self, model: str | None = None) -> dict[str, Any]:
+        """What may be asked of a model, or of the default one: its features, parameters and limits."""
+        return self._run(flows.told("/capabilities", model=model))
+
     def submit(self, kind: Kind, body: dict[str, Any], *, key: str | None = None) -> Submitted:
         """Post a job. Pictures in the body may be base64, bytes or the path of a file.
 
@@ -236,6 +240,10 @@ class AsyncClient:
     async def sampling_methods(self) -> dict[str, Any]:
         """The names of samplers and schedules."""
         return await self._run(flows.told("/sampling_methods"))
+
+    async def capabilities(self, model: str | None = None) -> dict[str, Any]:
+        """What may be asked of a model."""
+        return await self._run(flows.told("/capabilities", model=model))
 
     async def submit(self, kind: Kind, body: dict[str, Any], *, key: str | None = None) -> Submitted:
         """Post a job; see :meth:`Client.submit`."""

@@ -92,12 +92,15 @@ class Status(TypedDict, total=False):
     current_phase: str
     state: str
     error: str | None
+    detail: str
     warnings: list[str]
     payload: dict[str, Any]
     image: str
     """The file, in base64."""
     images: list[str]
     """All of them, where there are several."""
+    image_url: str
+    image_urls: list[str]
     output_path: str
     """Where the service keeps it, from its home folder."""
     output_paths: list[str]

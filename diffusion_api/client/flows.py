@@ -85,9 +85,9 @@ def _taken(ask: Ask, patience: float) -> Flow[httpx.Response]:
         yield Pause(max(error.retry_after, 0.1))
 
 
-def told(path: str) -> Flow[dict[str, Any]]:
-    """What a route answers."""
-    return fields((yield Ask("GET", path)))
+def told(path: str, **params: str | None) -> Flow[dict[str, Any]]:
+    """What a route answers; a parameter that is None is left out."""
+    return fields((yield Ask("GET", path, params={name: value for name, value in params.items() if value is not None})))
 
 
 def rows(path: str, key: str) -> Flow[list[Row]]:

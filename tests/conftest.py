@@ -27,7 +27,11 @@ def stub_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     models = home / "stable_diffusion" / "models"
     diffusers_folder(models / "stable-diffusion-v1-5")
     diffusers_folder(models / "small", sample_size=8)
-    checkpoint(home / "stable_diffusion" / "loras" / "style.safetensors", LORA_KEYS)
+    checkpoint(
+        home / "stable_diffusion" / "loras" / "style.safetensors",
+        LORA_KEYS,
+        {"modelspec.trigger_phrase": "ink drawing"},
+    )
     (home / "stable_diffusion" / "upscalers").mkdir()
     (home / "stable_diffusion" / "upscalers" / "ESRGAN_4x.pth").write_bytes(bytes(2**20))
     with serving(home, max_body=2**20, max_prompt=2000) as server:

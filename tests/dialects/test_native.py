@@ -823,7 +823,7 @@ def test_loras_are_listed_with_the_scale_that_they_have_when_none_is_given(stub_
                 "scale": 1.0,
                 "path": "stable_diffusion/loras/style.safetensors",
                 "family": "sd1",
-                "trigger_words": [],
+                "trigger_words": ["ink drawing"],
                 "hash": None,
                 "autov2": None,
                 "pickled": False,

@@ -165,3 +165,10 @@ def test_the_shell_completes_commands(tmp_path: Path) -> None:
             command(), cwd=tmp_path, env=environment() | variables, capture_output=True, text=True, check=False
         )
         assert answer in done.stdout
+
+
+def test_a_dry_run_is_refused_in_one_line(server: Program, tmp_path: Path) -> None:
+    done = run("txt2img", "x", "--set", "dry_run=true", cwd=tmp_path, url=server.url)
+    assert done.returncode == 1
+    assert "dry_run makes no job" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -461,7 +461,7 @@ def test_the_client_comes_back_when_a_full_queue_has_room(home: Path) -> None:
 
 def test_the_log_tells_of_each_job_and_holds_no_picture(home: Path) -> None:
     with serving(home, log_level="debug") as server:
-        done = server.result(prompt="a lighthouse", image="data:image/png;base64," + "A" * 500)
+        done = server.result(prompt="a lighthouse", picture="data:image/png;base64," + "A" * 500)
         failed = server.submit(prompt="stub:fail")
         server.wait(failed, "error")
         log = server.log

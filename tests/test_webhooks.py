@@ -546,6 +546,7 @@ def test_the_service_tells_what_the_status_says_but_the_pictures(home: Path) -> 
     assert [d["status"] for d in webhook["deliveries"]] == [204]
     assert len(status.pop("images")) == 2
     assert status.pop("image")
+    assert status.pop("image_url") == status.pop("image_urls")[0]
     assert json.loads(heard.body) == status
     assert status["payload"] == {"prompt": "a lighthouse", "n": 2, "seed": 7}
     assert "s3cret" not in log

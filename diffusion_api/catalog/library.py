@@ -151,6 +151,11 @@ class Model(Asset):
         """``sdxl`` or ``standard``, the two words of the original API."""
         return "sdxl" if self.family in ("sdxl", "sdxl-refiner") else "standard"
 
+    @property
+    def refines(self) -> bool:
+        """Whether it only draws the end of pictures that another model began."""
+        return self.family == "sdxl-refiner"
+
 
 Row = TypeVar("Row", bound=Asset)
 
@@ -249,7 +254,7 @@ class Library:
             return self.resolve(self._default)
         if model := self.find(PREFERRED_DEFAULT):
             return model
-        models = [m for m in self.models() if m.family != "sdxl-refiner" and not m.inpaints]
+        models = [m for m in self.models() if not m.refines and not m.inpaints]
         own = [m for m in models if not m.shipped]
         candidates = own or [m for m in models if m.name == SHIPPED_DEFAULT] or models
         if len(candidates) == 1:

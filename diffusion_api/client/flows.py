@@ -15,6 +15,7 @@ from urllib.parse import quote
 import httpx
 
 from diffusion_api.client.answers import JobCancelled, JobFailed, NotThere, Row, Status, Submitted, fields, refusal
+from diffusion_api.errors import InvalidRequest
 from diffusion_api.schema.job import State
 
 LONGEST_WAIT = 30.0
@@ -97,7 +98,12 @@ def rows(path: str, key: str) -> Flow[list[Row]]:
 
 
 def submit(kind: Kind, body: Mapping[str, Any], key: str | None) -> Flow[Submitted]:
-    """Post a job under a key by which the service knows it again, so that it becomes one job however often it is sent."""
+    """Post a job under a key by which the service knows it again, so that it becomes one job however often it is sent.
+
+    Raises InvalidRequest for a dry run, which is no job.
+    """
+    if body.get("dry_run"):
+        raise InvalidRequest("dry_run makes no job; POST it yourself, as docs/native.md shows", field="dry_run")
     headers = {"Idempotency-Key": key or str(uuid.uuid4())}
     response = yield Ask("POST", f"/{kind}", json=_sendable(body), headers=headers)
     answer = fields(response)

@@ -1030,3 +1030,13 @@ def test_the_infotext_in_a_picture_makes_it_again(stub_server: Program, number: 
     again = stub_server.result(infotext=text, fileType="png")
     assert again["image"] == first["images"][number]
     assert "warnings" not in again
+
+
+def test_what_is_null_counts_as_left_out(stub_server: Program) -> None:
+    body = {
+        "prompt": None,
+        "steps": None,
+        "hires": {"enabled": False, "scale": None, "upscaler": None},
+        "dry_run": True,
+    }
+    assert stub_server.request("POST", "/txt2img", json=body).status_code == 200

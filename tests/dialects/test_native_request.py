@@ -225,6 +225,11 @@ def test_a_refiner_takes_over_after_a_share_of_the_steps(
         assert means(rich, infotext=written(request)) == (request, [])
 
 
+def test_a_refiner_that_is_to_draw_alone_is_told(rich: Service) -> None:
+    (warning,) = txt2img(Txt2ImgBody(prompt="a ring", model="xl-refiner", seed=1), rich).warnings
+    assert "'xl-refiner' is a refiner" in warning
+
+
 @pytest.mark.parametrize(("model", "refiner", "none"), [("small", "xl-refiner", "small"), ("xl", "small", "small")])
 def test_what_is_no_sdxl_model_is_not_refined_and_refines_nothing(
     rich: Service, model: str, refiner: str, none: str

@@ -57,6 +57,10 @@ def _numbered(choices: Any) -> Callable[[Any], Any]:
 Factor = Annotated[float, Field(gt=0, le=16, allow_inf_nan=False)]
 
 
+def _or_empty(value: Any) -> Any:
+    return "" if value is None else value
+
+
 class LoraBody(BaseModel):
     """A LoRA by name, or by its path as the service shows it, with its strength."""
 
@@ -93,7 +97,10 @@ LORAS = "it is a list of names, or of objects with name (or path), scale and tex
 
 
 def _object(value: Any) -> Any:
-    if value is None or isinstance(value, dict | HiresBody):
+    """An object, without what is null in it: that counts as left out."""
+    if isinstance(value, dict):
+        return {name: part for name, part in value.items() if part is not None}
+    if value is None or isinstance(value, HiresBody):
         return value
     raise ValueError(HIRES)
 
@@ -142,7 +149,7 @@ class JobBody(BaseModel):
 class SamplingBody(JobBody):
     """What a body says of pictures that a model draws. Every field may be left out; numbers may come as strings."""
 
-    prompt: str = ""
+    prompt: Annotated[str, BeforeValidator(_or_empty)] = ""
     negative_prompt: str | None = None
     steps: int | None = Field(default=None, ge=1, description="at most the operator's limit; 30 when left out")
     cfg_scale: float | None = Field(

@@ -62,6 +62,10 @@ def txt2img(body: Txt2ImgBody, service: Service) -> Meant[Txt2Img]:
     """The picture from words that a body means. Raises InvalidRequest."""
     body, fields, warnings = drawing(with_text_of_image(body, service), service, _own_size)
     first = build(Txt2Img, **fields)
+    if service.model(first.model).refines:
+        warnings.append(
+            f"model {first.model!r} is a refiner and draws no more than the end; name it as refiner_checkpoint"
+        )
     hires, notes = _hires(_hires_styled(body, service), first, service)
     if hires:
         asked = [*(("lora", lora.name) for lora in first.loras), *_networks(first.prompt)]

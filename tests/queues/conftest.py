@@ -6,12 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from asking import plain
 
 from diffusion_api.queues.base import Handler, Queue
+from diffusion_api.queues.file import FileQueue
+from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.schema.job import Job, Result
 
 NewJob = Callable[..., Job]
@@ -19,6 +22,31 @@ Serving = Callable[..., AbstractContextManager[None]]
 Eventually = Callable[[Callable[[], object]], None]
 
 PATIENCE = 20.0
+
+QUEUES: dict[str, Callable[..., Queue]] = {
+    "file": lambda home, **options: FileQueue(home / "queue", **options),
+    "memory": lambda home, **options: MemoryQueue(**options),
+}
+
+
+@pytest.fixture(params=QUEUES)
+def make_queue(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Queue]]:
+    """Makes a queue of each kind; keywords are its options."""
+    made: list[Queue] = []
+
+    def make(**options: Any) -> Queue:
+        made.append(QUEUES[request.param](tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for queue in made:
+        queue.close()
+
+
+@pytest.fixture
+def queue(make_queue: Callable[..., Queue]) -> Queue:
+    """One of each kind, as it is without options."""
+    return make_queue()
 
 
 @pytest.fixture

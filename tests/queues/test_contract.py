@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,32 +14,8 @@ import pytest
 from diffusion_api.errors import QueueFull, RateLimited
 from diffusion_api.queues.base import Control, Key, Place, Queue, Snapshot
 from diffusion_api.queues.file import FileQueue
-from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.schema.job import Job, Progress, Result, State
 from diffusion_api.schema.report import DeviceReport, WorkerReport
-
-QUEUES: dict[str, Callable[..., Queue]] = {
-    "file": lambda home, **options: FileQueue(home / "queue", **options),
-    "memory": lambda home, **options: MemoryQueue(**options),
-}
-
-
-@pytest.fixture(params=QUEUES)
-def make_queue(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Queue]]:
-    made: list[Queue] = []
-
-    def make(**options: Any) -> Queue:
-        made.append(QUEUES[request.param](tmp_path, **options))
-        return made[-1]
-
-    yield make
-    for queue in made:
-        queue.close()
-
-
-@pytest.fixture
-def queue(make_queue: Callable[..., Queue]) -> Queue:
-    return make_queue()
 
 
 def state_of(queue: Queue, job: Job) -> State:

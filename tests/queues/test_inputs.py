@@ -17,7 +17,6 @@ from diffusion_api import blobs, retention
 from diffusion_api.errors import InputLost, QueueFull
 from diffusion_api.queues.base import Queue
 from diffusion_api.queues.file import FileQueue
-from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.retention import Limits
 from diffusion_api.schema.job import Job, Result, State
 from diffusion_api.schema.request import Img2Img, Mask
@@ -25,29 +24,6 @@ from diffusion_api.usage import Usage
 
 WEEK = Limits(seconds=7 * 24 * 60 * 60.0)
 LATER = 8 * 24 * 60 * 60.0
-
-QUEUES: dict[str, Callable[..., Queue]] = {
-    "file": lambda home, **options: FileQueue(home / "queue", **options),
-    "memory": lambda home, **options: MemoryQueue(**options),
-}
-
-
-@pytest.fixture(params=QUEUES)
-def make_queue(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Queue]]:
-    made: list[Queue] = []
-
-    def make(**options: Any) -> Queue:
-        made.append(QUEUES[request.param](tmp_path, **options))
-        return made[-1]
-
-    yield make
-    for queue in made:
-        queue.close()
-
-
-@pytest.fixture
-def queue(make_queue: Callable[..., Queue]) -> Queue:
-    return make_queue()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,13 +31,6 @@ _TURN = _UNIT * float(np.float32(2 * math.pi))
 
 _BLOCK = 2**15
 """Numbers that are computed at a time, so that all that lies between stays near the processor."""
-
-
-class Stream(Protocol):
-    """Standard normal numbers that depend on a seed and on what was drawn before."""
-
-    def __call__(self, shape: Sequence[int]) -> Tensor:
-        """The next ones, float32 on the CPU."""
 
 
 def philox(counters: Sequence[Words | int], key: Sequence[Words | int]) -> tuple[Words, Words]:

@@ -107,7 +107,7 @@ MODELS = (
         },
     ),
     DemoModel(
-        name="shapes-xl-refiner", checkpoint="unet-xl-refiner.pt", steps=3000, scaling_factor=0.13025, texts=(XL_TEXT_2,),
+        name="shapes-xl-refiner", checkpoint="unet-xl-refiner.pt", steps=2000, scaling_factor=0.13025, texts=(XL_TEXT_2,),
         time_ids=("original", "crop", "score"), timesteps=350, texts_of="shapes-xl",
         unet=dict(
             **ANY_XL_UNET, block_out_channels=[32, 64, 64, 64], attention_head_dim=[2, 4, 4, 4],

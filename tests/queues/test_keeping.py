@@ -30,18 +30,6 @@ from diffusion_api.schema.job import Job, Result, State, dumps
 FIXTURES = Path(__file__).with_name("fixtures")
 FOR_EVER = Limits()
 
-QUEUES: dict[str, Callable[[Path], Queue]] = {
-    "file": lambda home: FileQueue(home / "queue"),
-    "memory": lambda home: MemoryQueue(),
-}
-
-
-@pytest.fixture(params=QUEUES)
-def queue(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Queue]:
-    made = QUEUES[request.param](tmp_path)
-    yield made
-    made.close()
-
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:

@@ -182,11 +182,15 @@ class Service:
         """The picture in base64 or a data URL, looked at to its last pixel. Raises InvalidImage and TooLarge of that field."""
         from diffusion_api import images
 
-        limits = self.settings
-        data = images.from_base64(text, max_bytes=limits.max_body, field=field)
+        return self.picture_of(images.from_base64(text, max_bytes=self.settings.max_body, field=field), field)
+
+    def picture_of(self, data: bytes, field: str) -> Picture:
+        """The same of a picture's bytes."""
+        from diffusion_api import images
+
         try:
             with self._decoding:
-                image = images.decode(data, max_pixels=limits.max_input_pixels)
+                image = images.decode(data, max_pixels=self.settings.max_input_pixels)
         except InvalidImage as error:
             raise InvalidImage(f"{field}: {error}", field=field) from error
         except TooLarge as error:

@@ -8,8 +8,9 @@ from fastapi import APIRouter, Body, Request, Response
 
 from diffusion_api import infotext
 from diffusion_api.dialects._base import caller_of
+from diffusion_api.dialects._jobs import IdempotencyKey
 from diffusion_api.dialects.native.bodies import ImgInfoBody, InfoBody, SubmittedBody, refusals
-from diffusion_api.dialects.native.jobs import LINKS, IdempotencyKey
+from diffusion_api.dialects.native.jobs import LINKS
 from diffusion_api.errors import InvalidImage
 from diffusion_api.queues.base import Key
 

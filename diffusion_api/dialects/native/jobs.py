@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Body, Header, Query, Request, Response
+from fastapi import APIRouter, Body, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator
 
-from diffusion_api.dialects._base import build, caller_of, hears
+from diffusion_api.dialects._base import caller_of, hears
+from diffusion_api.dialects._jobs import NOBODY, IdempotencyKey, Meant, store
 from diffusion_api.dialects.native import pictures, requests
 from diffusion_api.dialects.native.bodies import (
     DryRunBody,
@@ -24,17 +23,13 @@ from diffusion_api.dialects.native.bodies import (
     refusals,
 )
 from diffusion_api.dialects.native.replies import answer_of, dry_run, dry_upscale, read, told
-from diffusion_api.dialects.native.requests import Meant, given
-from diffusion_api.queues.base import Key
-from diffusion_api.schema.job import Job
+from diffusion_api.dialects.native.requests import given
 
 if TYPE_CHECKING:
     from diffusion_api.service import Service
 
 NEXT_STEP = 5.0
 """Seconds that a running job gets to end before the caller who cancelled it is answered."""
-NOBODY = 499
-"""Status of an answer that nobody will read, as the caller has hung up."""
 LINKS = {
     name: {"operationRef": f"#/paths/~1queue~1{{job_id}}/{name}", "parameters": {"job_id": "$response.body#/job_id"}}
     for name in ("get", "delete")
@@ -53,21 +48,6 @@ Wait = Annotated[
     ),
 ]
 Partial = Annotated[bool, Query(description="have a running job end with the picture that it has so far")]
-
-
-def _visible(key: str) -> str:
-    if not re.fullmatch(r"[!-~]{1,255}", key):
-        raise ValueError("1 to 255 visible ASCII characters without spaces are allowed")
-    return key
-
-
-IdempotencyKey = Annotated[
-    Annotated[str, AfterValidator(_visible)] | None,
-    Header(
-        alias="Idempotency-Key",
-        description="sent again by the same caller within a day, with the same body, it makes no second job",
-    ),
-]
 
 
 Pictures = Annotated[
@@ -110,23 +90,17 @@ def add(router: APIRouter, service: Service) -> None:
         from diffusion_api.images import placeholder  # NumPy and Pillow: a third of the time until the service answers
 
         payload = body.model_dump(exclude_unset=True)
-        named = None if key is None else Key.of(key, payload)
-        payload.pop("webhook", None)  # its query may hold a credential
-        job = build(
-            Job,
-            request=meant.request,
-            payload=payload
-            | {field: placeholder(payload[field]) for field in PICTURES & payload.keys() if payload[field]},
-            warnings=tuple(meant.warnings),
-            caller=caller_of(http).id,
-            priority=given(body.priority, 0),
-            deadline=body.deadline,
-            webhook=body.webhook,
-        )
-        stored = service.submit(job, key=named, pictures=meant.pictures)
-        if stored.id != job.id:
-            answer.headers["Idempotency-Replayed"] = "true"
-        return SubmittedBody(job_id=stored.id, seed=stored.request.seeds[0], warnings=list(stored.warnings))
+        pictures = {field: placeholder(payload[field]) for field in PICTURES & payload.keys() if payload[field]}
+        shown = {
+            name: value for name, value in (payload | pictures).items() if name != "webhook"
+        }  # may hold a credential
+        stored = store(
+            meant, http, service, sent=payload, shown=shown, key=key,
+            priority=given(body.priority, 0), deadline=body.deadline, webhook=body.webhook,
+        )  # fmt: skip
+        answer.headers.update(stored.headers)
+        job = stored.job
+        return SubmittedBody(job_id=job.id, seed=job.request.seeds[0], warnings=list(job.warnings))
 
     @router.get(
         "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=refusals(400, 404, 410, 503),

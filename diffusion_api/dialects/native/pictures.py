@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_api.catalog.upscalers import INTERNAL, LATENT
 from diffusion_api.dialects._base import MAX_SIDE, build
+from diffusion_api.dialects._jobs import Meant
 from diffusion_api.dialects.native.bodies import FactorsBody, Img2ImgBody, UpscaleBody
 from diffusion_api.dialects.native.requests import (
-    Meant,
     Size,
     drawing,
     given,

@@ -9,8 +9,8 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from diffusion_api import infotext
+from diffusion_api.dialects._jobs import Meant
 from diffusion_api.dialects.native.bodies import DryRunBody, JobRow, NeedBody, PassBody, UpscaleDryRunBody
-from diffusion_api.dialects.native.requests import Meant
 from diffusion_api.queues.base import Snapshot
 from diffusion_api.schema.caller import Caller
 from diffusion_api.schema.job import Earlier, Job, Result, State

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffusion_api.catalog import samplers
 from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects._base import build, resolve_seed, round_size
+from diffusion_api.dialects._jobs import Meant
 from diffusion_api.dialects.native.bodies import HiresBody, JobBody, LoraBody, SamplingBody, Txt2ImgBody
 from diffusion_api.dialects.native.told import DEFAULT_SAMPLER, Drawn, filled, with_text_of_image
 from diffusion_api.dialects.native.unknown import unknown_fields
@@ -16,13 +16,12 @@ from diffusion_api.errors import InvalidRequest, UnknownModel
 from diffusion_api.nearest import LONGEST_NAME, hint
 from diffusion_api.prompt import parse, uncommented
 from diffusion_api.schema.job import lora_skipped
-from diffusion_api.schema.request import OWN_VAE, Format, Hires, LoraUse, Output, Refiner, Request, Txt2Img
+from diffusion_api.schema.request import OWN_VAE, Format, Hires, LoraUse, Output, Refiner, Txt2Img
 
 if TYPE_CHECKING:
     from diffusion_api.catalog.library import Model
-    from diffusion_api.service import Picture, Service
+    from diffusion_api.service import Service
 
-Asked = TypeVar("Asked", bound=Request, covariant=True)
 Size: TypeAlias = tuple[int, int, list[str]]
 """Width and height in pixels, and what the caller should know of how they came about."""
 
@@ -47,15 +46,6 @@ SWITCH_AT = 0.8
 KNOWN = "<lora:name:weight> is one"
 LORA = {"name", "scale", "text_scale"}
 """What a body says of a LoRA that is known here."""
-
-
-@dataclass(frozen=True)
-class Meant(Generic[Asked]):
-    """What a body means: the frozen request, what the caller should know of it, and the pictures that it brings along."""
-
-    request: Asked
-    warnings: list[str]
-    pictures: tuple[Picture, ...] = ()
 
 
 def txt2img(body: Txt2ImgBody, service: Service) -> Meant[Txt2Img]:

@@ -12,14 +12,14 @@ from diffusion_api.dialects._base import caller_of, hears
 from diffusion_api.dialects._jobs import NOBODY, IdempotencyKey, Meant, store
 from diffusion_api.dialects.native import pictures, requests
 from diffusion_api.dialects.native.bodies import (
-    DryRunBody,
     Img2ImgBody,
     JobBody,
+    Posted,
+    PostedUpscale,
     StatusBody,
     SubmittedBody,
     Txt2ImgBody,
     UpscaleBody,
-    UpscaleDryRunBody,
     refusals,
 )
 from diffusion_api.dialects.native.replies import answer_of, dry_run, dry_upscale, read, told
@@ -35,7 +35,9 @@ LINKS = {
     for name in ("get", "delete")
 }
 """What can be asked of a job that was stored, for the documentation."""
-POSTED: dict[int | str, dict[str, Any]] = refusals(400, 413, 415, 422, 429, 503, 507) | {200: {"links": LINKS}}
+POSTED: dict[int | str, dict[str, Any]] = refusals(400, 401, 403, 413, 415, 422, 429, 503, 507) | {
+    200: {"links": LINKS}
+}
 PICTURES = {"image", "mask"}
 """Fields of bodies that are pictures, and go into no record."""
 Wait = Annotated[
@@ -61,28 +63,28 @@ def add(router: APIRouter, service: Service) -> None:
     @router.post("/txt2img", tags=["jobs"], summary="A picture from words", responses=POSTED)
     def txt2img(
         body: Annotated[Txt2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
-    ) -> SubmittedBody | DryRunBody:
+    ) -> Posted:
         meant = requests.txt2img(body, service)
         return dry_run(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
 
     @router.post("/img2img", tags=["jobs"], summary="A picture from words and a picture", responses=POSTED)
     def img2img(
         body: Annotated[Img2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
-    ) -> SubmittedBody | DryRunBody:
+    ) -> Posted:
         meant = pictures.img2img(body, service)
         return dry_run(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
 
     @router.post("/inpaint", tags=["jobs"], summary="A picture with a part painted anew", responses=POSTED)
     def inpaint(
         body: Annotated[Img2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
-    ) -> SubmittedBody | DryRunBody:
+    ) -> Posted:
         meant = pictures.inpaint(body, service)
         return dry_run(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
 
     @router.post("/upscale", tags=["jobs"], summary="A larger picture", responses=POSTED)
     def upscale(
         body: Annotated[UpscaleBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
-    ) -> SubmittedBody | UpscaleDryRunBody:
+    ) -> PostedUpscale:
         meant = pictures.upscale(body, service)
         return dry_upscale(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
 
@@ -103,7 +105,7 @@ def add(router: APIRouter, service: Service) -> None:
         return SubmittedBody(job_id=job.id, seed=job.request.seeds[0], warnings=list(job.warnings))
 
     @router.get(
-        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=refusals(400, 404, 410, 503),
+        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=refusals(400, 401, 403, 404, 410, 429, 503),
         response_model=StatusBody,
     )  # fmt: skip
     async def queue(job_id: str, http: Request, wait: Wait = 0, pictures: Pictures = True) -> Response:
@@ -113,7 +115,7 @@ def add(router: APIRouter, service: Service) -> None:
         return await run_in_threadpool(read if pictures else told, job_id, caller, service)
 
     @router.delete(
-        "/queue/{job_id}", tags=["jobs"], summary="Cancel a job", responses=refusals(400, 404, 409, 410, 503),
+        "/queue/{job_id}", tags=["jobs"], summary="Cancel a job", responses=refusals(400, 401, 403, 404, 409, 410, 429, 503),
         response_model=StatusBody,
     )  # fmt: skip
     async def cancel(job_id: str, http: Request, partial: Partial = False) -> Response:

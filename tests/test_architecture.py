@@ -41,7 +41,7 @@ LAYERS = (
     ("worker", "waiters", "sweeper"),
     ("presence", "pace", "restart"),
     ("metrics",),
-    ("webhooks", "pull", "downloads", "fetch", "quotas", "links"),
+    ("webhooks", "pull", "downloads", "fetch", "quotas", "links", "remote_pictures"),
     ("queues",),
     ("outputs", "blobs"),
     ("engine",),

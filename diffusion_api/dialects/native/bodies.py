@@ -20,6 +20,7 @@ EXAMPLE_PICTURE = (
     "TkSuQmCC"
 )
 """A white disc on black, 64 pixels."""
+PICTURE = "a PNG, JPEG, WebP, GIF or AVIF in base64, as a data URL, or at a URL of a host that the operator allows"
 EXAMPLE_DOT = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw=="
 """One pixel."""
 
@@ -326,7 +327,7 @@ class Img2ImgBody(SamplingBody):
     image: str | None = Field(
         default=None,
         validation_alias=_also("image", "init_image"),
-        description="the picture to begin with: a PNG, JPEG, WebP, GIF or AVIF in base64 or as a data URL; required",
+        description=f"the picture to begin with: {PICTURE}; required",
     )
     denoising_strength: float | None = Field(
         default=None,
@@ -398,7 +399,7 @@ class UpscaleBody(JobBody):
     image: str | None = Field(
         default=None,
         validation_alias=_also("image", "init_image"),
-        description="the picture: a PNG, JPEG, WebP, GIF or AVIF in base64 or as a data URL; required",
+        description=f"{PICTURE}; required",
     )
     upscaler: str | None = Field(
         default=None,

@@ -106,7 +106,7 @@ def _from_picture(model: Model, service: Service) -> Img2Img:
     body = Img2ImgBody(
         model=model.name, prompt="a picture", image=EXAMPLE_DOT, mask=EXAMPLE_DOT, width=width, height=height
     )
-    return pictures.inpaint(body, service).request
+    return pictures.inpaint(body, service, {}).request
 
 
 def _hires(model: Model, service: Service) -> bool:

@@ -32,7 +32,7 @@ LAYERS = (
     ("server",),
     ("supervisor",),
     ("app", "connections"),
-    ("door",),
+    ("documentation", "door"),
     ("client",),
     ("dialects",),
     ("access", "users"),

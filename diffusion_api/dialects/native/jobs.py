@@ -17,6 +17,8 @@ from diffusion_api.dialects.native.bodies import (
     DryRunBody,
     Img2ImgBody,
     JobBody,
+    Posted,
+    PostedUpscale,
     StatusBody,
     SubmittedBody,
     Txt2ImgBody,
@@ -39,7 +41,9 @@ LINKS = {
     for name in ("get", "delete")
 }
 """What can be asked of a job that was stored, for the documentation."""
-POSTED: dict[int | str, dict[str, Any]] = refusals(400, 413, 415, 422, 429, 503, 507) | {200: {"links": LINKS}}
+POSTED: dict[int | str, dict[str, Any]] = refusals(400, 401, 403, 413, 415, 422, 429, 503, 507) | {
+    200: {"links": LINKS}
+}
 PICTURES = {"image", "mask"}
 """Fields of bodies that are pictures, and go into no record."""
 Wait = Annotated[
@@ -65,13 +69,13 @@ def add(router: APIRouter, service: Service) -> None:
     @router.post("/txt2img", tags=["jobs"], summary="A picture from words", responses=POSTED)
     def txt2img(
         body: Annotated[Txt2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
-    ) -> SubmittedBody | DryRunBody:
+    ) -> Posted:
         return answered(body, partial(requests.txt2img, body, service), dry_run, http, answer, idempotency_key)
 
     @router.post("/img2img", tags=["jobs"], summary="A picture from words and a picture", responses=POSTED)
     async def img2img(
         body: Annotated[Img2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
-    ) -> SubmittedBody | DryRunBody:
+    ) -> Posted:
         fetched = await pictures.fetched(body, service)
         meaning = partial(pictures.img2img, body, service, fetched)
         return await run_in_threadpool(answered, body, meaning, dry_run, http, answer, idempotency_key)
@@ -79,7 +83,7 @@ def add(router: APIRouter, service: Service) -> None:
     @router.post("/inpaint", tags=["jobs"], summary="A picture with a part painted anew", responses=POSTED)
     async def inpaint(
         body: Annotated[Img2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
-    ) -> SubmittedBody | DryRunBody:
+    ) -> Posted:
         fetched = await pictures.fetched(body, service)
         meaning = partial(pictures.inpaint, body, service, fetched)
         return await run_in_threadpool(answered, body, meaning, dry_run, http, answer, idempotency_key)
@@ -87,7 +91,7 @@ def add(router: APIRouter, service: Service) -> None:
     @router.post("/upscale", tags=["jobs"], summary="A larger picture", responses=POSTED)
     async def upscale(
         body: Annotated[UpscaleBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
-    ) -> SubmittedBody | UpscaleDryRunBody:
+    ) -> PostedUpscale:
         fetched = await pictures.fetched(body, service)
         meaning = partial(pictures.upscale, body, service, fetched)
         return await run_in_threadpool(answered, body, meaning, dry_upscale, http, answer, idempotency_key)
@@ -116,7 +120,7 @@ def add(router: APIRouter, service: Service) -> None:
         return SubmittedBody(job_id=job.id, seed=job.request.seeds[0], warnings=list(job.warnings))
 
     @router.get(
-        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=refusals(400, 404, 410, 503),
+        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=refusals(400, 401, 403, 404, 410, 429, 503),
         response_model=StatusBody,
     )  # fmt: skip
     async def queue(job_id: str, http: Request, wait: Wait = 0, pictures: Pictures = True) -> Response:
@@ -126,7 +130,7 @@ def add(router: APIRouter, service: Service) -> None:
         return await run_in_threadpool(read if pictures else told, job_id, caller, service)
 
     @router.delete(
-        "/queue/{job_id}", tags=["jobs"], summary="Cancel a job", responses=refusals(400, 404, 409, 410, 503),
+        "/queue/{job_id}", tags=["jobs"], summary="Cancel a job", responses=refusals(400, 401, 403, 404, 409, 410, 429, 503),
         response_model=StatusBody,
     )  # fmt: skip
     async def cancel(job_id: str, http: Request, partial: Partial = False) -> Response:

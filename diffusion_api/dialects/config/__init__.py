@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
 
-from diffusion_api.dialects.config import lists
+from diffusion_api.dialects._base import offer
+from diffusion_api.dialects.config import buffer, generate, lists
 from diffusion_api.dialects.config.answers import ConfigRoute, refusals
 
 if TYPE_CHECKING:
@@ -18,6 +19,6 @@ __all__ = ["mount"]
 def mount(app: FastAPI, service: Service) -> None:
     """Add the routes of this dialect."""
     router = APIRouter(route_class=ConfigRoute, responses=refusals(), tags=["configuration"])
-    for part in (lists,):
+    for part in (generate, lists, buffer):
         part.add(router, service)
-    app.include_router(router)
+    offer(app, "sd", router)

@@ -360,6 +360,18 @@ class Service:
         """The model that a request means. Raises UnknownModel."""
         return self._library.resolve(name)
 
+    def chosen(self, name: str | None) -> tuple[Model, list[str]]:
+        """The model that a drawing is made with, and what its caller should know of that: where the operator allows it, the
+        default one stands in for one that is not installed. Raises UnknownModel with the choices.
+        """
+        try:
+            return self._library.resolve(name), []
+        except UnknownModel:
+            if name is None or not self.settings.model_fallback:
+                raise
+        model = self._library.default()
+        return model, [f"model {name!r} {self.absence(name)}: {model.name!r} was used in its place"]
+
     def styles(self) -> Mapping[str, Style]:
         """Installed styles by name."""
         return styles.read(self._library.styles_files())

@@ -118,6 +118,9 @@ class Settings(BaseSettings):
     )
     warm_up: str = Field(default="", description="models that are loaded at the start, with commas")
     model: str | None = Field(default=None, description="model of requests that name none")
+    model_fallback: Literal["", "default"] = Field(
+        default="", description="what a model that is not installed is replaced by, with a warning: default, or nothing"
+    )
     models_from: Paths = Field(
         default=(),
         description="folders of other programs whose models, LoRAs and so on are listed too, and only read; "

@@ -6,7 +6,7 @@ Pictures are PIL images of mode RGB, masks of mode L, where white is to be paint
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ from diffusion_api.schema.request import Img2Img, ResizeMode, Upscale
 LANCZOS = Image.Resampling.LANCZOS
 WHITE = (255, 255, 255)
 OPAQUE_ENOUGH = 128
+ACROSS = 4
+"""Pictures in a row of a grid, at most."""
 FILLING = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
 """Radius in pixels of a blur of the surroundings, and how often it is laid over; the sharper ones last."""
 
@@ -182,6 +184,20 @@ class Canvas:
             whole.paste(image.resize(self.box.size, LANCZOS), self.box.corners)
             image = whole
         return composed(image, self.original, self.overlay)
+
+
+def grid(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size, at least one, side by side in as few rows of at most four as hold them, the rows as even as can
+    be: five are 3 + 2. What is left over is black.
+    """
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // ACROSS)
+    columns = -(-len(pictures) // rows)
+    sheet = Image.new("RGB", (columns * width, rows * height))
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, columns)
+        sheet.paste(picture, (column * width, row * height))
+    return sheet
 
 
 def prepared(request: Img2Img | Upscale, read: Callable[[str], Image.Image]) -> Canvas:

@@ -258,7 +258,9 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> None:
                 spread = 0.02 if weight.ndim == 1 else weight[0].numel() ** -0.5
                 noise = torch.randn(weight.shape, generator=generator) * spread
                 weight.data = noise + 1 if "norm" in name and name.endswith("weight") else noise
-        if isinstance(network, UniDiffuserTextDecoder):  # its output layer is its input layer, which no file holds twice
+        if isinstance(
+            network, UniDiffuserTextDecoder
+        ):  # its output layer is its input layer, which no file holds twice
             gpt = network.transformer
             gpt.lm_head.weight = nn.Parameter(gpt.transformer.wte.weight.detach().clone())
     pipeline.save_pretrained(folder)

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
     from diffusion_api.queues.base import Key, Place, Queue, Snapshot, Wanted
-    from diffusion_api.schema.report import DeviceReport, Room, WorkerReport
+    from diffusion_api.schema.report import DeviceReport, HeldModel, Room, WorkerReport
     from diffusion_api.settings import Settings
     from diffusion_api.webhooks import Webhooks
 
@@ -313,6 +313,12 @@ class Service:
     def counts(self) -> dict[State, int]:
         """How many jobs are in each state. Raises QueueUnusable."""
         return self._queue.counts()
+
+    def held(self) -> tuple[HeldModel, ...]:
+        """The models in memory, in whatever process jobs run."""
+        if self._engine:
+            return self._engine.held
+        return tuple(held for worker in self._workers() if worker.device for held in worker.device.models)
 
     def workers(self) -> list[WorkerReport]:
         """The last word of every worker that serves the queue. Raises QueueUnusable."""

@@ -47,6 +47,7 @@ LAYERS = (
     ("engine",),
     ("images", "canvas"),
     ("infotext",),
+    ("tokens",),
     ("prompt",),
     ("catalog",),
     ("wire",),

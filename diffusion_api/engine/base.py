@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from diffusion_api.errors import InputLost, Interrupted, OutOfMemory
 from diffusion_api.schema.job import LoraApplied, LoraSkipped, Progress
-from diffusion_api.schema.report import DeviceReport
+from diffusion_api.schema.report import DeviceReport, HeldModel
 from diffusion_api.schema.request import Reading, Request, Upscale
 
 if TYPE_CHECKING:
@@ -184,6 +184,10 @@ class Engine(Protocol):
         """Have a model in memory before a job asks for it, when the jobs at hand are done. Returns at once; what goes wrong
         is a matter for the log.
         """
+
+    @property
+    def held(self) -> tuple[HeldModel, ...]:
+        """The models in memory, the last used at the end. Never blocks, whatever the device does."""
 
     def report(self) -> DeviceReport | None:
         """What the engine runs on, or None while that is not known yet."""

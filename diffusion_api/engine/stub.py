@@ -46,7 +46,7 @@ from diffusion_api.engine.base import (
 )
 from diffusion_api.errors import DeviceLost, Interrupted, NotFinite
 from diffusion_api.schema.job import Progress, State
-from diffusion_api.schema.report import DeviceReport
+from diffusion_api.schema.report import DeviceReport, HeldModel
 from diffusion_api.schema.request import Caption, Embed, Reading, Request, Txt2Img, Upscale
 
 HOOK = re.compile(r"stub:(\w+)(?:=([\w.]+))?")
@@ -69,6 +69,11 @@ class StubEngine:
 
     def warm_up(self, model: str) -> None:
         """Nothing to load."""
+
+    @property
+    def held(self) -> tuple[HeldModel, ...]:
+        """It needs no model."""
+        return ()
 
     def report(self) -> DeviceReport:
         """No device at all."""

@@ -14,11 +14,12 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from diffusion_api.catalog import samplers
 from diffusion_api.engine import text
-from diffusion_api.engine.base import Preview, Stop, StopAsked
+from diffusion_api.engine.base import Embeddings, Preview, Stop, StopAsked
 from diffusion_api.engine.loras import Patches
 from diffusion_api.engine.noise import SOURCES, streams
 from diffusion_api.engine.pixels import previewed
@@ -29,7 +30,7 @@ from diffusion_api.engine.samplers.sigmas import Ends, NoiseLevels, spacing
 from diffusion_api.engine.text import Conditioning
 from diffusion_api.prompt import Part, parse, parse_negative
 from diffusion_api.schema.job import Progress, State
-from diffusion_api.schema.request import Emphasis
+from diffusion_api.schema.request import Caption, Embed, Emphasis
 
 Report = Callable[[Progress | Preview], None]
 
@@ -115,6 +116,17 @@ class Painter(Loaded, Protocol):
         """The picture of a pass. ``stepped`` is told after each step how much is done, 0 to 1, and says whether that is
         to be all; None when it is and there is nothing to show. Raises InvalidRequest, and what ``stepped`` raises.
         """
+
+
+@runtime_checkable
+class Teller(Loaded, Protocol):
+    """A loaded model that tells of pictures."""
+
+    def caption(self, picture: Image, asked: Caption, stepped: Callable[[float], bool]) -> str | None:
+        """Words for a picture of the size that was asked for. ``stepped`` as in :meth:`Painter.paint`; None when it ends it."""
+
+    def embeddings(self, picture: Image, asked: Embed) -> Embeddings:
+        """Such a picture in numbers."""
 
 
 class Point(StrEnum):

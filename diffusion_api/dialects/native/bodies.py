@@ -505,6 +505,11 @@ class StatusBody(BaseModel):
     image_urls: list[str] = Field(default=[], description="with n > 1: all of them")
     output_path: str = Field(default="", description="where the service keeps the file, from its home folder")
     output_paths: list[str] = Field(default=[], description="with n > 1: all of them")
+    caption: str = Field(default="", description="of a job that finds words for a picture: the words")
+    embeddings: dict[str, Any] | None = Field(
+        default=None,
+        description="of a job that turns a picture into numbers: CLIP_embeddings and vae_emb; null when they were deleted",
+    )
     width: int = Field(default=0, description="pixels")
     height: int = Field(default=0, description="pixels")
     file_type: Literal["jpg", "png", "webp", "avif", "gif"] = "jpg"
@@ -552,7 +557,7 @@ class JobRow(BaseModel):
     """A job in a list: how it stands, and what it is, without its pictures. Times in epoch seconds."""
 
     job_id: str
-    kind: Literal["txt2img", "img2img", "upscale"]
+    kind: Literal["txt2img", "img2img", "upscale", "caption", "embed"]
     state: Literal["queued", "loading", "processing", "done", "error"]
     cancelled: bool = False
     progress: float = Field(description="0 to 100")

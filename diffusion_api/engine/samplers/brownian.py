@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,8 +17,9 @@ Draw = Callable[[Sequence[int]], Tensor]
 """Standard normal noise, from each seed its own, (seeds, 1, c, h, w) float32 on the CPU."""
 
 Values = NDArray[np.float64]
-"""A motion, (1, c, h, w); double, as it is the sum of two dozen parts."""
+"""A motion, a number for each of the latents; double, as it is the sum of two dozen parts."""
 
+Singles = NDArray[np.float32]
 Words = NDArray[np.uint32]
 
 DIGITS = 6
@@ -60,7 +62,9 @@ class Brownian:
     def __init__(self, low: float, high: float, seed: int, draw: Draw) -> None:
         self._seeds, self._draw = Seeds(seed), draw
         whole = Span.between(round(low, DIGITS), round(high, DIGITS))
-        change = self._noise([()])[0] * math.sqrt(high - low)
+        drawn = draw(self._seeds([()]))[0]
+        self._shape = drawn.shape
+        change = drawn.numpy().ravel().astype(np.float64) * math.sqrt(high - low)
         self._known: dict[float, Values] = {whole.start: change * 0, whole.end: change}
         self._path: list[tuple[Span, Values, Values]] = [(whole, self._known[whole.start], change)]
         """Each half of the one before, the motion up to it and the motion on it."""
@@ -68,7 +72,7 @@ class Brownian:
     def __call__(self, sigma: float, following: float) -> Tensor:
         """The motion from ``sigma`` down to ``following``, as standard normal noise, (1, c, h, w) float32."""
         change = self._at(round(following, DIGITS)) - self._at(round(sigma, DIGITS))
-        return torch.from_numpy((change / math.sqrt(abs(sigma - following))).astype(np.float32))
+        return torch.from_numpy((change / math.sqrt(abs(sigma - following))).astype(np.float32)).reshape(self._shape)
 
     def _at(self, sigma: float) -> Values:
         if sigma not in self._known:
@@ -84,21 +88,42 @@ class Brownian:
         while sigma != span.start:
             span = span.half(sigma)
             spans.append(span)
-        keys = [(span.place, span.depth) for span in spans[:-1]]
-        noises = self._noise(keys) if keys else ()
-        for (span, half), noise in zip(pairwise(spans), noises, strict=True):
-            left, right, length = span.middle - span.start, span.end - span.middle, span.end - span.start
-            noise *= math.sqrt(left * right / length)
-            first = change * (left / length)
-            first += noise
-            before, change = (before + first, change - first) if half.start == span.middle else (before, first)
-            if half.depth <= SHARED:
-                self._path.append((half, before, change))
-        return before
+        halves = spans[1:]
+        if not halves:
+            return before
+        noises = self._draw(self._seeds([(span.place, span.depth) for span in spans[:-1]]))
+        kept = sum(half.depth <= SHARED for half in halves)
+        motions = np.empty((kept, 2, len(before)))
+        at = before.copy()
+        steps = np.array([_step(span, half) for span, half in pairwise(spans)])
+        _descend(at, change.copy(), noises.numpy().reshape(len(halves), -1), steps, motions)
+        self._path += [(half, *motion.copy()) for half, motion in zip(halves[:kept], motions, strict=True)]
+        return at
 
-    def _noise(self, keys: Sequence[tuple[int, ...]]) -> Values:
-        """The noise of each key, (keys, 1, c, h, w)."""
-        return self._draw(self._seeds(keys)).numpy().astype(np.float64)
+
+def _step(span: Span, half: Span) -> tuple[float, float, bool]:
+    """What leads from a span to one of its halves: the first half's share of the way, how far its noise goes, which it is."""
+    left, right, length = span.middle - span.start, span.end - span.middle, span.end - span.start
+    return left / length, math.sqrt(left * right / length), half.start == span.middle
+
+
+@njit
+def _descend(before: Values, change: Values, noises: Singles, steps: Values, motions: Values) -> None:
+    """Go from half to half, and change the motion up to each and on it in place; those of the first halves also go into
+    ``motions``, (halves kept, 2, numbers).
+    """
+    for depth in range(len(noises)):
+        share, spread, second = steps[depth]
+        for place in range(len(before)):
+            first = change[place] * share + noises[depth, place] * spread
+            if second:
+                before[place] += first
+                change[place] -= first
+            else:
+                change[place] = first
+        if depth < len(motions):
+            for place in range(len(before)):
+                motions[depth, 0, place], motions[depth, 1, place] = before[place], change[place]
 
 
 class Seeds:

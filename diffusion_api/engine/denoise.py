@@ -386,7 +386,7 @@ def denoised(
     if row.brownian:
         shape = seat.lane.latent_shape(stage.width, stage.height)
         draw = partial(SOURCES[asked.rng].firsts, shape=shape)
-        motion = Brownian(min(s for s in sigmas if s > 0), sigmas[0], stage.seed, draw)
+        motion = Brownian(min(s for s in sigmas if s > 0), sigmas[0], stage.seed, draw, sigmas)
 
     def noise(sigma: float, following: float) -> Tensor:
         return (motion(sigma, following) if row.brownian else later()).to(device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from diffusion_api.engine.plan import Pass
 
+Word: TypeAlias = np.uint64
 Keys = NDArray[np.uint64]
 Doubles = NDArray[np.float64]
 
@@ -34,20 +36,20 @@ _BLOCK = 2**15
 
 
 @njit(inline="always")
-def philox(one: int, two: int, three: int, four: int, first: int, second: int) -> tuple[int, int]:
+def philox(one: Word, two: Word, three: Word, four: Word, first: Word, second: Word) -> tuple[Word, Word]:
     """The first two words of Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", 3.3) for the
-    four words of a counter and the two of a key; all are uint64, of which the lower halves count.
+    four words of a counter and the two of a key; of each the lower half counts.
     """
     for _ in range(_ROUNDS):
         left, right = (one & _LOW) * _MULTIPLIERS[0], (three & _LOW) * _MULTIPLIERS[1]
         one, two = (right >> _HALF) ^ two ^ first, right
         three, four = (left >> _HALF) ^ four ^ second, left
         first, second = first + _STEPS[0], second + _STEPS[1]
-    return one, two
+    return one & _LOW, two & _LOW
 
 
-@njit
-def _uniform(keys: Keys, call: int, shares: Doubles, angles: Doubles) -> None:
+@njit()
+def _uniform(keys: Keys, call: Word, shares: Doubles, angles: Doubles) -> None:
     """Fill both, (keys, numbers), with a share of 1 and an angle for each number of a call."""
     none = np.uint64(0)
     for row in range(keys.size):

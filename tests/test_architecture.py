@@ -63,6 +63,7 @@ DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 # Distributions of others, and the only places that may import them.
 HOMES = {
     "torch": ("engine",),
+    "numba": ("engine",),
     "torchvision": ("engine",),
     "diffusers": ("engine",),
     "transformers": ("engine",),

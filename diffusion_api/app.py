@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.routing import Match
 
 from diffusion_api import __version__, door
-from diffusion_api.dialects import native
+from diffusion_api.dialects import config, native
 from diffusion_api.dialects._base import error_body
 from diffusion_api.documentation import completed
 from diffusion_api.metrics import CONTENT_TYPE, METHODS, Metrics
@@ -48,6 +48,7 @@ def create_app(
         middleware=door.middleware(settings, metrics, access),
     )
     native.mount(app, service)
+    config.mount(app, service)
 
     @app.get("/", include_in_schema=False)
     def root(request: Request) -> RedirectResponse:

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 from serving import ROOT, Program, eventually
 
+from diffusion_api.dialects.native import bodies
+
 NAMES = ("native", "jobs", "results", "metadata", "catalog", "service")
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in NAMES}
 ALL = "\n".join(PAGES.values())
@@ -118,9 +120,10 @@ def test_a_page_has_examples_for_curl_python_and_javascript(name: str) -> None:
 
 def test_the_pages_name_every_field_of_every_answer(stub_server: Program) -> None:
     schemas = stub_server.get("/openapi.json").json()["components"]["schemas"]
-    fields = {name for schema in schemas.values() for name in schema.get("properties", {})}
-    pages = "\n".join(path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md"))
-    assert sorted(name for name in fields if f"`{name}`" not in pages and f'"{name}"' not in pages) == []
+    own = [schema for name, schema in schemas.items() if hasattr(bodies, name)]
+    fields = {name for schema in own for name in schema.get("properties", {})}
+    assert len(fields) > 100
+    assert sorted(name for name in fields if f"`{name}`" not in ALL and f'"{name}"' not in ALL) == []
 
 
 def test_the_page_names_every_refusal(stub_server: Program) -> None:

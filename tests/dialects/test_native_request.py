@@ -146,7 +146,7 @@ def test_the_infotext_of_a_picture_asks_for_it_again(service: Service, fields: d
 
 def drawn_over(service: Service, **fields: Any) -> tuple[Img2Img, list[str]]:
     body = Img2ImgBody.model_validate({"image": PICTURE, "mask": PICTURE} | fields)
-    found = inpaint(body, service)
+    found = inpaint(body, service, {})
     return found.request, found.warnings
 
 
@@ -185,7 +185,7 @@ def test_the_body_goes_before_the_operator_in_what_loras_do(
 ) -> None:
     with serving(tmp_path, apply_loras=operator) as service:
         asked = {"prompt": "a castle", "image": PICTURE, "loras": ["x"], "apply_loras": body}
-        found = img2img(Img2ImgBody.model_validate(asked), service)
+        found = img2img(Img2ImgBody.model_validate(asked), service, {})
     assert len(found.request.loras) == applied
 
 

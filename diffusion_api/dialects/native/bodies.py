@@ -16,6 +16,8 @@ from diffusion_api.schema.request import MAX_SEED, Emphasis, Fill, Format, Resiz
 MAX_UNKNOWN = 100
 """Fields of a body that are ignored with a warning each; looking for a near name takes its time."""
 
+PICTURE = "a PNG, JPEG, WebP, GIF or AVIF in base64, as a data URL, or at a URL of a host that the operator allows"
+
 RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
 
 
@@ -290,7 +292,7 @@ class Img2ImgBody(SamplingBody):
     image: str | None = Field(
         default=None,
         validation_alias=_also("image", "init_image"),
-        description="the picture to begin with: a PNG, JPEG, WebP, GIF or AVIF in base64 or as a data URL; required",
+        description=f"the picture to begin with: {PICTURE}; required",
     )
     denoising_strength: float | None = Field(
         default=None,
@@ -358,7 +360,7 @@ class UpscaleBody(JobBody):
     image: str | None = Field(
         default=None,
         validation_alias=_also("image", "init_image"),
-        description="the picture: a PNG, JPEG, WebP, GIF or AVIF in base64 or as a data URL; required",
+        description=f"{PICTURE}; required",
     )
     upscaler: str | None = Field(
         default=None,
@@ -503,6 +505,11 @@ class StatusBody(BaseModel):
     image_urls: list[str] = Field(default=[], description="with n > 1: all of them")
     output_path: str = Field(default="", description="where the service keeps the file, from its home folder")
     output_paths: list[str] = Field(default=[], description="with n > 1: all of them")
+    caption: str = Field(default="", description="of a job that finds words for a picture: the words")
+    embeddings: dict[str, Any] | None = Field(
+        default=None,
+        description="of a job that turns a picture into numbers: CLIP_embeddings and vae_emb; null when they were deleted",
+    )
     width: int = Field(default=0, description="pixels")
     height: int = Field(default=0, description="pixels")
     file_type: Literal["jpg", "png", "webp", "avif", "gif"] = "jpg"
@@ -550,7 +557,7 @@ class JobRow(BaseModel):
     """A job in a list: how it stands, and what it is, without its pictures. Times in epoch seconds."""
 
     job_id: str
-    kind: Literal["txt2img", "img2img", "upscale"]
+    kind: Literal["txt2img", "img2img", "upscale", "caption", "embed"]
     state: Literal["queued", "loading", "processing", "done", "error"]
     cancelled: bool = False
     progress: float = Field(description="0 to 100")

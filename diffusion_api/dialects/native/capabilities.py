@@ -104,7 +104,7 @@ def _plain(model: Model, service: Service) -> Txt2Img:
 def _from_picture(model: Model, service: Service) -> Img2Img:
     width, height = model.default_size
     body = Img2ImgBody(model=model.name, prompt="a picture", image=DOT, mask=DOT, width=width, height=height)
-    return pictures.inpaint(body, service).request
+    return pictures.inpaint(body, service, {}).request
 
 
 def _hires(model: Model, service: Service) -> bool:

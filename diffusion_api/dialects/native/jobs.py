@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Body, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -12,6 +14,7 @@ from diffusion_api.dialects._base import caller_of, hears
 from diffusion_api.dialects._jobs import NOBODY, IdempotencyKey, Meant, store
 from diffusion_api.dialects.native import pictures, requests
 from diffusion_api.dialects.native.bodies import (
+    DryRunBody,
     Img2ImgBody,
     JobBody,
     Posted,
@@ -20,6 +23,7 @@ from diffusion_api.dialects.native.bodies import (
     SubmittedBody,
     Txt2ImgBody,
     UpscaleBody,
+    UpscaleDryRunBody,
     refusals,
 )
 from diffusion_api.dialects.native.replies import answer_of, dry_run, dry_upscale, read, told
@@ -27,6 +31,8 @@ from diffusion_api.dialects.native.requests import given
 
 if TYPE_CHECKING:
     from diffusion_api.service import Service
+
+Dry = TypeVar("Dry", DryRunBody, UpscaleDryRunBody)
 
 NEXT_STEP = 5.0
 """Seconds that a running job gets to end before the caller who cancelled it is answered."""
@@ -64,38 +70,47 @@ def add(router: APIRouter, service: Service) -> None:
     def txt2img(
         body: Annotated[Txt2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
     ) -> Posted:
-        meant = requests.txt2img(body, service)
-        return dry_run(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
+        return answered(body, partial(requests.txt2img, body, service), dry_run, http, answer, idempotency_key)
 
     @router.post("/img2img", tags=["jobs"], summary="A picture from words and a picture", responses=POSTED)
-    def img2img(
+    async def img2img(
         body: Annotated[Img2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
     ) -> Posted:
-        meant = pictures.img2img(body, service)
-        return dry_run(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
+        fetched = await pictures.fetched(body, service)
+        meaning = partial(pictures.img2img, body, service, fetched)
+        return await run_in_threadpool(answered, body, meaning, dry_run, http, answer, idempotency_key)
 
     @router.post("/inpaint", tags=["jobs"], summary="A picture with a part painted anew", responses=POSTED)
-    def inpaint(
+    async def inpaint(
         body: Annotated[Img2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
     ) -> Posted:
-        meant = pictures.inpaint(body, service)
-        return dry_run(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
+        fetched = await pictures.fetched(body, service)
+        meaning = partial(pictures.inpaint, body, service, fetched)
+        return await run_in_threadpool(answered, body, meaning, dry_run, http, answer, idempotency_key)
 
     @router.post("/upscale", tags=["jobs"], summary="A larger picture", responses=POSTED)
-    def upscale(
+    async def upscale(
         body: Annotated[UpscaleBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
     ) -> PostedUpscale:
-        meant = pictures.upscale(body, service)
-        return dry_upscale(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
+        fetched = await pictures.fetched(body, service)
+        meaning = partial(pictures.upscale, body, service, fetched)
+        return await run_in_threadpool(answered, body, meaning, dry_upscale, http, answer, idempotency_key)
+
+    def answered(
+        body: JobBody,
+        meaning: Callable[[], Meant[Any]],
+        estimated: Callable[[Meant[Any], Service], Dry],
+        http: Request,
+        answer: Response,
+        key: str | None,
+    ) -> SubmittedBody | Dry:
+        meant = meaning()
+        return estimated(meant, service) if body.dry_run else post(body, meant, http, answer, key)
 
     def post(body: JobBody, meant: Meant[Any], http: Request, answer: Response, key: str | None) -> SubmittedBody:
-        from diffusion_api.images import placeholder  # NumPy and Pillow: a third of the time until the service answers
-
         payload = body.model_dump(exclude_unset=True)
-        pictures = {field: placeholder(payload[field]) for field in PICTURES & payload.keys() if payload[field]}
-        shown = {
-            name: value for name, value in (payload | pictures).items() if name != "webhook"
-        }  # may hold a credential
+        shown = {name: value for name, value in payload.items() if name != "webhook"}  # may hold a credential
+        shown |= {field: pictures.shown(payload[field]) for field in PICTURES & payload.keys() if payload[field]}
         stored = store(
             meant, http, service, sent=payload, shown=shown, key=key,
             priority=given(body.priority, 0), deadline=body.deadline, webhook=body.webhook,

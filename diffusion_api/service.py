@@ -357,6 +357,10 @@ class Service:
         """The file of that kind that a caller means."""
         return self._library.find_asset(kind, name)
 
+    def hash_soon(self, kind: Kind) -> None:
+        """Have the hashes of all files of a kind made by and by, on a thread of their own."""
+        self._finder.hash_soon(kind)
+
     def told(self, kind: Kind, name: str, hashed: str | None) -> tuple[Asset | None, bool]:
         """The file that a text means: by the hash that it tells, else by its name; and whether it was the hash."""
         return self._finder.find(kind, name, hashed)

@@ -815,7 +815,14 @@ def test_labels_are_those_of_the_readme_by_label(stub_server: Program) -> None:
 
 
 def test_loras_are_listed_with_the_scale_that_they_have_when_none_is_given(stub_server: Program) -> None:
-    assert stub_server.get("/loras").json() == {
+    def listed() -> dict[str, Any]:
+        found: dict[str, Any] = stub_server.get("/loras").json()
+        return found
+
+    style = (stub_server.home / "stable_diffusion" / "loras" / "style.safetensors").read_bytes()
+    tensors = style[8 + int.from_bytes(style[:8], "little") :]
+    eventually(lambda: listed()["loras"][0]["hash"], "the hashes, which are made when they were asked for")
+    assert listed() == {
         "status": "success",
         "loras": [
             {
@@ -824,8 +831,8 @@ def test_loras_are_listed_with_the_scale_that_they_have_when_none_is_given(stub_
                 "path": "stable_diffusion/loras/style.safetensors",
                 "family": "sd1",
                 "trigger_words": ["ink drawing"],
-                "hash": None,
-                "autov2": None,
+                "hash": hashlib.sha256(tensors).hexdigest()[:12],
+                "autov2": hashlib.sha256(style).hexdigest()[:10],
                 "pickled": False,
             }
         ],
@@ -849,9 +856,17 @@ def test_a_lora_is_listed_with_the_words_that_call_it_and_its_hashes_once_they_a
         assert [rows[name]["hash"] for name in ("plain", "trained", "written")] == [None, "0123456789ab", None]
         assert {row["autov2"] for row in rows.values()} == {None}
         whole = hashlib.sha256(plain.read_bytes()).hexdigest()
-        server.submit(infotext=f'a cat <lora:renamed:1>\nSteps: 1, Size: 64x64, Lora hashes: "renamed: {whole[:12]}"')
-        found = eventually(lambda: [row for row in server.get("/loras").json()["loras"] if row["autov2"]], "hashes")
+        found = eventually(lambda: all_known(server), "the hashes, which are made when they were asked for")
         assert (found[0]["name"], found[0]["autov2"]) == ("plain", whole[:10])
+        server.submit(infotext=f'a cat <lora:renamed:1>\nSteps: 1, Size: 64x64, Lora hashes: "renamed: {whole[:12]}"')
+    with serving(tmp_path) as server:
+        assert all_known(server) == found
+
+
+def all_known(server: Program) -> list[dict[str, Any]]:
+    """The LoRAs, once each has its hashes."""
+    rows: list[dict[str, Any]] = server.get("/loras").json()["loras"]
+    return rows if all(row["hash"] and row["autov2"] for row in rows) else []
 
 
 def test_samplers_and_schedules_are_listed_those_of_the_manual_first(stub_server: Program) -> None:

@@ -53,6 +53,7 @@ def add(router: APIRouter, service: Service) -> None:
 
     @router.get("/loras", tags=["catalog"], summary="Installed LoRAs", responses=LISTED)
     def loras() -> LorasBody:
+        service.hash_soon("lora")
         return LorasBody(loras=[_lora_row(row) for row in service.assets("lora")])
 
     @router.get("/upscalers", tags=["catalog"], summary="Upscalers, built in and installed", responses=LISTED)

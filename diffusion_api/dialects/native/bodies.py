@@ -638,7 +638,7 @@ class LoraRow(BaseModel):
         description="the phrase that its maker wrote into the file, else the tags that it was trained with most often"
     )
     hash: str | None = Field(
-        description="12 hex digits by which A1111 knows it, as in an infotext; null until it was made, soon after it was asked for"
+        description="12 hex digits by which A1111 knows it, as in an infotext; null until made, soon after the first look"
     )
     autov2: str | None = Field(description="the first 10 hex digits of the file's SHA-256; null until it was made")
     pickled: bool

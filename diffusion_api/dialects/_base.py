@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 from collections.abc import Callable, Coroutine
@@ -77,16 +78,20 @@ def explain(error: dict[str, Any], body: Any = None) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"{where or 'the body'} is missing"
-    value = repr(error.get("input"))
-    shown = value if len(value) <= 80 else value[:77] + "..."
-    return f"{where or 'the body'} is {shown}: {message}"
+    return f"{where or 'the body'} is {_shown(error.get('input'))}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """A value as its sender knows it: null and true, not None and True. Cut when it is long."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _as_written(error: dict[str, Any], body: Any) -> list[str | int]:
     """The way to a field in the caller's words: pydantic puts the names of our types between them."""
     section, *path = error["loc"] if error["loc"] and error["loc"][0] in SECTIONS else ("", *error["loc"])
     if section != "body":
-        return path
+        return path[:1]  # which of several with the same name is of no use to anybody
     written: list[str | int] = []
     for part in path:
         if (isinstance(body, dict) and part in body) or (isinstance(body, list) and part in range(len(body))):

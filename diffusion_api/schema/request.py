@@ -40,12 +40,16 @@ class Output(Frozen):
         return self.format in ("jpeg", "webp", "avif") and not self.lossless
 
 
+MAX_LORA_SCALE = 100
+"""Up or down. What makes pictures lies between -2 and 2; far beyond, weights overflow."""
+
+
 class LoraUse(Frozen):
     """A LoRA by name, how strongly it works, and how strongly on the text encoders where that is another number."""
 
     name: str
-    scale: float = Field(default=1.0, allow_inf_nan=False)
-    text_scale: float | None = Field(default=None, allow_inf_nan=False)
+    scale: float = Field(default=1.0, ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)
+    text_scale: float | None = Field(default=None, ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)
 
     @property
     def on_text(self) -> float:

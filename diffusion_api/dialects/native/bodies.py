@@ -5,18 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
 from typing_extensions import TypeAliasType
 
 from diffusion_api.dialects._base import MAX_SIDE
 from diffusion_api.dialects.native import examples
 from diffusion_api.schema.job import LoraApplied, LoraSkipped
-from diffusion_api.schema.request import MAX_SEED, Emphasis, Fill, Format, ResizeMode, Source
+from diffusion_api.schema.request import MAX_LORA_SCALE, MAX_SEED, Emphasis, Fill, Format, ResizeMode, Source
 
 MAX_UNKNOWN = 100
 """Fields of a body that are ignored with a warning each; looking for a near name takes its time."""
 
 PICTURE = "a PNG, JPEG, WebP, GIF or AVIF in base64, as a data URL, or at a URL of a host that the operator allows"
+
+MAX_DEADLINE = 7 * 24 * 3600
+"""Seconds."""
 
 RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
 
@@ -34,6 +47,27 @@ def _like(*values: Any, more: bool = False) -> ConfigDict:
     """The configuration of a body that the documentation shows so; ``more`` if it may have fields that are not known."""
     shown = ConfigDict(json_schema_extra={"examples": [*values]})
     return shown | ConfigDict(extra="allow") if more else shown
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that an annotation is made of."""
+    parts = get_args(annotation)
+    return {annotation}.union(*map(_kinds, parts)) if parts else {annotation}
+
+
+class Sent(BaseModel):
+    """What a caller sends. What is not known in it is ignored with a warning; true and false are no numbers."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name:
+            kinds = _kinds(cls.model_fields[info.field_name].annotation)
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("Input should be a valid number")
+        return value
 
 
 def _also(name: str, *others: str) -> AliasChoices:
@@ -62,27 +96,30 @@ def _or_empty(value: Any) -> Any:
     return "" if value is None else value
 
 
-class LoraBody(BaseModel):
+class LoraBody(Sent):
     """A LoRA by name, or by its path as the service shows it, with its strength."""
 
-    model_config = ConfigDict(extra="allow")
-
     name: str = Field(validation_alias=_also("name", "path"))
-    scale: float = Field(default=1.0, allow_inf_nan=False)
+    scale: float = Field(default=1.0, ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)
     text_scale: float | None = Field(
-        default=None, allow_inf_nan=False, description="strength on the text encoders; that of scale when left out"
+        default=None,
+        ge=-MAX_LORA_SCALE,
+        le=MAX_LORA_SCALE,
+        description="strength on the text encoders; that of scale when left out",
     )
 
 
-class HiresBody(BaseModel):
+class HiresBody(Sent):
     """A second pass at a larger size. What is left out is as in the first."""
-
-    model_config = ConfigDict(extra="allow")
 
     enabled: bool | None = None
     scale: float = Field(default=2.0, gt=0, le=8, allow_inf_nan=False, description="without width and height")
-    width: int | None = Field(default=None, description="pixels; with height, in place of scale")
-    height: int | None = Field(default=None, description="pixels; with width, in place of scale")
+    width: int | None = Field(
+        default=None, description="pixels, in place of scale; in proportion to height when left out"
+    )
+    height: int | None = Field(
+        default=None, description="pixels, in place of scale; in proportion to width when left out"
+    )
     upscaler: str = Field(default="Latent", description="a name of /upscalers")
     steps: int | None = Field(default=20, ge=0, description="0: as many as the first pass")
     denoising_strength: float = Field(default=0.4, ge=0, le=1, description="how much is drawn anew")
@@ -122,10 +159,8 @@ Lora = Annotated[
 ]
 
 
-class JobBody(BaseModel):
+class JobBody(Sent):
     """What a body says of its job, whatever that is. Fields that are not known are ignored with a warning."""
-
-    model_config = ConfigDict(extra="allow")
 
     fileType: str | None = Field(default=None, description="jpg, png, webp, avif or gif; jpg when left out")
     jpeg_quality: int | None = Field(
@@ -140,7 +175,7 @@ class JobBody(BaseModel):
     deadline: float | None = Field(
         default=None,
         gt=0,
-        allow_inf_nan=False,
+        le=MAX_DEADLINE,
         description="seconds that the job may run; the operator's when left out",
     )
     webhook: str | None = Field(default=None, description="URL that is told of the job's end")
@@ -270,18 +305,27 @@ class Txt2ImgBody(SamplingBody):
     )
 
 
-class SizeBody(BaseModel):
+class SizeBody(Sent):
     """A size in pixels. A side that is left out keeps the proportions."""
 
     width: int | None = None
     height: int | None = None
 
 
-class FactorsBody(BaseModel):
+class FactorsBody(Sent):
     """How many times as wide and as high."""
 
     width: Factor = 1.0
     height: Factor = 1.0
+
+
+def _kind_of_factors(value: Any) -> str:
+    return "sides" if isinstance(value, dict | FactorsBody) else "both"
+
+
+Factors = Annotated[
+    Annotated[Factor, Tag("both")] | Annotated[FactorsBody, Tag("sides")], Discriminator(_kind_of_factors)
+]
 
 
 class Img2ImgBody(SamplingBody):
@@ -306,7 +350,7 @@ class Img2ImgBody(SamplingBody):
         default=None, description="how it is brought to the size; just resize when left out"
     )
     resize_to: SizeBody | None = Field(default=None, description="the size, before resize_by, width and height")
-    resize_by: Factor | FactorsBody | None = Field(
+    resize_by: Factors | None = Field(
         default=None,
         validation_alias=_also("resize_by", "resized_by"),
         description="the size as a factor of that of image, or one for each side; before width and height",

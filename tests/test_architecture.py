@@ -41,7 +41,7 @@ LAYERS = (
     ("worker", "waiters", "sweeper"),
     ("presence", "pace", "restart"),
     ("metrics",),
-    ("webhooks", "pull", "downloads", "fetch", "quotas", "links"),
+    ("webhooks", "lora_shop", "pull", "downloads", "fetch", "quotas", "links"),
     ("queues",),
     ("outputs", "blobs"),
     ("engine",),

@@ -38,7 +38,10 @@ MAX_HEADER_BYTES = 16 * 2**10
 CLIENT_LEFT = 499
 """What the log and the metrics call a request whose client went away before the answer; nginx's number for it."""
 
-POLLS = re.compile(r"/(queue|health|ready|hello|metrics)(/|$)")
+ALONE = re.compile(r"/compat/\w+")
+"""Where a dialect is alone; what follows is the path of its route."""
+
+POLLS = re.compile(rf"({ALONE.pattern})?/(queue|health|ready|hello|metrics)(/|$)")
 """Asked so often that their lines would bury the others; they are logged at debug."""
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -299,7 +302,10 @@ def _request_id(scope: Scope) -> str:
 
 def _template(scope: Scope) -> str:
     """The route as it was declared, so that the metrics do not grow with the paths that callers think of."""
-    return getattr(scope.get("route"), "path", "none")
+    if "route" not in scope:
+        return "none"
+    alone = ALONE.match(route_path(scope))
+    return (alone[0] if alone else "") + str(scope["route"].path)
 
 
 def _log_access(scope: Scope, status: int, seconds: float) -> None:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from diffusion_api.downloads import Downloads
     from diffusion_api.lora_shop import LoraShop
     from diffusion_api.pull import Puller
+    from diffusion_api.remote_pictures import RemotePictures
     from diffusion_api.webhooks import Webhooks
 
 log = logging.getLogger(__name__)
@@ -142,6 +143,17 @@ def build_webhooks(settings: Settings, queue: Queue) -> Webhooks | None:
         )
     fetcher = Fetcher(origins(settings.webhook_hosts))
     return Webhooks(settings.queue_dir / "hooks", queue, fetcher, secret=secret, describe=native.ended)
+
+
+def build_remote_pictures(settings: Settings) -> RemotePictures | None:
+    """What fetches the pictures that requests name by URL, None when the operator allows no hosts. Raises Misconfigured."""
+    if not settings.picture_hosts.strip():
+        return None
+    from diffusion_api.fetch import Fetcher, origins  # httpx: a tenth of a second until the service answers
+    from diffusion_api.remote_pictures import RemotePictures
+
+    fetcher = Fetcher(origins(settings.picture_hosts), setting="DIFFUSION_API_PICTURE_HOSTS")
+    return RemotePictures(fetcher, max_bytes=settings.max_body)
 
 
 def build_downloads(settings: Settings, home: str) -> Downloads:
@@ -247,8 +259,10 @@ def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Ser
     engine = build_engine(settings, library, queue) if worker and not settings.isolated else None
     access = build_access(settings)
     links = Links(lambda: access.secret)
-    shop = partial(build_lora_shop, settings, library)
-    service = Service(settings, library, queue, outputs, engine, pace=pace, webhooks=webhooks, links=links, shop=shop)
+    service = Service(
+        settings, library, queue, outputs, engine, pace=pace, webhooks=webhooks, links=links,
+        remote=build_remote_pictures(settings), shop=partial(build_lora_shop, settings, library),
+    )  # fmt: skip
     hand: Worker | Supervisor | None = None
     if engine:
         hand = build_worker(queue, engine, outputs, pace, handover)

@@ -89,6 +89,8 @@ def test_it_works_behind_nginx_under_a_sub_path(tmp_path: Path, stripped: bool) 
             link = http.get(f"{public}/queue/{job.job_id}").json()["image_url"]
             assert link.startswith(f"{public}/image/")
             assert httpx.get(link, trust_env=False).headers["content-type"] == "image/jpeg"
+            # A dialect where it is alone
+            assert http.get(f"{public}/compat/diffusionapi/queue/{job.job_id}").json()["state"] == "done"
             # The documentation finds its files and the API
             docs = http.get(f"{public}/", follow_redirects=True)
             assert str(docs.url) == f"{public}/docs"

@@ -1,4 +1,4 @@
-"""What every dialect needs: a route class that speaks its errors, holes filled, seeds drawn, sizes rounded."""
+"""What every dialect needs: a route class that speaks its errors, its places, holes filled, seeds drawn, sizes rounded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from fastapi import HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -58,15 +58,15 @@ def error_body(message: str) -> dict[str, str]:
     return {"status": "error", "detail": message, "error": message}
 
 
-def refusal(error: errors.DiffusionApiError) -> JSONResponse:
-    """The answer to a request that ended in this error."""
+def refusal(error: errors.DiffusionApiError, body: Callable[[str], Any] = error_body) -> JSONResponse:
+    """The answer to a request that ended in this error; ``body`` makes a dialect's own of its message."""
     status = status_of(error)
     headers = {"Retry-After": "10"} if status in (503, 507) else {}
     if isinstance(error, errors.RateLimited):
         headers = {"Retry-After": str(error.retry_after)}
     if isinstance(error, errors.Unauthenticated):
         headers = {"WWW-Authenticate": error.scheme}
-    return JSONResponse(error_body(str(error)), status, headers)
+    return JSONResponse(body(str(error)), status, headers)
 
 
 def explain(error: dict[str, Any], body: Any = None) -> str:
@@ -107,7 +107,19 @@ class BoundedRequest(Request):
 
 
 class ErrorRoute(APIRoute):
-    """A route whose refusals have the body of :func:`error_body`."""
+    """A route whose refusals have the body of :func:`error_body`; a dialect with another one overrides :meth:`told`."""
+
+    @classmethod
+    def told(cls, message: str) -> Any:
+        """The body of a refusal."""
+        return error_body(message)
+
+    @classmethod
+    def misread(cls, error: RequestValidationError) -> Response:
+        """The answer to a request that has not the form that the route declares: each of the first errors in a sentence."""
+        unread = any(isinstance(e.get("input"), bytes) for e in error.errors())
+        message = "; ".join(explain(e, error.body) for e in error.errors()[:5])
+        return JSONResponse(cls.told(message), 415 if unread else 400)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, with the project's errors turned into answers."""
@@ -117,13 +129,24 @@ class ErrorRoute(APIRoute):
             try:
                 return await handler(BoundedRequest(request.scope, request.receive))
             except RequestValidationError as error:
-                unread = any(isinstance(e.get("input"), bytes) for e in error.errors())
-                message = "; ".join(explain(e, error.body) for e in error.errors()[:5])
-                return JSONResponse(error_body(message), 415 if unread else 400)
+                return self.misread(error)
+            except HTTPException as error:
+                return JSONResponse(self.told(error.detail), error.status_code, error.headers)
             except errors.DiffusionApiError as error:
-                return refusal(error)
+                return refusal(error, self.told)
 
         return answer
+
+
+def offer(app: FastAPI, name: str, router: APIRouter, own: APIRouter | None = None) -> None:
+    """Add a dialect's routes at the root, among those of all, and under ``/compat/<name>``, where it is alone.
+
+    ``own`` are routes of the latter place only: they stand there for those of the same path at the root, where the answer
+    has to serve the clients of several dialects.
+    """
+    app.include_router(router)
+    for alone in filter(None, (own, router)):
+        app.include_router(alone, prefix=f"/compat/{name}", include_in_schema=False)
 
 
 def caller_of(request: Request) -> Caller:

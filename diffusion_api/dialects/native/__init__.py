@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
 
-from diffusion_api.dialects._base import ErrorRoute
+from diffusion_api.dialects._base import ErrorRoute, offer
 from diffusion_api.dialects.native import capabilities, catalog, events, info, jobs, results, state
 from diffusion_api.dialects.native.bodies import refusals
 from diffusion_api.dialects.native.replies import ended
@@ -22,4 +22,4 @@ def mount(app: FastAPI, service: Service) -> None:
     router = APIRouter(route_class=ErrorRoute, responses=refusals())
     for part in (state, catalog, capabilities, jobs, events, results, info):
         part.add(router, service)
-    app.include_router(router)
+    offer(app, "diffusionapi", router)

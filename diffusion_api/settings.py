@@ -193,6 +193,18 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices(PREFIX + "HF_TOKEN", "HF_TOKEN"),
         description="what opens gated and private models of the hub",
     )
+    civitai_url: str = Field(
+        default="https://civitai.com",
+        pattern=r"^https?://[^/]+",
+        description="where LoRAs are looked up and fetched from, or a mirror of it",
+    )
+    civit_key: SecretStr = Field(
+        default=SecretStr(""),
+        validation_alias=AliasChoices(PREFIX + "CIVIT_KEY", "CIVIT_KEY", "CIVITAI_API_KEY"),
+        description="what opens LoRAs there that are for those who sign in",
+    )
+    max_lora_mb: float = Field(default=2048, gt=0, description="MiB of one LoRA that is fetched from there")
+    lora_seconds: float = Field(default=1800, gt=0, description="seconds that one of them may take to come")
     pull_hosts: str = Field(
         default="",
         description="hosts that `pull` may be led to beside public ones, separated by commas: private mirrors",

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -16,9 +16,9 @@ from starlette.routing import Match
 
 from diffusion_api import __version__, door
 from diffusion_api.access import needed
-from diffusion_api.dialects import native
+from diffusion_api.dialects import backend, native
 from diffusion_api.dialects._base import error_body
-from diffusion_api.metrics import CONTENT_TYPE, METHODS, Metrics
+from diffusion_api.metrics import METHODS, Metrics
 from diffusion_api.schema.caller import Role
 
 if TYPE_CHECKING:
@@ -50,14 +50,11 @@ def create_app(
         middleware=door.middleware(settings, metrics, access),
     )
     native.mount(app, service)
+    backend.mount(app, service, metrics.render)
 
     @app.get("/", include_in_schema=False)
     def root(request: Request) -> RedirectResponse:
         return RedirectResponse(f"{request.scope.get('root_path', '')}/docs")
-
-    @app.get("/metrics", include_in_schema=False)
-    def shown_metrics() -> PlainTextResponse:
-        return PlainTextResponse(metrics.render(), media_type=CONTENT_TYPE)
 
     @app.exception_handler(HTTPException)
     def refused(request: Request, error: HTTPException) -> JSONResponse:

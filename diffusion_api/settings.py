@@ -185,6 +185,9 @@ class Settings(BaseSettings):
     max_prompt: int = Field(default=20_000, ge=1, description="characters of a prompt")
     max_body: int = Field(default=64 * 2**20, ge=1024, description="bytes of a request body")
 
+    picture_hosts: str = Field(
+        default="", description="hosts that pictures in requests may be fetched from, separated by commas; empty: none"
+    )
     webhook_hosts: str = Field(
         default="", description="hosts that webhooks may go to, separated by commas; empty: none"
     )

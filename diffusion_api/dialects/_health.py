@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import Request
+from pydantic import BaseModel, Field
 
 from diffusion_api.dialects._base import caller_of
 from diffusion_api.errors import InvalidRequest
@@ -41,6 +42,37 @@ class ModelStatus:
         }
 
 
+class ModelInfoBody(BaseModel):
+    """What a request gets that names no model."""
+
+    base_model: str | None
+    lora_applied: bool
+    torch_version: str
+    cuda_available: bool
+
+
+class ModelStatusBody(BaseModel):
+    """Whether there is a model to draw with, and where; it is brought into memory by the first job."""
+
+    loaded: bool
+    lora_available: bool = Field(description="there is a LoRA that /generate applies")
+    device: str = Field(description="cuda, cpu or mps; unknown until a worker has told it")
+
+
+class ModelHealthBody(ModelStatusBody):
+    """The same with the model itself."""
+
+    model_info: ModelInfoBody
+
+
+class BackendHealthBody(BaseModel):
+    """How the service is, in the shape of the backend API."""
+
+    status: Literal["healthy", "warning"]
+    timestamp: str = Field(description="ISO 8601, the time of the server")
+    model_status: ModelHealthBody | None = None
+
+
 def model_status(service: Service) -> ModelStatus:
     """How it is now."""
     try:
@@ -49,7 +81,7 @@ def model_status(service: Service) -> ModelStatus:
         model = None
     device = service.device()
     adapter = service.asset("lora", service.settings.lora_adapter)
-    return ModelStatus(model, adapter and adapter.name, device and device.kind, bool(device and device.models))
+    return ModelStatus(model, adapter and adapter.name, device and device.kind, held=bool(service.held()))
 
 
 def torch_version() -> str:

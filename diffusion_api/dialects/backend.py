@@ -14,12 +14,33 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from diffusion_api import __version__
 from diffusion_api.catalog import samplers
-from diffusion_api.dialects._base import ErrorRoute, build, explain, offer, resolve_seed
-from diffusion_api.dialects._health import backend_health, model_status, seen, torch_version
-from diffusion_api.dialects._jobs import NOBODY, IdempotencyKey, Meant, Stored, ended, prefers_async, store, view
-from diffusion_api.errors import DiffusionApiError, Gone, InvalidRequest, KeyReused, NoModel
+from diffusion_api.dialects._base import ErrorRoute, build, explain, offer, resolve_seed, status_of
+from diffusion_api.dialects._health import ModelStatusBody, backend_health, model_status, seen, torch_version
+from diffusion_api.dialects._jobs import (
+    NOBODY,
+    IdempotencyKey,
+    Meant,
+    Stored,
+    ended,
+    prefers_async,
+    result_of,
+    store,
+    view,
+)
+from diffusion_api.errors import (
+    CallerError,
+    DeviceLost,
+    DeviceUnusable,
+    DiffusionApiError,
+    Gone,
+    InvalidRequest,
+    KeyReused,
+    ModelUnreadable,
+    NoModel,
+    UnknownModel,
+)
 from diffusion_api.metrics import CONTENT_TYPE
-from diffusion_api.schema.job import Image, Job, State
+from diffusion_api.schema.job import Image
 from diffusion_api.schema.request import LoraUse, Output, Txt2Img
 
 if TYPE_CHECKING:
@@ -31,7 +52,7 @@ MAX_ITEMS = 32
 """Prompts of one batch: the answer holds all their pictures."""
 
 NOT_LOADED = "Model not loaded"
-UNLOADABLE = ("ModelUnreadable", "UnknownModel", "DeviceUnusable", "DeviceLost")
+UNLOADABLE = (UnknownModel, ModelUnreadable, DeviceUnusable, DeviceLost)
 """Ends of jobs that never had a model to draw with."""
 
 OURS = {"steps": "num_inference_steps", "n": "num_images"}
@@ -151,16 +172,8 @@ class ExamplesBody(BaseModel):
     examples: list[ExampleBody]
 
 
-class ModelStatusBody(BaseModel):
-    """Whether there is a model to draw with, and where; it is brought into memory by the first job."""
-
-    loaded: bool
-    lora_available: bool
-    device: str
-
-
 class BackendMetricsBody(BaseModel):
-    """The same with the versions."""
+    """Whether there is a model to draw with, and where, with the versions."""
 
     model_loaded: bool
     lora_available: bool
@@ -362,10 +375,10 @@ def _store_all(items: list[Any], http: Request, service: Service, key: str | Non
 
 def _outcome(snapshot: Snapshot, service: Service) -> dict[str, Any]:
     """What became of an item that was stored."""
-    if snapshot.state is not State.DONE:
-        return {"success": False, "error": _failure(snapshot.job)[1]}
+    if failure := _failure(snapshot):
+        return {"success": False, "error": failure[1]}
     try:
-        made = _result(snapshot.job, service)
+        made = _result(snapshot, service)
     except Gone as error:
         return {"success": False, "error": str(error)}
     service.was_read(snapshot)
@@ -374,24 +387,32 @@ def _outcome(snapshot: Snapshot, service: Service) -> dict[str, Any]:
 
 def _answer(snapshot: Snapshot, service: Service) -> Response:
     """The answer of ``/generate``. Raises Gone."""
-    if snapshot.state is not State.DONE:
-        status, message = _failure(snapshot.job)
+    if failure := _failure(snapshot):
+        status, message = failure
         return JSONResponse(BackendRoute.told(message), status)
-    answer = JSONResponse(_result(snapshot.job, service))
+    answer = JSONResponse(_result(snapshot, service))
     service.was_read(snapshot)
     return answer
 
 
-def _failure(job: Job) -> tuple[int, str]:
-    kind, message = (job.error.kind, job.error.message) if job.error else ("", "no picture was made")
-    return (503, f"{NOT_LOADED}: {message}") if kind in UNLOADABLE else (500, f"Generation failed: {message}")
+def _failure(snapshot: Snapshot) -> tuple[int, str] | None:
+    """Status and text for a job that made nothing."""
+    try:
+        result_of(snapshot)
+    except UNLOADABLE as error:
+        return 503, f"{NOT_LOADED}: {error}"
+    except CallerError as error:
+        return status_of(error), str(error)
+    except DiffusionApiError as error:
+        return 500, f"Generation failed: {error}"
+    return None
 
 
-def _result(job: Job, service: Service) -> dict[str, Any]:
+def _result(snapshot: Snapshot, service: Service) -> dict[str, Any]:
     """What a job that is done has made. Raises Gone."""
-    request, result = job.request, job.result
+    job, result = snapshot.job, result_of(snapshot)
+    request = job.request
     assert isinstance(request, Txt2Img)
-    assert result is not None
     first = result.images[0]
     answer: dict[str, Any] = {
         "images": [_data_url(image, service) for image in result.images],

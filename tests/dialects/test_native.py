@@ -744,6 +744,7 @@ def test_health_tells_real_numbers(stub_server: Program) -> None:
     health = stub_server.get("/health").json()
     assert health.keys() - {"warnings"} == {
         *("status", "timestamp", "version", "system", "gpu", "workers", "models", "loras", "queue", "outputs", "disk"),
+        *("timestamp_iso", "model_status", "service", "buffer_accessible", "model_loaded"),  # what other APIs ask here
     }
     assert health["status"] == ("warning" if "warnings" in health else "healthy")
     assert abs(health["timestamp"] - time.time()) < 60

@@ -347,6 +347,12 @@ class Service:
         """The last word of every worker that serves the queue. Raises QueueUnusable."""
         return self._queue.workers()
 
+    def device(self) -> DeviceReport | None:
+        """What a worker says of its device; None while none has."""
+        if self._engine:
+            return self._engine.report()
+        return next((worker.device for worker in self._workers() if worker.device), None)
+
     def models(self) -> list[Model]:
         """Installed models."""
         return self._library.models()
@@ -470,7 +476,7 @@ class Service:
             active_jobs=self._active_jobs(),
             models=models,
             loras=len(self._library.assets("lora")),
-            device=self._engine.report() if self._engine else next((w.device for w in workers if w.device), None),
+            device=self.device(),
             workers=tuple(workers),
             paused=readiness.paused,
             disk=self._usage.now(),

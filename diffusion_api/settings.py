@@ -32,6 +32,12 @@ def _device(name: str) -> str:
     return name
 
 
+def _adapter(path: str) -> str:
+    """The name that the library gives to a LoRA which lies there: its folder's, where its file has the name of any LoRA."""
+    place = Path(path)
+    return place.parent.name if place.stem == "pytorch_lora_weights" else place.name
+
+
 Paths: TypeAlias = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)]
 
 
@@ -120,6 +126,11 @@ class Settings(BaseSettings):
     model: str | None = Field(default=None, description="model of requests that name none")
     model_fallback: Literal["", "default"] = Field(
         default="", description="what a model that is not installed is replaced by, with a warning: default, or nothing"
+    )
+    lora_adapter: Annotated[str, AfterValidator(_adapter)] = Field(
+        default="stable_diffusion_finetune_v1",
+        validation_alias=AliasChoices(PREFIX + "LORA_ADAPTER", "LORA_ADAPTER_PATH"),
+        description="the LoRA that /generate applies where it is installed: its name, or a path that ends with it",
     )
     models_from: Paths = Field(
         default=(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -196,6 +197,25 @@ def test_the_service_answers_while_a_lora_comes_and_who_hangs_up_does_not_end_th
     assert len(market.large.ranges()) == ranges + 1
     eventually(lambda: "slow_one" in server.get("/get_available_loras").json(), "the LoRA")
     assert KEY not in server.log
+
+
+def test_a_service_that_stops_in_the_middle_ends_the_download_and_goes_on_with_it_later(
+    tmp_path: Path, market: Civitai
+) -> None:
+    hosts = {"civitai_url": market.url, "pull_hosts": market.large.cdn}
+    market.large.faults = ["slow:60"]
+    ranges = len(market.large.ranges())
+    with serving(tmp_path, **hosts) as server, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(add, server, 12346)
+        eventually(lambda: any(part.stat().st_size for part in tmp_path.rglob("*.part")), "the first bytes")
+        server.signal(signal.SIGTERM)
+        answer = waiting.result()
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")
+        assert answer.json()["detail"] == "the service stops; asked again later, the download goes on"
+        assert server.ended() == 0
+    with serving(tmp_path, **hosts) as server:
+        assert "here as slow_one" in add(server, 12346).json()
+    assert [wanted[:6] for wanted in market.large.ranges()[ranges:]] == ["", "bytes="]
 
 
 # In pictures

@@ -290,16 +290,17 @@ def load(**flags: Any) -> Settings:
 def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
     """Where each setting came from: ``flag``, its environment variable, ``.env`` or ``default``."""
     environment, dotenv = EnvSettingsSource(Settings)(), DotEnvSettingsSource(Settings)()
+    variables = {name.upper() for name in os.environ}
     found = {}
-    for name in Settings.model_fields:
+    for name, field in Settings.model_fields.items():
         if flags.get(name) is not None:
             found[name] = "flag"
             continue
         own = PREFIX + name.upper()
         if name in environment:
             found[name] = own
-        elif own in environment:  # one that has the name of others too, such as HF_TOKEN
-            found[name] = own if own in os.environ else name.upper()
+        elif own in environment and isinstance(field.validation_alias, AliasChoices):  # HF_TOKEN and its like
+            found[name] = next(str(each) for each in field.validation_alias.choices if each in variables)
         else:
             found[name] = ".env" if {name, own} & set(dotenv) else "default"
     return found

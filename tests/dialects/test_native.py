@@ -835,6 +835,8 @@ def test_loras_are_listed_with_the_scale_that_they_have_when_none_is_given(stub_
                 "path": "stable_diffusion/loras/style.safetensors",
                 "family": "sd1",
                 "trigger_words": ["ink drawing"],
+                "usage_rights": None,
+                "allow_no_mention": None,
                 "hash": hashlib.sha256(tensors).hexdigest()[:12],
                 "autov2": hashlib.sha256(style).hexdigest()[:10],
                 "pickled": False,

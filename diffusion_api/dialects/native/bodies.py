@@ -680,7 +680,12 @@ class LoraRow(BaseModel):
     path: str
     family: str | None = Field(description="the family of models that it is for; null where its file does not tell")
     trigger_words: list[str] = Field(
-        description="the phrase that its maker wrote into the file, else the tags that it was trained with most often"
+        description="those that its maker published, else the phrase in its file, else the tags that it was trained with "
+        "most often"
+    )
+    usage_rights: str | None = Field(description="what may be sold, in Civitai's words; null where that is not known")
+    allow_no_mention: bool | None = Field(
+        description="whether its maker need not be named; null where that is not known"
     )
     hash: str | None = Field(
         description="12 hex digits by which A1111 knows it, as in an infotext; null until made, soon after the first look"

@@ -16,7 +16,7 @@ from starlette.routing import Match
 
 from diffusion_api import __version__, door
 from diffusion_api.access import needed
-from diffusion_api.dialects import native
+from diffusion_api.dialects import native, tasks
 from diffusion_api.dialects._base import error_body
 from diffusion_api.metrics import CONTENT_TYPE, METHODS, Metrics
 from diffusion_api.schema.caller import Role
@@ -50,6 +50,7 @@ def create_app(
         middleware=door.middleware(settings, metrics, access),
     )
     native.mount(app, service)
+    tasks.mount(app, service, access)
 
     @app.get("/", include_in_schema=False)
     def root(request: Request) -> RedirectResponse:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from serving import Program, eventually
 
-ALONE = {"diffusionapi": "/queue/x"}
+ALONE = {"diffusionapi": "/queue/x", "tasks": "/task/x"}
 """Dialects, each with one of its GET routes."""
 
 

@@ -6,18 +6,20 @@ Pictures are PIL images of mode RGB, masks of mode L, where white is to be paint
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
-from diffusion_api.schema.request import Img2Img, ResizeMode, Upscale
+from diffusion_api.schema.request import Caption, Embed, Img2Img, Reading, ResizeMode, Upscale
 
 LANCZOS = Image.Resampling.LANCZOS
 WHITE = (255, 255, 255)
 OPAQUE_ENOUGH = 128
+ACROSS = 4
+"""Pictures in a row of a grid, at most."""
 FILLING = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
 """Radius in pixels of a blur of the surroundings, and how often it is laid over; the sharper ones last."""
 
@@ -184,10 +186,26 @@ class Canvas:
         return composed(image, self.original, self.overlay)
 
 
-def prepared(request: Img2Img | Upscale, read: Callable[[str], Image.Image]) -> Canvas:
+def grid(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size, at least one, side by side in as few rows of at most four as hold them, the rows as even as can
+    be: five are 3 + 2. What is left over is black.
+    """
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // ACROSS)
+    columns = -(-len(pictures) // rows)
+    sheet = Image.new("RGB", (columns * width, rows * height))
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, columns)
+        sheet.paste(picture, (column * width, row * height))
+    return sheet
+
+
+def prepared(request: Img2Img | Upscale | Caption | Embed, read: Callable[[str], Image.Image]) -> Canvas:
     """The canvas of a request; ``read`` gives the pictures that it names."""
     if isinstance(request, Upscale):
         return Canvas(flattened(read(request.image)))
+    if isinstance(request, Reading):
+        return Canvas(resized(flattened(read(request.image)), request.width, request.height, "just resize"))
     width, height, mode = request.width, request.height, request.resize_mode
     picture = flattened(read(request.image))
     if request.mask is None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from diffusion_api.engine.base import Engine
 from diffusion_api.metrics import JobMetrics
 from diffusion_api.queues.base import Queue
-from diffusion_api.schema.report import WorkerReport
+from diffusion_api.schema.report import HeldModel, WorkerReport
 
 EVERY = 1.0
 """Seconds between two reports that say only that a job moved."""
@@ -30,6 +30,7 @@ class Presence:
         self._restarts, self._due = restarts, due
         self._jobs: list[str] = []
         self._told = 0.0
+        self._held: tuple[HeldModel, ...] = ()
         self._guard = threading.Lock()
 
     @contextmanager
@@ -48,10 +49,15 @@ class Presence:
         if time.monotonic() - self._told >= EVERY:
             self.tell()
 
+    def look(self) -> None:
+        """Report if other models are in memory than was told last: they leave it when there is no job."""
+        if self._engine.held != self._held:
+            self.tell()
+
     def tell(self) -> None:
         """Report as things stand now."""
         with self._guard:  # so that the last word is written last
-            self._told = time.monotonic()
+            self._told, self._held = time.monotonic(), self._engine.held
             report = WorkerReport(
                 pid=os.getpid(),
                 device=self._engine.report(),

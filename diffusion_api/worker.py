@@ -194,8 +194,12 @@ class Worker:
             self._restart(reason)
 
     def _watch(self) -> None:
-        """End a job whose step hangs beyond its deadline, and with it the process that can no longer be used."""
+        """End a job whose step hangs beyond its deadline, and with it the process that can no longer be used. Without jobs,
+        tell what is no longer in memory.
+        """
         while not self._ended.wait(WATCH_EVERY):
+            if not self._hands:
+                self._presence.look()
             for hand in list(self._hands.values()):
                 if hand.hung:
                     self._end_by(time.monotonic())
@@ -331,8 +335,11 @@ class Worker:
     def _result(self, job: Job, finished: Finished, began: float) -> Result:
         with self._metrics.saving():
             saved = self._outputs.save(job, finished)
+            numbers = self._outputs.save_embeddings(job, finished.embeddings) if finished.embeddings else None
         return Result(
             images=saved,
+            caption=finished.caption,
+            embeddings=numbers,
             seconds=time.monotonic() - began,
             memory_before_mb=finished.memory_before_mb,
             memory_after_mb=finished.memory_after_mb,

@@ -145,3 +145,18 @@ def test_outside_the_mask_the_original_stays_pixel_for_pixel() -> None:
 def test_a_doubled_mask_covers_the_outer_half_of_the_blur() -> None:
     mask = Image.fromarray(np.array([[0, 1, 60, 127, 128, 255]], np.uint8))
     assert canvas.widened(mask).tobytes() == bytes((0, 2, 120, 254, 255, 255))
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "rows"), [(1, 1, 1), (3, 3, 1), (4, 4, 1), (5, 3, 2), (8, 4, 2), (9, 3, 3), (13, 4, 4)]
+)
+def test_a_grid_holds_pictures_in_rows_of_up_to_four(count: int, columns: int, rows: int) -> None:
+    pictures = [Image.new("RGB", (6, 4), (20 * number + 1, 0, 0)) for number in range(count)]
+    sheet = np.asarray(canvas.grid(pictures))
+    assert sheet.shape == (rows * 4, columns * 6, 3)
+    cells = [
+        sheet[4 * row : 4 * row + 4, 6 * column : 6 * column + 6] for row in range(rows) for column in range(columns)
+    ]
+    found = [(int(cell[..., 0].min()), int(cell[..., 0].max())) for cell in cells]
+    reds = [20 * number + 1 for number in range(count)]
+    assert found == [(red, red) for red in reds] + [(0, 0)] * (rows * columns - count)

@@ -25,7 +25,7 @@ from diffusion_api.outputs import Outputs
 from diffusion_api.queues.base import Queue, Snapshot
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.schema.job import Failure, Job, Progress, State
-from diffusion_api.schema.report import DeviceReport
+from diffusion_api.schema.report import DeviceReport, HeldModel
 from diffusion_api.schema.request import Request
 from diffusion_api.worker import Worker
 
@@ -76,6 +76,11 @@ class Faulty:
         """What it was given."""
         assert self._run is not None
         return self._run()
+
+    @property
+    def held(self) -> tuple[HeldModel, ...]:
+        """It keeps none."""
+        return ()
 
     def report(self) -> DeviceReport | None:
         """Not known."""

@@ -13,11 +13,12 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator
 
+from diffusion_api import errors
 from diffusion_api.dialects._base import build, caller_of, hears
 from diffusion_api.errors import Conflict, DiffusionApiError, ShuttingDown
 from diffusion_api.queues.base import Key, Snapshot
 from diffusion_api.schema import request
-from diffusion_api.schema.job import Job
+from diffusion_api.schema.job import Job, Result, State
 
 if TYPE_CHECKING:
     from diffusion_api.service import Picture, Service
@@ -144,6 +145,17 @@ async def view(
     made = await run_in_threadpool(answer, snapshot)
     made.headers.update(stored.headers)
     return made
+
+
+def result_of(snapshot: Snapshot) -> Result:
+    """What a job has made that has ended. Raises the error that it ended with; Conflict when it was cancelled."""
+    job = snapshot.job
+    if job.state is State.DONE and job.result:
+        return job.result
+    if job.state is State.CANCELLED:
+        raise Conflict(f"job {job.id} was cancelled")
+    kind = getattr(errors, job.error.kind, None) if job.error else None
+    raise (kind or errors.DiffusionApiError)(job.error.message if job.error else f"job {job.id} has no result")
 
 
 def prefers_async(http: Request) -> bool:

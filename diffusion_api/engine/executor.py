@@ -29,7 +29,7 @@ from diffusion_api.engine.base import (
 from diffusion_api.errors import DeviceLost, DeviceUnusable, DiffusionApiError, Interrupted, OutOfMemory
 from diffusion_api.prompt import parse
 from diffusion_api.schema.job import Progress, State
-from diffusion_api.schema.report import DeviceReport
+from diffusion_api.schema.report import DeviceReport, HeldModel
 from diffusion_api.schema.request import Request, Sampling, Txt2Img
 from diffusion_api.settings import keep_offline
 
@@ -162,11 +162,17 @@ class Executor:
         """Load a model before a job asks for it."""
         self._tasks.put(model)
 
+    @property
+    def held(self) -> tuple[HeldModel, ...]:
+        """The models in memory, the last used at the end."""
+        found = self._weights.report if self._weights else ()
+        return tuple(replace(held, idle=self._budget.idle) for held in found)
+
     def report(self) -> DeviceReport | None:
         """What the engine runs on; None while torch loads."""
         if self._device is None or self._weights is None:
             return None
-        return replace(self._device.report(), models=self._weights.report, versions=_versions())
+        return replace(self._device.report(), models=self.held, versions=_versions())
 
     def close(self, seconds: float | None = None) -> bool:
         """End the device thread after the job in hand; False if it is in torch for longer than that."""

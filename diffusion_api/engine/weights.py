@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusion_api.catalog.detect import Unrecognised, is_pipeline
+from diffusion_api.catalog.detect import UNIDIFFUSER, Unrecognised, is_pipeline
 from diffusion_api.catalog.footprint import footprint
 from diffusion_api.catalog.library import Library, Model
 from diffusion_api.engine import thrift
@@ -44,6 +44,9 @@ class Held:
     lane: Lane | Painter
     placed: thrift.Placed
     measures: Measures | None
+    loaded: float
+    used: float
+    """Epoch seconds."""
 
     @property
     def whole(self) -> bool:
@@ -209,12 +212,18 @@ class Weights:
     def _keep(self, held: Held) -> None:
         """As the one that was used last."""
         self._held.pop(held.model.name, None)
-        self._held[held.model.name] = held
+        self._held[held.model.name] = replace(held, used=time.time())
         self._tell()
 
     def _tell(self) -> None:
         self.report = tuple(
-            HeldModel(held.model.name, "device" if held.whole else "ram", held.placed.size + held.kept)
+            HeldModel(
+                held.model.name,
+                "device" if held.whole else "ram",
+                held.placed.size + held.kept,
+                loaded=held.loaded,
+                used=held.used,
+            )
             for held in self._held.values()
         )
 
@@ -231,7 +240,8 @@ class Weights:
         lane = self._opened(model, replace(self._device, offloads=not whole))
         placed = thrift.Placed(thrift.networks(lane), self._device.place, HOST)
         log.info("loaded model %s (%s) in %.1f s", model.name, model.family, time.monotonic() - started)
-        return self._placed(Held(model, lane, placed, Measures() if whole else None), measures)
+        now = time.time()
+        return self._placed(Held(model, lane, placed, Measures() if whole else None, now, now), measures)
 
     def _opened(self, model: Model, device: Device) -> Lane | Painter:
         try:
@@ -248,8 +258,10 @@ class Weights:
     def _open(self, model: Model, device: Device) -> Lane | Painter:
         if is_pipeline(model.family):
             from diffusion_api.engine.families.generic import Generic  # all of diffusers, which takes seconds
+            from diffusion_api.engine.unidiffuser import UniDiffuser
 
-            return Generic.from_folder(model.path, device)
+            kind = UniDiffuser if model.family == UNIDIFFUSER else Generic
+            return kind.from_folder(model.path, device)
         family, schedule = FAMILIES[model.family], model.profile.schedule
         if not model.single_file:
             return family.from_folder(model.path, device, schedule)

@@ -13,11 +13,16 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class HeldModel:
-    """A model in memory: ``where`` its weights are, and how many bytes they have."""
+    """A model in memory: ``where`` its weights are, and how many bytes they have. It was ``loaded`` and last ``used`` at these
+    epoch seconds, and leaves after ``idle`` seconds without a job, None for never.
+    """
 
     name: str
     where: Literal["device", "ram"]
     size: int
+    loaded: float = 0.0
+    used: float = 0.0
+    idle: float | None = None
 
 
 @dataclass(frozen=True)

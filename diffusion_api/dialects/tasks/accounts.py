@@ -8,8 +8,9 @@ from fastapi import APIRouter, Depends, Form, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, ValidationError
 
-from diffusion_api.dialects.tasks.bodies import TokenBody, UserBody, refusals
-from diffusion_api.dialects.tasks.route import FORMS, form_only
+from diffusion_api.dialects._forms import FORMS, refusals
+from diffusion_api.dialects.tasks.bodies import TokenBody, UserBody
+from diffusion_api.dialects.tasks.route import form_only
 
 if TYPE_CHECKING:
     from diffusion_api.access import Access

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Depends, File, Request, Response, UploadFile
 from fastapi.concurrency import run_in_threadpool
 
-from diffusion_api.dialects.tasks.bodies import refusals
+from diffusion_api.dialects._forms import refusals
 from diffusion_api.dialects.tasks.meaning import base_url
 from diffusion_api.dialects.tasks.route import form_only
 

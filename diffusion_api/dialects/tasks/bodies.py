@@ -147,31 +147,3 @@ class UserBody(BaseModel):
     """An account."""
 
     username: str
-
-
-class DetailBody(BaseModel):
-    """A refusal."""
-
-    detail: str
-
-
-class Flaw(BaseModel):
-    """What is wrong with one field."""
-
-    loc: list[str | int]
-    msg: str
-    type: str
-
-
-class FlawsBody(BaseModel):
-    """What is wrong with a request."""
-
-    detail: list[Flaw] | str
-
-
-def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The refusals of a route, for its documentation."""
-    models = {status: FlawsBody if status == 422 else DetailBody for status in statuses}
-    return {status: {"model": model} for status, model in models.items()} | {
-        "default": {"model": DetailBody, "description": "Any other refusal"}
-    }

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from diffusion_api.dialects._base import ErrorRoute, detail
+from diffusion_api.dialects._forms import FORMS, DetailRoute
 from diffusion_api.errors import DiffusionApiError, InvalidRequest
 
 KINDS = ("txt2img", "img2img", "inpaint")
-FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
-class TaskRoute(ErrorRoute):
+class TaskRoute(DetailRoute):
     """A route of this dialect."""
-
-    @classmethod
-    def told(cls, message: str) -> Any:
-        """The body of a refusal."""
-        return detail(message)
 
     @classmethod
     def misread(cls, error: RequestValidationError) -> Response:
@@ -34,7 +26,9 @@ class TaskRoute(ErrorRoute):
     def refused(self, error: DiffusionApiError) -> Response:
         """The same of what only the catalogs and the operator's limits know."""
         if isinstance(error, InvalidRequest) and error.field:
-            return _flawed((["query" if "GET" in (self.methods or ()) else "body", error.field], str(error), "value_error"))
+            return _flawed(
+                (["query" if "GET" in (self.methods or ()) else "body", error.field], str(error), "value_error")
+            )
         return super().refused(error)
 
 

@@ -10,6 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from diffusion_api.dialects._base import caller_of
+from diffusion_api.dialects._forms import refusals
 from diffusion_api.dialects._jobs import IdempotencyKey, Stored, store, view
 from diffusion_api.dialects.tasks.bodies import (
     AnyEvent,
@@ -19,7 +20,6 @@ from diffusion_api.dialects.tasks.bodies import (
     ResultBody,
     TaskBody,
     Txt2ImgQuery,
-    refusals,
 )
 from diffusion_api.dialects.tasks.events import Listeners
 from diffusion_api.dialects.tasks.meaning import base_url, meaning

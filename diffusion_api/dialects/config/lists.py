@@ -1,0 +1,121 @@
+"""What a caller can choose from, and what is chosen for those who leave it open."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, Field
+
+from diffusion_api import tokens
+from diffusion_api.dialects.config.query import SIDE, ConfigQuery
+from diffusion_api.errors import InvalidRequest, UnknownModel
+from diffusion_api.settings import DATA
+
+if TYPE_CHECKING:
+    from diffusion_api.catalog.library import Model
+    from diffusion_api.service import Service
+
+STABLE_DIFFS = {
+    "SD 1.5": "runwayml/stable-diffusion-v1-5",
+    "SD 2.0": "stabilityai/stable-diffusion-2",
+    "SD 2.1": "stabilityai/stable-diffusion-2-1",
+    "SDXL 1.0": "stabilityai/stable-diffusion-xl-base-1.0",
+    "Flux.1 D": "black-forest-labs/FLUX.1-dev",
+}
+"""The models that the original knows, by its names; a LoRA's ``baseModel`` at Civitai is one of these names too."""
+
+DEFAULT_MODEL = STABLE_DIFFS["SD 1.5"]
+
+FILES = {
+    "SD 1.5": ("stable-diffusion-v1-5", "v1-5-pruned-emaonly", "v1-5-pruned"),
+    "SD 2.0": ("stable-diffusion-2", "768-v-ema"),
+    "SD 2.1": ("stable-diffusion-2-1", "v2-1_768-ema-pruned"),
+    "SDXL 1.0": ("stable-diffusion-xl-base-1.0", "sd_xl_base_1.0"),
+    "Flux.1 D": ("FLUX.1-dev", "flux1-dev"),
+}
+"""What folders and files are called that hold them, beside their ids."""
+
+
+class ModelConfig(BaseModel):
+    """What a model is loaded with."""
+
+    torch_dtype: str
+
+
+class PromptConfig(BaseModel):
+    """What a picture is drawn with."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    negative_prompt: str
+
+
+class Parameters(BaseModel):
+    """The parameters of ``/post_config``, in the original's groups, as they are when they are left out."""
+
+    loaded: ModelConfig = Field(serialization_alias="model_config")
+    prompt_config: PromptConfig
+    model_id: str
+    prompt: str
+    count_returned: int
+    seed: int
+    width: int
+    height: int
+    lora: str | None
+
+
+def model_of(name: str | None, service: Service) -> Model:
+    """The model that ``model_id`` means: an id or label of :data:`STABLE_DIFFS`, or any name of an installed one; the
+    service's own default when it is left out or empty. Raises UnknownModel.
+    """
+    label = next((label for label, model_id in STABLE_DIFFS.items() if name in (label, model_id)), None)
+    if label is None:
+        return service.model(name or None)
+    for known in (STABLE_DIFFS[label], *FILES[label]):
+        with suppress(UnknownModel):
+            return service.model(known)
+    return service.model(STABLE_DIFFS[label])
+
+
+def _default_id(service: Service) -> str:
+    """What draws when no model is named: by the original's id where it is that one, or where there is no such model."""
+    try:
+        name = service.model(None).name
+    except InvalidRequest:
+        return DEFAULT_MODEL
+    return DEFAULT_MODEL if name in FILES["SD 1.5"] else name
+
+
+def add(router: APIRouter, service: Service) -> None:
+    """Add the routes that list."""
+
+    @router.get("/get_available_stable_diffs", summary="Models by their labels")
+    def get_available_stable_diffs() -> dict[str, str]:
+        return STABLE_DIFFS | {model.label: model.name for model in service.models()}
+
+    @router.get("/get_implemented_parameters", summary="The parameters of /post_config, and their defaults")
+    def get_implemented_parameters() -> Parameters:
+        query = ConfigQuery()
+        return Parameters(
+            loaded=ModelConfig(torch_dtype=query.torch_dtype),
+            prompt_config=PromptConfig(
+                num_inference_steps=query.num_inference_steps,
+                guidance_scale=query.guidance_scale,
+                negative_prompt=query.negative_prompt,
+            ),
+            model_id=_default_id(service),
+            prompt=query.prompt,
+            count_returned=query.count_returned,
+            seed=query.seed,
+            width=SIDE,
+            height=SIDE,
+            lora=query.lora,
+        )
+
+    @router.get("/get_model_embedding", summary="The tokens that a prompt has for the model")
+    def get_model_embedding(
+        prompt: Annotated[str, Query(description="any length")] = ConfigQuery().prompt,
+    ) -> list[str]:
+        return tokens.tokens(prompt, DATA / "clip")

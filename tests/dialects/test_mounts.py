@@ -7,7 +7,12 @@ import re
 import pytest
 from serving import Program, eventually
 
-ALONE = {"diffusionapi": "/queue/{job_id}", "tasks": "/blob/{token}"}
+ALONE = {
+    "diffusionapi": "/queue/{job_id}",
+    "backend": "/examples",
+    "sd": "/get_available_loras",
+    "tasks": "/blob/{token}",
+}
 """Dialects, each with one of its GET routes, which need no token here."""
 
 

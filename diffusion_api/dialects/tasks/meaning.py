@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
@@ -12,7 +11,17 @@ from diffusion_api.catalog import samplers
 from diffusion_api.dialects._base import build, resolve_seed, round_size
 from diffusion_api.dialects._jobs import Meant
 from diffusion_api.dialects.tasks.bodies import AnyParams, Txt2ImgParams
-from diffusion_api.errors import BrokenDownload, CallerError, DiffusionApiError, InvalidRequest, NotFound, Unreachable
+from diffusion_api.errors import (
+    CallerError,
+    DiffusionApiError,
+    InvalidImage,
+    InvalidRequest,
+    NotFound,
+    Unreachable,
+    UrlRefused,
+)
+from diffusion_api.links import NO_BLOB
+from diffusion_api.remote_pictures import is_url
 from diffusion_api.schema.request import Img2Img, Mask, Output, Txt2Img
 
 if TYPE_CHECKING:
@@ -46,7 +55,7 @@ async def meaning(
             if (url := getattr(params, field, None)) is not None
         ]
         return await run_in_threadpool(_changed, params, model, pictures), None
-    except (CallerError, Unreachable, BrokenDownload) as error:
+    except (CallerError, Unreachable) as error:
         width, height = model.default_size
         asked = build(Img2Img, **_drawing(params, model), width=width, height=height, image="", strength=0)
         return Meant(asked, []), error
@@ -90,13 +99,15 @@ def _drawing(params: AnyParams, model: Model) -> dict[str, Any]:
 
 
 async def _picture(url: str, field: str, http: HTTPConnection, service: Service) -> Picture:
-    """The picture at a URL. Raises NotFound, UrlRefused, InvalidImage, TooLarge."""
-    _, _, token = urlsplit(url).path.rpartition("/blob/")
+    """The picture at a URL. Raises NotFound, UrlRefused, Unreachable, InvalidImage, TooLarge."""
+    if not is_url(url):
+        raise InvalidImage(f"{field} is {url[:80]!r}, which is no URL", field=field)
     try:
-        data = await run_in_threadpool(service.blob, token)
-    except NotFound as error:
-        raise NotFound(f"{field}: {error}") from error
-    return await run_in_threadpool(service.picture_of, data, field)
+        return await service.picture_at(url, field)
+    except UrlRefused as error:
+        if url.startswith(f"{base_url(http, service)}/blob/"):
+            raise NotFound(f"{field}: {NO_BLOB}") from error
+        raise
 
 
 def base_url(connection: HTTPConnection, service: Service) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -22,8 +23,11 @@ from diffusion_api.catalog.finder import Finder
 from diffusion_api.engine.estimate import Estimate, estimate
 from diffusion_api.errors import (
     Conflict,
+    Gone,
+    InputLost,
     InvalidImage,
     InvalidRequest,
+    Misconfigured,
     NotFound,
     QueueUnusable,
     ShuttingDown,
@@ -31,6 +35,7 @@ from diffusion_api.errors import (
     UnknownModel,
     UrlRefused,
 )
+from diffusion_api.links import FOREVER, NO_BLOB
 from diffusion_api.pace import Forecast
 from diffusion_api.quotas import Minutes
 from diffusion_api.schema.caller import Caller
@@ -167,7 +172,9 @@ class Service:
             for picture in pictures:
                 self._queue.store_input(picture.data)
             kept = self._queue.enqueue(stored, key=key)
-        if kept.id == stored.id:
+        if kept.id == stored.id and kept.error:
+            log.info("job %s ended before it began: %s", kept.id, kept.error.message)
+        elif kept.id == stored.id:
             self._log_queued(kept)
         else:
             self._repeated(stored, kept)
@@ -208,13 +215,17 @@ class Service:
         return Picture(name_of(data), data, *image.size)
 
     async def picture_at(self, url: str, field: str) -> Picture:
-        """The same of a picture at a URL of a host that the operator listed. No thread is held while it is fetched. Raises
-        UrlRefused, Unreachable, InvalidImage and TooLarge of that field.
+        """The same of a picture at a URL: a blob of ours, under whatever name we are called, or what lies on a host that the
+        operator listed. No thread is held while it is fetched. Raises UrlRefused, Unreachable, InvalidImage and TooLarge of
+        that field.
         """
+        with suppress(NotFound):
+            data = await anyio.to_thread.run_sync(self.blob, url.partition("?")[0].rpartition("/blob/")[2])
+            return await anyio.to_thread.run_sync(self.picture_of, data, field)
         if self._remote is None:
             raise UrlRefused(
                 f"{field} is a URL, and the operator of this service allows no hosts (setting picture_hosts); "
-                "send the picture itself, in base64",
+                "send the picture itself, in base64, or upload it to /blob",
                 field=field,
             )
         data = await self._remote.fetch(url, field)
@@ -328,6 +339,41 @@ class Service:
             raise NotFound("this service makes no links")
         job_id, number = self._links.opened(link)
         return self._found(job_id, self._queue.get(job_id)), number
+
+    def upload(self, data: bytes, field: str) -> str:
+        """Keep a picture for later requests; the path of its blob. Raises InvalidImage and TooLarge of that field, QueueFull,
+        DiskFull, QueueUnusable, Misconfigured.
+        """
+        name = self._queue.store_input(self.picture_of(data, field).data)
+        return self._blob(name, time.time())
+
+    def blob_of(self, job: Job) -> str:
+        """The path of the blob that is the first picture of a job that is done; always the same. Raises Misconfigured."""
+        return self._blob(f"{job.id}.0", job.finished or job.created)
+
+    def blob(self, text: str) -> bytes:
+        """The picture that the end of such a path opens. Raises NotFound, Misconfigured."""
+        if self._links is None:
+            raise NotFound(NO_BLOB)
+        name, _, number = self._links.blob_opened(text).partition(".")
+        try:
+            data = self._made(name, int(number)) if number else self._queue.read_input(name)
+        except (Gone, InputLost):
+            data = None
+        if data is None:
+            raise NotFound(NO_BLOB)
+        return data
+
+    def _made(self, job_id: str, number: int) -> bytes | None:
+        snapshot = self._queue.get(job_id)
+        images = snapshot.job.result.images if snapshot and snapshot.job.result else ()
+        return self.image(images[number]) if number < len(images) else None
+
+    def _blob(self, name: str, since: float) -> str:
+        if self._links is None:
+            raise Misconfigured("this service makes no links")
+        hours = self.settings.keep_blobs_hours
+        return self._links.blob(name, int(since + hours * 3600) if hours else FOREVER)
 
     def webhook(self, job: Job) -> dict[str, Any] | None:
         """Where the end of this job is told and how that went, None for a job that asked for nothing of the kind."""

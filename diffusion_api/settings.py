@@ -32,12 +32,18 @@ def _device(name: str) -> str:
     return name
 
 
+def _empty_is_off(value: Any) -> Any:
+    """A switch whose variable is there without a value, as in ``.env.example``."""
+    return False if value == "" else value
+
+
 def _adapter(path: str) -> str:
     """The name that the library gives to a LoRA which lies there: its folder's, where its file has the name of any LoRA."""
     place = Path(path)
     return place.parent.name if place.stem == "pytorch_lora_weights" else place.name
 
 
+Switch: TypeAlias = Annotated[bool, BeforeValidator(_empty_is_off)]
 Paths: TypeAlias = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)]
 
 
@@ -69,6 +75,7 @@ class Settings(BaseSettings):
     public_url: str = Field(
         default="",
         pattern=r"^(https?://[^/?#\s]+(/[^?#\s]*)?)?$",
+        validation_alias=AliasChoices(PREFIX + "PUBLIC_URL", "BASE_URL"),
         description="URL under which callers reach the service, where a proxy is before it",
     )
     trusted_proxies: str = Field(
@@ -106,6 +113,21 @@ class Settings(BaseSettings):
         default=SecretStr(""),
         validation_alias=AliasChoices(PREFIX + "SECRET_KEY", "SECRET_KEY"),
         description="what tokens are signed with; empty: one that is made and kept in access/",
+    )
+    enable_public_access: Switch = Field(
+        default=False,
+        validation_alias=AliasChoices(PREFIX + "ENABLE_PUBLIC_ACCESS", "ENABLE_PUBLIC_ACCESS"),
+        description="let everybody use the task API without a token, and get one at /token/all",
+    )
+    enable_signup: Switch = Field(
+        default=False,
+        validation_alias=AliasChoices(PREFIX + "ENABLE_SIGNUP", "ENABLE_SIGNUP"),
+        description="let everybody make an account of the task API at /user",
+    )
+    print_link_with_token: Switch = Field(
+        default=False,
+        validation_alias=AliasChoices(PREFIX + "PRINT_LINK_WITH_TOKEN", "PRINT_LINK_WITH_TOKEN"),
+        description="print a link at the start that makes a picture when it is opened in a browser",
     )
     requests_per_minute: int = Field(default=0, ge=0, description="requests of one caller in a minute; 0 is no limit")
     pixels_per_minute: int = Field(
@@ -165,6 +187,9 @@ class Settings(BaseSettings):
     keep_results_hours: float = Field(default=168, ge=0, description="hours that results are kept; 0 is for ever")
     keep_results: int = Field(default=10_000, ge=0, description="results that are kept; 0 is all")
     delete_after_read: bool = Field(default=False, description="a result can be fetched once")
+    keep_blobs_hours: float = Field(
+        default=168, ge=0, description="hours that a blob's URL opens it, if it is kept as long; 0 is for ever"
+    )
     keep_outputs_days: float = Field(default=0, ge=0, description="days that pictures are kept; 0 is for ever")
     keep_outputs: int = Field(default=0, ge=0, description="pictures that are kept; 0 is all")
     keep_outputs_mb: float = Field(default=0, ge=0, description="MiB of pictures that are kept; 0 is all")
@@ -201,7 +226,7 @@ class Settings(BaseSettings):
     )
     hf_token: SecretStr = Field(
         default=SecretStr(""),
-        validation_alias=AliasChoices(PREFIX + "HF_TOKEN", "HF_TOKEN"),
+        validation_alias=AliasChoices(PREFIX + "HF_TOKEN", "HF_TOKEN", "HUGGINGFACE_TOKEN"),
         description="what opens gated and private models of the hub",
     )
     civitai_url: str = Field(
@@ -299,8 +324,14 @@ def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
         own = PREFIX + name.upper()
         if name in environment:
             found[name] = own
-        elif own in environment and isinstance(field.validation_alias, AliasChoices):  # HF_TOKEN and its like
-            found[name] = next(str(each) for each in field.validation_alias.choices if each in variables)
+        elif own in environment:  # one that has the name of others too, such as HF_TOKEN
+            found[name] = next(each for each in _names(name) if each in variables)
         else:
             found[name] = ".env" if {name, own} & set(dotenv) else "default"
     return found
+
+
+def _names(name: str) -> list[str]:
+    """The variables that may hold a setting, first the one that counts."""
+    alias = Settings.model_fields[name].validation_alias
+    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [PREFIX + name.upper()]

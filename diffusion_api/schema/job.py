@@ -129,9 +129,10 @@ class Failure(Frozen):
 class Job(Frozen):
     """One job. ``payload`` is the body as the client sent it (pictures replaced); times are epoch seconds.
 
-    ``deadline`` is the seconds that it may run, ``webhook`` the URL that is told of its end. ``boot`` is the boot of the
-    machine in which it was ``started``; a ``suspect`` had begun when its worker died, so it runs alone, and ``shared`` of
-    its attempts ended so when others had begun as well. ``reproduces`` is the job that it makes again.
+    ``session`` is what its events are sent to, where the dialect has such. ``deadline`` is the seconds that it may run,
+    ``webhook`` the URL that is told of its end. ``boot`` is the boot of the machine in which it was ``started``; a
+    ``suspect`` had begun when its worker died, so it runs alone, and ``shared`` of its attempts ended so when others had
+    begun as well. ``reproduces`` is the job that it makes again.
     """
 
     version: int = VERSION
@@ -141,6 +142,7 @@ class Job(Frozen):
     payload: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     caller: str = ""
+    session: str = ""
     priority: int = Field(default=0, ge=-9, le=9)
     deadline: float | None = Field(default=None, gt=0)
     webhook: str | None = None

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+    from diffusion_api.llm import Llm
     from diffusion_api.pull import Puller
     from diffusion_api.webhooks import Webhooks
 
@@ -142,6 +143,15 @@ def build_webhooks(settings: Settings, queue: Queue) -> Webhooks | None:
     return Webhooks(settings.queue_dir / "hooks", queue, fetcher, secret=secret, describe=native.ended)
 
 
+def build_llm(settings: Settings) -> Llm | None:
+    """The language model that others run, None when the operator names none. Raises Misconfigured."""
+    if not settings.llm_host:
+        return None
+    from diffusion_api.llm import Llm  # httpx: a tenth of a second until the service answers
+
+    return Llm(settings.llm_url, seconds=settings.llm_seconds)
+
+
 def build_puller(settings: Settings) -> Puller:
     """What fetches models when it is asked to. Raises Misconfigured."""
     from diffusion_api.downloads import Downloads
@@ -220,7 +230,9 @@ def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Ser
     engine = build_engine(settings, library, queue) if worker and not settings.isolated else None
     access = build_access(settings)
     links = Links(lambda: access.secret)
-    service = Service(settings, library, queue, outputs, engine, pace=pace, webhooks=webhooks, links=links)
+    service = Service(
+        settings, library, queue, outputs, engine, pace=pace, webhooks=webhooks, links=links, llm=build_llm(settings)
+    )
     hand: Worker | Supervisor | None = None
     if engine:
         hand = build_worker(queue, engine, outputs, pace, handover)

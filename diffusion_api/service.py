@@ -29,6 +29,7 @@ from diffusion_api.errors import (
     ShuttingDown,
     TooLarge,
     UnknownModel,
+    Unreachable,
 )
 from diffusion_api.pace import Forecast
 from diffusion_api.quotas import Minutes
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from diffusion_api.catalog.styles import Style
     from diffusion_api.engine.base import Engine
     from diffusion_api.links import Links
+    from diffusion_api.llm import Llm
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
     from diffusion_api.queues.base import Key, Place, Queue, Snapshot, Wanted
@@ -124,9 +126,10 @@ class Service:
         pace: Pace | None = None,
         webhooks: Webhooks | None = None,
         links: Links | None = None,
+        llm: Llm | None = None,
     ) -> None:
         self.settings = settings
-        self._links = links
+        self._links, self._llm = links, llm
         self._webhooks = webhooks
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
         self._finder = Finder(library)
@@ -305,6 +308,14 @@ class Service:
     def webhook(self, job: Job) -> dict[str, Any] | None:
         """Where the end of this job is told and how that went, None for a job that asked for nothing of the kind."""
         return self._webhooks.report(job) if self._webhooks and job.webhook else None
+
+    async def ask(self, path: str, question: Mapping[str, str]) -> str:
+        """What the operator's language model answers there. Raises Unreachable, also where there is none, BrokenDownload and
+        UrlRefused.
+        """
+        if self._llm is None:
+            raise Unreachable("the operator has named none: DIFFUSION_API_LLM_HOST")
+        return await self._llm.ask(path, question)
 
     def counts(self) -> dict[State, int]:
         """How many jobs are in each state. Raises QueueUnusable."""

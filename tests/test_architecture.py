@@ -41,7 +41,7 @@ LAYERS = (
     ("worker", "waiters", "sweeper"),
     ("presence", "pace", "restart"),
     ("metrics",),
-    ("webhooks", "pull", "downloads", "fetch", "quotas", "links"),
+    ("webhooks", "pull", "downloads", "fetch", "llm", "quotas", "links"),
     ("queues",),
     ("outputs", "blobs"),
     ("engine",),

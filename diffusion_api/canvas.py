@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 
-from diffusion_api.schema.request import Img2Img, ResizeMode, Upscale
+from diffusion_api.schema.request import Caption, Embed, Img2Img, Reading, ResizeMode, Upscale
 
 LANCZOS = Image.Resampling.LANCZOS
 WHITE = (255, 255, 255)
@@ -200,10 +200,12 @@ def grid(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def prepared(request: Img2Img | Upscale, read: Callable[[str], Image.Image]) -> Canvas:
+def prepared(request: Img2Img | Upscale | Caption | Embed, read: Callable[[str], Image.Image]) -> Canvas:
     """The canvas of a request; ``read`` gives the pictures that it names."""
     if isinstance(request, Upscale):
         return Canvas(flattened(read(request.image)))
+    if isinstance(request, Reading):
+        return Canvas(resized(flattened(read(request.image)), request.width, request.height, "just resize"))
     width, height, mode = request.width, request.height, request.resize_mode
     picture = flattened(read(request.image))
     if request.mask is None:

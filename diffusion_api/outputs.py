@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -13,16 +14,18 @@ from pathlib import Path
 from diffusion_api import __version__
 from diffusion_api.catalog import samplers
 from diffusion_api.disk import PAGE, check_writable, free, fsync_dir, probe, remove_abandoned, write_whole
-from diffusion_api.engine.base import Finished
+from diffusion_api.engine.base import Embeddings, Finished
 from diffusion_api.errors import DiskFull, OutputsUnusable
 from diffusion_api.retention import Limits, due, entries
-from diffusion_api.schema.job import Image, Job
-from diffusion_api.schema.request import Format, Upscale
+from diffusion_api.schema.job import File, Image, Job
+from diffusion_api.schema.request import Format, Reading, Upscale
 
 MIB = 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SUFFIX: dict[Format, str] = {"png": "png", "jpeg": "jpg", "webp": "webp", "avif": "avif", "gif": "gif"}
-OURS = re.compile(rf"(?P<job>[0-9a-f]{{8}}(-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}})(-\d+)?\.({'|'.join(SUFFIX.values())})")
+OURS = re.compile(
+    rf"(?P<job>[0-9a-f]{{8}}(-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}})(-\d+)?\.({'|'.join(SUFFIX.values())}|json)"
+)
 """Names that the service gives; what else lies in the folder is somebody's own."""
 
 log = logging.getLogger(__name__)
@@ -57,6 +60,11 @@ class Outputs:
         """Encode and store the pictures of a job, durably. Raises DiskFull, OutputsUnusable."""
         return tuple(self._save_one(job, finished, number) for number in range(len(finished.images)))
 
+    def save_embeddings(self, job: Job, numbers: Embeddings) -> File:
+        """Store the numbers of a picture, durably: JSON as the UniDiffuser API has it. Raises DiskFull, OutputsUnusable."""
+        content = {"CLIP_embeddings": numbers.clip.tolist(), "vae_emb": numbers.vae.tolist()}
+        return File(**self._stored(f"{job.id}.json", json.dumps(content, separators=(",", ":")).encode()))
+
     @_as_our_errors()
     def check(self) -> None:
         """Try whether a picture could be written now. Raises DiskFull, OutputsUnusable."""
@@ -69,10 +77,10 @@ class Outputs:
         probe(self._tmp, PAGE)
         check_writable(self.folder)
 
-    def read(self, image: Image) -> bytes | None:
+    def read(self, stored: Image | File) -> bytes | None:
         """The stored file, or None when it was deleted."""
         try:
-            return (self.folder / Path(image.path).name).read_bytes()
+            return (self.folder / Path(stored.path).name).read_bytes()
         except FileNotFoundError:
             return None
 
@@ -101,6 +109,8 @@ class Outputs:
         from diffusion_api import images, infotext  # NumPy and Pillow: a third of the time until the service answers
 
         request, pixels, seed = job.request, finished.images[number], finished.seeds[number]
+        if isinstance(request, Reading):
+            raise TypeError(f"{request.kind} makes no picture")
         version = f"DiffusionAPI v{__version__}"
         if isinstance(request, Upscale):
             text = infotext.for_upscale(request, version=version)
@@ -120,16 +130,18 @@ class Outputs:
             pixels, format=output.format, quality=output.quality, infotext=text, lossless=output.lossless
         )
         stem = job.id if len(finished.images) == 1 else f"{job.id}-{number}"
-        name = f"{stem}.{SUFFIX[output.format]}"
-        with _as_our_errors():
-            self._make_again()
-            write_whole(self.folder / name, data, tmp=self._tmp)
         return Image(
-            path=f"{self.folder.name}/{name}",
+            **self._stored(f"{stem}.{SUFFIX[output.format]}", data),
             width=pixels.shape[1],
             height=pixels.shape[0],
             seed=seed,
-            sha256=hashlib.sha256(data).hexdigest(),
             pixels=hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest(),
             infotext=text,
         )
+
+    @_as_our_errors()
+    def _stored(self, name: str, data: bytes) -> dict[str, str]:
+        """Write a file of ours: what the record says of it."""
+        self._make_again()
+        write_whole(self.folder / name, data, tmp=self._tmp)
+        return {"path": f"{self.folder.name}/{name}", "sha256": hashlib.sha256(data).hexdigest()}

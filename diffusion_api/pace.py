@@ -18,7 +18,7 @@ from diffusion_api import disk
 from diffusion_api.catalog.samplers import SAMPLERS
 from diffusion_api.engine.plan import plan
 from diffusion_api.schema.job import State
-from diffusion_api.schema.request import Frozen, Request, Sampling, Upscale
+from diffusion_api.schema.request import Caption, Embed, Frozen, Request, Sampling, Upscale
 
 if TYPE_CHECKING:
     from diffusion_api.queues.base import Queue, Snapshot
@@ -29,8 +29,8 @@ NEWEST = 0.3
 """Weight of the newest job against all before it."""
 
 MAX_FILE = 2**20
-UPSCALER = "upscaler "
-"""Begins the names of upscalers, to tell them from models."""
+KINDS = {"upscale": "upscaler ", "caption": "caption ", "embed": "embed "}
+"""What names begin with of what no model draws: one's time says nothing of another's."""
 
 LOOK_AHEAD = 64
 LOOK_EVERY = 1.0
@@ -74,8 +74,11 @@ class Pace:
             known = self._known()
         if isinstance(request, Sampling) and request.sampler not in {row.name for row in SAMPLERS}:
             return None  # a record of another release
+        alike = KINDS.get(request.kind)
         others = [
-            seconds for name, seconds in known.items() if name.startswith(UPSCALER) == isinstance(request, Upscale)
+            seconds
+            for name, seconds in known.items()
+            if (name.startswith(alike) if alike else not name.startswith(tuple(KINDS.values())))
         ]
         if not others:
             return None
@@ -95,13 +98,16 @@ class Pace:
 
 def _name(request: Request) -> str:
     """What it is that a job's time depends on."""
-    return UPSCALER + request.upscaler if isinstance(request, Upscale) else request.model
+    return KINDS.get(request.kind, "") + (request.upscaler if isinstance(request, Upscale) else request.model)
 
 
 def work(request: Request) -> float:
     """What a job costs: megapixels, times the model's evaluations if they are drawn; guidance evaluates twice."""
-    if isinstance(request, Upscale):
-        return request.width * request.height / 1e6
+    size = request.width * request.height / 1e6
+    if isinstance(request, Caption):
+        return size * request.steps * (1 if request.guidance_scale <= 1 else 2)
+    if isinstance(request, Upscale | Embed):
+        return size
     passes = plan(request)
     return sum(p.evaluations * p.width * p.height * (1 if p.guidance_scale == 1 else 2) for p in passes) / 1e6
 

@@ -30,12 +30,13 @@ from diffusion_api.errors import (
     TooLarge,
     UnknownModel,
     Unreachable,
+    UrlRefused,
 )
 from diffusion_api.pace import Forecast
 from diffusion_api.quotas import Minutes
 from diffusion_api.schema.caller import Caller
-from diffusion_api.schema.job import Earlier, Image, Job, State
-from diffusion_api.schema.request import Img2Img, Request, Sampling, Txt2Img, Upscale
+from diffusion_api.schema.job import Earlier, File, Image, Job, State
+from diffusion_api.schema.request import Caption, Embed, Img2Img, Reading, Request, Sampling, Txt2Img, Upscale
 from diffusion_api.storage import Storage
 from diffusion_api.usage import Usage, Use
 from diffusion_api.waiters import Waiters
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
     from diffusion_api.queues.base import Key, Place, Queue, Snapshot, Wanted
+    from diffusion_api.remote_pictures import RemotePictures
     from diffusion_api.schema.report import DeviceReport, HeldModel, Room, WorkerReport
     from diffusion_api.settings import Settings
     from diffusion_api.webhooks import Webhooks
@@ -126,10 +128,12 @@ class Service:
         pace: Pace | None = None,
         webhooks: Webhooks | None = None,
         links: Links | None = None,
+        remote: RemotePictures | None = None,
         llm: Llm | None = None,
     ) -> None:
         self.settings = settings
-        self._links, self._llm = links, llm
+        self._links = links
+        self._remote, self._llm = remote, llm
         self._webhooks = webhooks
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
         self._finder = Finder(library)
@@ -174,7 +178,7 @@ class Service:
         earlier = self.get(job_id, caller).job
         if earlier.state is not State.DONE or earlier.result is None:
             raise Conflict(f"job {job_id} has no whole picture that could be made again: its state is {earlier.state}")
-        if isinstance(earlier.request, Sampling):
+        if not isinstance(earlier.request, Upscale):
             self.model(earlier.request.model)
         made = Earlier(id=earlier.id, result=earlier.result)
         again = Job(request=earlier.request, payload=earlier.payload, caller=caller.id, reproduces=made)
@@ -199,6 +203,19 @@ class Service:
         except TooLarge as error:
             raise TooLarge(f"{field}: {error}") from error
         return Picture(name_of(data), data, *image.size)
+
+    async def picture_at(self, url: str, field: str) -> Picture:
+        """The same of a picture at a URL of a host that the operator listed. No thread is held while it is fetched. Raises
+        UrlRefused, Unreachable, InvalidImage and TooLarge of that field.
+        """
+        if self._remote is None:
+            raise UrlRefused(
+                f"{field} is a URL, and the operator of this service allows no hosts (setting picture_hosts); "
+                "send the picture itself, in base64",
+                field=field,
+            )
+        data = await self._remote.fetch(url, field)
+        return await anyio.to_thread.run_sync(self.picture_of, data, field)
 
     def estimate(self, request: Txt2Img | Img2Img) -> Estimate:
         """What a drawing would do and take. Raises InvalidRequest, TooLarge, and OutOfMemory for one that cannot fit."""
@@ -288,6 +305,10 @@ class Service:
     def image(self, image: Image) -> bytes | None:
         """The file of a finished picture, None when it was deleted."""
         return self._outputs.read(image)
+
+    def embeddings(self, file: File) -> bytes | None:
+        """The file of a picture's numbers, JSON, None when it was deleted."""
+        return self._outputs.read(file)
 
     def links(self, job: Job) -> list[str]:
         """For each picture of a job a URL that opens it for a day without a key; a path where the service does not know under
@@ -473,6 +494,9 @@ class Service:
         if isinstance(request, Upscale):
             log.info("job %s queued: %s, upscaled to %s", job.id, request.upscaler, size)
             return
+        if isinstance(request, Reading):
+            log.info("job %s queued: %s, %s of a picture", job.id, request.model, request.kind)
+            return
         prompt = repr(request.prompt) if self.settings.log_prompts else f"a prompt of {len(request.prompt)} characters"
         with logs.about(job.id, *request.prompts):
             log.info(
@@ -519,7 +543,7 @@ class Service:
 
     def _fits(self, request: Request) -> None:
         """Refuse what can never fit. What cannot be known is left to the worker. Raises OutOfMemory."""
-        if not isinstance(request, Sampling):
+        if isinstance(request, Upscale):
             return
         room = self._room()
         for model in filter(None, map(self._library.find, dict.fromkeys(request.models))):
@@ -530,6 +554,9 @@ class Service:
     def check(self, request: Request) -> None:
         """The operator's limits and the format's, before anything is written. Raises InvalidRequest, TooLarge."""
         limits = self.settings
+        if isinstance(request, Reading):
+            self._check_teller(request)
+            return
         self._check_format(request)
         if isinstance(request, Upscale):
             if request.width * request.height > limits.max_upscaled_pixels:
@@ -539,8 +566,8 @@ class Service:
                     field="width",
                 )
             return
-        if request.steps > limits.max_steps:
-            raise InvalidRequest(f"steps is {request.steps}; it may be 1 to {limits.max_steps}", field="steps")
+        self._check_steps(request)
+        self._check_size(request)
         if request.count > limits.max_batch:
             raise InvalidRequest(f"n is {request.count}; it may be 1 to {limits.max_batch}", field="n")
         if request.width * request.height > limits.max_pixels:
@@ -581,7 +608,32 @@ class Service:
         if hires and (hires.prompt, hires.negative_prompt) != (request.prompt, request.negative_prompt):
             self._check_texts(request, hires.prompt, hires.negative_prompt)
 
-    def _check_format(self, request: Request) -> None:
+    def _check_steps(self, request: Sampling | Caption) -> None:
+        most = self.settings.max_steps
+        if request.steps > most:
+            raise InvalidRequest(f"steps is {request.steps}; it may be 1 to {most}", field="steps")
+
+    def _check_size(self, request: Sampling) -> None:
+        """A size that the model does not make: see :attr:`Model.tells`."""
+        model = self._library.find(request.model)
+        size = request.width, request.height
+        if model and model.tells and size != model.default_size:
+            width, height = model.default_size
+            raise InvalidRequest(
+                f"width x height is {size[0]}x{size[1]}; model {model.name!r} makes {width}x{height} and no other size",
+                field="width",
+            )
+
+    def _check_teller(self, request: Caption | Embed) -> None:
+        """Raises InvalidRequest for a model that tells nothing of pictures."""
+        model = self._library.find(request.model)
+        if model and not model.tells:
+            choices = ", ".join(each.name for each in self.models() if each.tells) or "none is installed that does"
+            raise InvalidRequest(f"model {model.name!r} tells nothing of pictures; one of {choices}", field="model")
+        if isinstance(request, Caption):
+            self._check_steps(request)
+
+    def _check_format(self, request: Sampling | Upscale) -> None:
         from diffusion_api.images import MAX_SIDE  # NumPy and Pillow: a third of the time until the service answers
 
         last = (isinstance(request, Txt2Img) and request.hires) or request
@@ -610,7 +662,7 @@ class Service:
 
 def _pixels(request: Request) -> int:
     """The pixels that a job makes in all, those of a second pass too."""
-    if isinstance(request, Upscale):
+    if isinstance(request, Upscale | Reading):
         return request.width * request.height
     hires = request.hires if isinstance(request, Txt2Img) else None
     return (request.width * request.height + (hires.width * hires.height if hires else 0)) * request.count

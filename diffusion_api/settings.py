@@ -193,6 +193,9 @@ class Settings(BaseSettings):
         description="bytes of a request body",
     )
 
+    picture_hosts: str = Field(
+        default="", description="hosts that pictures in requests may be fetched from, separated by commas; empty: none"
+    )
     webhook_hosts: str = Field(
         default="", description="hosts that webhooks may go to, separated by commas; empty: none"
     )

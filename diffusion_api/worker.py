@@ -336,8 +336,11 @@ class Worker:
     def _result(self, job: Job, finished: Finished, began: float) -> Result:
         with self._metrics.saving():
             saved = self._outputs.save(job, finished)
+            numbers = self._outputs.save_embeddings(job, finished.embeddings) if finished.embeddings else None
         return Result(
             images=saved,
+            caption=finished.caption,
+            embeddings=numbers,
             seconds=time.monotonic() - began,
             memory_before_mb=finished.memory_before_mb,
             memory_after_mb=finished.memory_after_mb,

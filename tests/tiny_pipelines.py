@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -23,16 +24,23 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniDiffuserModel,
+    UniDiffuserPipeline,
+    UniDiffuserTextDecoder,
     ZImageModularPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from torch import nn
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    GPT2Tokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -73,6 +81,14 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHAT
     return tokenizer
+
+
+def gpt2_tokenizer() -> GPT2Tokenizer:
+    """One token a byte, and the mark of an end."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    words = [*sorted(ByteLevel.alphabet()), "<|EOS|>"]
+    return GPT2Tokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], eos_token="<|EOS|>")
 
 
 def clip(kind: Any, tokenizer: CLIPTokenizer) -> Any:
@@ -198,6 +214,32 @@ def qwen_image() -> QwenImagePipeline:
     return QwenImagePipeline(scheduler, autoencoder, encoder, words, transformer)
 
 
+def unidiffuser() -> UniDiffuserPipeline:
+    """UniDiffuser v1, whose pictures have 512 x 512 pixels and whose CLIP embedding has 512 numbers."""
+    words, letters = clip_tokenizer(), gpt2_tokenizer()
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=37, projection_dim=512, num_hidden_layers=2, num_attention_heads=4,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    captions = UniDiffuserTextDecoder(
+        prefix_length=77, prefix_inner_dim=WIDTH, prefix_hidden_dim=16, vocab_size=len(letters), n_positions=256,
+        n_embd=16, n_layer=1, n_head=2,
+    )  # fmt: skip
+    unet = UniDiffuserModel(
+        text_dim=16, clip_img_dim=512, num_text_tokens=77, num_attention_heads=2, attention_head_dim=8, in_channels=4,
+        out_channels=4, num_layers=3, sample_size=64, patch_size=2, activation_fn="gelu", norm_type="layer_norm",
+        block_type="unidiffuser", pre_layer_norm=False, use_timestep_embedding=False, use_data_type_embedding=True,
+    )  # fmt: skip
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", solver_order=3
+    )
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return UniDiffuserPipeline(
+        vae(4), clip(CLIPTextModel, words), CLIPVisionModelWithProjection(vision), processor, words, captions, letters,
+        unet, scheduler,
+    )  # fmt: skip
+
+
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux": flux,
     "flux2-klein": klein,
@@ -216,6 +258,11 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> None:
                 spread = 0.02 if weight.ndim == 1 else weight[0].numel() ** -0.5
                 noise = torch.randn(weight.shape, generator=generator) * spread
                 weight.data = noise + 1 if "norm" in name and name.endswith("weight") else noise
+        if isinstance(
+            network, UniDiffuserTextDecoder
+        ):  # its output layer is its input layer, which no file holds twice
+            gpt = network.transformer
+            gpt.lm_head.weight = nn.Parameter(gpt.transformer.wte.weight.detach().clone())
     pipeline.save_pretrained(folder)
 
 

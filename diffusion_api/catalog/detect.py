@@ -24,8 +24,14 @@ PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 INDEXES = ("model_index.json", "modular_model_index.json")
 """What says of which pipeline a folder is; families without a classic one have the second alone."""
 
+UNIDIFFUSER = "UniDiffuserPipeline"
+"""The family that draws pictures of words, and tells of pictures."""
+
 LIBRARIES = ("diffusers", "transformers")
 """Whose code a pipeline may be made of."""
+
+WITHIN = {"unidiffuser": "diffusers"}
+"""Folders of a library by which models name their parts instead of by the library."""
 
 NO_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor", "Guidance")
 """How classes are called whose folders hold no weights."""
@@ -127,7 +133,7 @@ def _pipeline(folder: Path, index: dict[str, Any], pipeline: object) -> tuple[st
         library, name = (*told, None, None)[:2]
         if name is None:
             continue
-        if library not in LIBRARIES:
+        if WITHIN.get(str(library), library) not in LIBRARIES:
             raise Unrecognised(f"its index names {library}.{name}, and only code of {' and '.join(LIBRARIES)} is run")
         if not str(name).endswith(NO_WEIGHTS):
             _check_network(folder / part)

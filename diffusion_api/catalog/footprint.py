@@ -120,6 +120,9 @@ def _unet_latent(tensors: dict[str, Tensor]) -> float:
         ),
         None,
     )
+    if patches := tensors.get("vae_img_in.proj.weight"):  # UniDiffuser's, which is a transformer
+        width, _, *patch = patches.shape
+        return TOKEN * width / math.prod(patch)
     attends = any(name.startswith(TOP_ATTENTION) for name in tensors)
     return (WIDEST if attends else NARROWER) * first.shape[0] if first else 0.0
 

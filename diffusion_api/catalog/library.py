@@ -141,6 +141,11 @@ class Model(Asset):
         return detect.is_pipeline(self.family)
 
     @property
+    def tells(self) -> bool:
+        """Whether it tells of pictures as well. Such a model was made for pictures of its native size and of no other."""
+        return self.family == detect.UNIDIFFUSER
+
+    @property
     def multiple(self) -> int:
         """What width and height are multiples of, in pixels: transformers see patches of two by two latent pixels."""
         return 16 if self.whole else 8

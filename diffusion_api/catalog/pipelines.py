@@ -14,6 +14,7 @@ RECOMMENDED = {
     "FluxPipeline": (28, 3.5),
     "QwenImagePipeline": (50, 4.0),
     "StableDiffusion3Pipeline": (28, 3.5),
+    "UniDiffuserPipeline": (20, 8.0),
     "ZImagePipeline": (9, 1.0),  # Z-Image-Turbo; nothing in its files tells it from Z-Image
 }
 """Steps and guidance scale, as in the cards of the models."""

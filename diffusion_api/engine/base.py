@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 from diffusion_api.errors import InputLost, Interrupted, OutOfMemory
 from diffusion_api.schema.job import LoraApplied, LoraSkipped, Progress
 from diffusion_api.schema.report import DeviceReport, HeldModel
-from diffusion_api.schema.request import Request, Upscale
+from diffusion_api.schema.request import Reading, Request, Upscale
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 Pixels: TypeAlias = "NDArray[np.uint8]"
 """A picture: (height, width, 3), uint8, RGB."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A picture in numbers, float32: its embedding by ``clip``, (n,), and its latents, ``vae``, (channels, h/8, w/8)."""
+
+    clip: NDArray[np.float32]
+    vae: NDArray[np.float32]
 
 
 class Stop(Enum):
@@ -73,15 +81,18 @@ class Attached:
 
 @dataclass(frozen=True)
 class Finished:
-    """The pictures, in order, with the seed of each that was drawn, and what the infotext should say beyond the request.
+    """The pictures, in order, with the seed of each that was drawn, and what the infotext should say beyond the request; or
+    what a model tells of a picture.
 
     ``partial`` is there when the job was told to stop with what it had: the steps that its last picture got, or 0 when
     all of ``images`` are whole and only the rest of them is missing. ``model_cached`` is true when the model was in
     memory already; None for an engine that keeps none. ``memory_steps`` is what was done so that the job fitted.
     """
 
-    images: tuple[Pixels, ...]
-    seeds: tuple[int | None, ...]
+    images: tuple[Pixels, ...] = ()
+    seeds: tuple[int | None, ...] = ()
+    caption: str | None = None
+    embeddings: Embeddings | None = None
     partial: int | None = None
     model_hash: str | None = None
     model_cached: bool | None = None
@@ -122,6 +133,8 @@ def out_of_memory(request: Request) -> OutOfMemory:
     size = f"{request.width}x{request.height}"
     if isinstance(request, Upscale):
         return OutOfMemory(f"out of memory: {size} pixels, upscaler {request.upscaler!r}; ask for a smaller picture")
+    if isinstance(request, Reading):
+        return OutOfMemory(f"out of memory: {size} pixels, model {request.model!r}; ask for a smaller model")
     return OutOfMemory(
         f"out of memory: {size} pixels, n {request.count}, model {request.model!r}; "
         "ask for a smaller picture or for a smaller model"

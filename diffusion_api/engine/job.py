@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from diffusion_api.canvas import LANCZOS, Canvas
 from diffusion_api.catalog.upscalers import INTERNAL, LATENT
-from diffusion_api.engine.base import Attached, Finished, Pixels, Stop, StopAsked
+from diffusion_api.engine.base import Attached, Embeddings, Finished, Pixels, Stop, StopAsked
 from diffusion_api.engine.denoise import (
     Asks,
     Lane,
@@ -26,6 +26,7 @@ from diffusion_api.engine.denoise import (
     Run,
     Seat,
     Start,
+    Teller,
     denoised,
     progress_of,
 )
@@ -35,7 +36,7 @@ from diffusion_api.engine.plan import Pass, plan
 from diffusion_api.engine.upscalers import Upscaler, enlarged
 from diffusion_api.errors import Interrupted, InvalidRequest, NotFinite
 from diffusion_api.schema.job import Progress, State
-from diffusion_api.schema.request import Img2Img, Request, Sampling, Upscale
+from diffusion_api.schema.request import Caption, Embed, Img2Img, Reading, Request, Sampling, Upscale
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ class Picture:
 
     image: Pixels
     infotext: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a model told of a picture."""
+
+    caption: str | None = None
+    embeddings: Embeddings | None = None
 
 
 @dataclass
@@ -87,8 +96,11 @@ def job(
     shared = _Job(canvas, loaders, report, stop)
     made: list[Picture] = []
     broken_off: int | None = None
+    told = Told()
     if isinstance(request, Upscale):
         made.append((yield from _upscaled(request, shared)))
+    elif isinstance(request, Reading):
+        told = yield from _told(request, shared)
     latents: Tensor | None = None
     for stage in plan(request):
         if stop() is Stop.WITH_PICTURE and latents is None:
@@ -99,12 +111,14 @@ def job(
             made.append(picture)
         if broken_off is not None:
             break
-    if not made:
+    if not made and told == Told():
         raise Interrupted("stopped before there was a picture")
     attached = reduce(Attached.and_then, shared.attached, Attached())
     return Finished(
         images=tuple(picture.image for picture in made),
         seeds=request.seeds[: len(made)],
+        caption=told.caption,
+        embeddings=told.embeddings,
         partial=broken_off,
         memory_before_mb=before,
         memory_after_mb=memory(),
@@ -249,6 +263,36 @@ def _upscaled(request: Upscale, shared: _Job) -> Generator[Any, Any, Picture]:
     image = yield from _larger_picture(shared.canvas.picture, size, request.upscaler, shared.loaders, told)
     told(1)
     return Picture(np.asarray(image))
+
+
+def _told(request: Caption | Embed, shared: _Job) -> Generator[Any, Any, Told]:
+    """What a model tells of the picture that a job brings along. Raises InvalidRequest for a model that tells nothing."""
+    if shared.canvas is None:
+        raise TypeError("no picture was brought along")
+    model: Lane | Painter | Teller = yield Run(partial(shared.loaders.model, request.model), Point.LOAD)
+    if not isinstance(model, Teller):
+        raise InvalidRequest(f"model {request.model!r} tells nothing of pictures", field="model")
+    model.patches.detach()  # what another job attached
+    picture = shared.canvas.picture
+    if isinstance(request, Embed):
+        shared.report(Progress(state=State.PROCESSING, phase="embedding", steps=1))
+        found: Embeddings = yield Run(partial(model.embeddings, picture, request), Point.ENCODE)
+        if not (np.isfinite(found.clip).all() and np.isfinite(found.vae).all()):
+            raise NotFinite(OVERFLOWED)
+        return Told(embeddings=found)
+
+    def report(share: float) -> None:
+        step = round(share * request.steps)
+        shared.report(
+            Progress(state=State.PROCESSING, fraction=share, phase="captioning", step=step, steps=request.steps)
+        )
+
+    def stepped(share: float) -> bool:
+        report(share)
+        return bool(shared.stop())  # half of a caption is nothing to show
+
+    report(0)
+    return Told(caption=(yield Run(partial(model.caption, picture, request, stepped), Point.PAINT)))
 
 
 def _painted(painter: Painter, stage: Pass, shared: _Job) -> tuple[int | None, Picture | None]:

@@ -33,6 +33,7 @@ import numpy as np
 
 from diffusion_api.engine.base import (
     Admission,
+    Embeddings,
     Event,
     Finished,
     Pictures,
@@ -46,7 +47,7 @@ from diffusion_api.engine.base import (
 from diffusion_api.errors import DeviceLost, Interrupted, NotFinite
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.report import DeviceReport, HeldModel
-from diffusion_api.schema.request import Request, Txt2Img, Upscale
+from diffusion_api.schema.request import Caption, Embed, Reading, Request, Txt2Img, Upscale
 
 HOOK = re.compile(r"stub:(\w+)(?:=([\w.]+))?")
 
@@ -102,6 +103,8 @@ def _job(request: Request, stop: StopAsked) -> Generator[Event, None, Finished]:
         yield Progress(state=State.LOADING, phase="loading")
         yield Progress(state=State.PROCESSING, fraction=1, phase="upscaling", step=1, steps=1)
         return Finished(images=(_picture(request, request.width, request.height),), seeds=request.seeds)
+    if isinstance(request, Reading):
+        return (yield from _told(request, stop))
     hooks = dict(HOOK.findall(request.prompt))
     yield Progress(state=State.LOADING, phase="loading")
     if hooks.get("oom") == "load":
@@ -144,6 +147,26 @@ def _job(request: Request, stop: StopAsked) -> Generator[Event, None, Finished]:
         for seed, variation_seed in zip(made.seeds, made.variation_seeds, strict=True)
     )
     return Finished(images=images, seeds=made.seeds, partial=partial)
+
+
+def _told(request: Caption | Embed, stop: StopAsked) -> Generator[Event, None, Finished]:
+    """A word of the request's own, or numbers as many as UniDiffuser has."""
+    yield Progress(state=State.LOADING, phase="loading")
+    steps = request.steps if isinstance(request, Caption) else 1
+    for step in range(1, steps + 1):
+        if stop():
+            raise Interrupted("stopped while it ran")
+        yield Progress(state=State.PROCESSING, fraction=step / steps, phase=request.kind, step=step, steps=steps)
+    digest = hashlib.sha256(request.model_dump_json().encode()).digest()
+    if isinstance(request, Caption):
+        return Finished(caption=f"a picture of {digest.hex()[:8]}")
+    generator = np.random.default_rng(int.from_bytes(digest, "big"))
+    latents = (4, request.height // 8, request.width // 8)
+    return Finished(
+        embeddings=Embeddings(
+            clip=generator.standard_normal(512, np.float32), vae=generator.standard_normal(latents, np.float32)
+        )
+    )
 
 
 def _fail(request: Request) -> NoReturn:

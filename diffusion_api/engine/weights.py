@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusion_api.catalog.detect import Unrecognised, is_pipeline
+from diffusion_api.catalog.detect import UNIDIFFUSER, Unrecognised, is_pipeline
 from diffusion_api.catalog.footprint import footprint
 from diffusion_api.catalog.library import Library, Model
 from diffusion_api.engine import thrift
@@ -258,8 +258,10 @@ class Weights:
     def _open(self, model: Model, device: Device) -> Lane | Painter:
         if is_pipeline(model.family):
             from diffusion_api.engine.families.generic import Generic  # all of diffusers, which takes seconds
+            from diffusion_api.engine.unidiffuser import UniDiffuser
 
-            return Generic.from_folder(model.path, device)
+            kind = UniDiffuser if model.family == UNIDIFFUSER else Generic
+            return kind.from_folder(model.path, device)
         family, schedule = FAMILIES[model.family], model.profile.schedule
         if not model.single_file:
             return family.from_folder(model.path, device, schedule)

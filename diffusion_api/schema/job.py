@@ -58,6 +58,13 @@ class Image(Frozen):
     infotext: str
 
 
+class File(Frozen):
+    """A stored file that is no picture: its path relative to the installation's home, and its hash."""
+
+    path: str
+    sha256: str
+
+
 class LoraApplied(Frozen):
     """A LoRA that worked on a picture, and how strongly on the denoiser and on the text encoders."""
 
@@ -79,11 +86,14 @@ class LoraSkipped(Frozen):
 
 
 class Result(Frozen):
-    """What a finished job made. Times in seconds, memory in MiB (resident on a CPU, allocated on a GPU); ``memory_steps`` is
-    what was done so that it fitted. ``made_with`` are the device and the versions of libraries.
+    """What a finished job made: pictures, a ``caption``, or a file of ``embeddings``. Times in seconds, memory in MiB (resident
+    on a CPU, allocated on a GPU); ``memory_steps`` is what was done so that it fitted. ``made_with`` are the device and the
+    versions of libraries.
     """
 
-    images: tuple[Image, ...]
+    images: tuple[Image, ...] = ()
+    caption: str | None = None
+    embeddings: File | None = None
     seconds: float
     memory_before_mb: float
     memory_after_mb: float
@@ -91,6 +101,15 @@ class Result(Frozen):
     loras_skipped: tuple[LoraSkipped, ...] = ()
     memory_steps: tuple[str, ...] = ()
     made_with: dict[str, str] = Field(default_factory=dict)
+
+    def same_as(self, other: Result) -> bool:
+        """Whether both made the same: the same pixels, words and numbers."""
+        return self._made == other._made
+
+    @property
+    def _made(self) -> tuple[object, ...]:
+        numbers = self.embeddings and self.embeddings.sha256
+        return tuple(image.pixels for image in self.images), self.caption, numbers
 
 
 class Earlier(Frozen):
@@ -144,10 +163,10 @@ class Job(Frozen):
 
     @property
     def matched(self) -> bool | None:
-        """Whether it made the same pixels again; None while that is not known."""
+        """Whether it made the same again; None while that is not known."""
         if self.reproduces is None or self.result is None or self.state is not State.DONE:
             return None
-        return [image.pixels for image in self.result.images] == [i.pixels for i in self.reproduces.result.images]
+        return self.result.same_as(self.reproduces.result)
 
     def charged(self, boot: str = "") -> Job:
         """The job with one more attempt on its account, about to use the device in that boot of the machine."""

@@ -275,6 +275,53 @@ class Upscale(Frozen):
         return ()
 
 
-Request = Txt2Img | Img2Img | Upscale
+class Reading(Frozen):
+    """What every request says that has a model tell of a picture, ``image``, the name of a stored one.
+
+    The model sees it with ``width`` x ``height`` pixels.
+    """
+
+    model: str
+    image: str
+    width: int = Field(ge=8, multiple_of=8)
+    height: int = Field(ge=8, multiple_of=8)
+    seed: int = Field(ge=0, le=MAX_SEED)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The picture."""
+        return (self.image,)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One: there is one answer."""
+        return (self.seed,)
+
+    @property
+    def prompts(self) -> tuple[()]:
+        """Nothing is asked for in words."""
+        return ()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The one that tells."""
+        return (self.model,)
+
+
+class Caption(Reading):
+    """Words for a picture. ``guidance_scale`` 1 means no guidance."""
+
+    kind: Literal["caption"] = "caption"
+    steps: int = Field(ge=1)
+    guidance_scale: float = Field(ge=0, allow_inf_nan=False)
+
+
+class Embed(Reading):
+    """What a model makes of a picture before it draws or tells: its embedding by CLIP, and a sample of its latents."""
+
+    kind: Literal["embed"] = "embed"
+
+
+Request = Txt2Img | Img2Img | Upscale | Caption | Embed
 AnyRequest = Annotated[Request, Field(discriminator="kind")]
 """For fields of records: the kind says which one it is."""

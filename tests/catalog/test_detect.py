@@ -107,6 +107,7 @@ def test_a_modular_pipeline_has_an_index_of_its_own(tmp_path: Path) -> None:
             "its index names mine.Net, and only code of diffusers and transformers is run",
         ),
         ({"transformer": ["mine", "Net", {}]}, "its index names mine.Net, and only code of"),
+        ({"transformer": [["unidiffuser"], "Net"]}, "its index names .*Net, and only code of"),
         ({"text_encoder": ["transformers", "T5EncoderModel"]}, "its text_encoder/ holds no safetensors weights"),
     ],
 )
@@ -117,6 +118,12 @@ def test_a_pipeline_that_brings_code_or_lacks_weights_is_refused(
     file.write_text(json.dumps((json.loads(file.read_text()) | index) if index else {}))
     with pytest.raises(Unrecognised, match=why):
         folder_family(tmp_path)
+
+
+def test_unidiffuser_names_its_parts_by_a_folder_of_diffusers(tmp_path: Path) -> None:
+    file = transformer_folder(tmp_path, pipeline="UniDiffuserPipeline", sample_size=64) / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"transformer": ["unidiffuser", "UniDiffuserModel"]}))
+    assert folder_family(tmp_path) == ("UniDiffuserPipeline", 512)
 
 
 def test_a_gguf_file_is_weights(tmp_path: Path) -> None:

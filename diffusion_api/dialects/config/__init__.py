@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, FastAPI
 
 from diffusion_api.dialects._base import offer
+from diffusion_api.dialects._forms import DetailRoute, refusals
 from diffusion_api.dialects.config import buffer, generate, lists, llm
-from diffusion_api.dialects.config.answers import ConfigRoute, refusals
 
 if TYPE_CHECKING:
     from diffusion_api.service import Service
@@ -18,7 +18,7 @@ __all__ = ["mount"]
 
 def mount(app: FastAPI, service: Service) -> None:
     """Add the routes of this dialect."""
-    router = APIRouter(route_class=ConfigRoute, responses=refusals(), tags=["configuration"])
+    router = APIRouter(route_class=DetailRoute, responses=refusals(), tags=["configuration"])
     for part in (generate, lists, buffer, llm):
         part.add(router, service)
     offer(app, "sd", router)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
 
 from diffusion_api.catalog import samplers
-from diffusion_api.dialects._base import MAX_SIDE, build, resolve_seed
-from diffusion_api.dialects._jobs import IdempotencyKey, Meant, Stored, result_of, store, view
-from diffusion_api.dialects.config.answers import in_own_words, refusals
+from diffusion_api.dialects._base import build, resolve_seed
+from diffusion_api.dialects._forms import FORM, PNG, in_own_words, picture_of, picture_sent, refusals, sheet
+from diffusion_api.dialects._jobs import IdempotencyKey, Meant, Stored, store, view
 from diffusion_api.dialects.config.lists import model_of
 from diffusion_api.dialects.config.query import SIDE, ConfigQuery
-from diffusion_api.errors import Gone, InvalidRequest
+from diffusion_api.errors import InvalidRequest
 from diffusion_api.schema.request import Img2Img, LoraUse, Output, Txt2Img
 
 if TYPE_CHECKING:
     from diffusion_api.catalog.library import Model
-    from diffusion_api.queues.base import Snapshot
     from diffusion_api.service import Picture, Service
 
 SAMPLER = "Euler"
@@ -28,23 +26,6 @@ STRENGTH = {"sdxl": 0.3, "standard": 0.8}
 """How much of a picture is drawn anew, by the type of the model: what the pipelines of the original have by default."""
 NO_LORA = ("", "none", "null")
 """What clients send who mean none: some write Python's own word."""
-FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
-PNG: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
-        "description": "All pictures in one, up to four in a row",
-    }
-}
-FORM = {
-    "requestBody": {
-        "description": "a picture to begin with; what its part says of its type does not matter",
-        "content": {
-            "multipart/form-data": {
-                "schema": {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}}
-            }
-        },
-    }
-}
 
 
 def add(router: APIRouter, service: Service) -> None:
@@ -57,40 +38,17 @@ def add(router: APIRouter, service: Service) -> None:
     async def post_config(
         query: Annotated[ConfigQuery, Query()], http: Request, idempotency_key: IdempotencyKey = None
     ) -> Response:
-        sent = await _picture_sent(http, service.settings.max_body)
+        sent = await picture_sent(http, service.settings.max_body)
         stored = await run_in_threadpool(_stored, query, sent, http, service, idempotency_key)
-        return await view(stored, http, service, partial(_shown, service=service), cancel=True)
-
-
-async def _picture_sent(http: Request, limit: int) -> bytes | str | None:
-    """The field ``image`` of a form, None where there is none. What else is sent would be of no effect, and is refused."""
-    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in FORMS:
-        if await http.body():
-            raise HTTPException(
-                415, f"the body is {kind or 'of no type'}; a picture is sent as image of a multipart form"
-            )
-        return None
-    async with http.form(max_files=1, max_fields=1, max_part_size=limit) as form:
-        others = sorted(form.keys() - {"image"})
-        if others:
-            raise HTTPException(422, f"the form has {others[0][:80]!r}; all but image goes into the query")
-        sent = form.get("image")
-        if isinstance(sent, UploadFile):
-            return await sent.read() if sent.size or sent.filename else None
-        return sent or None
+        return await view(stored, http, service, partial(sheet, service=service), cancel=True)
 
 
 def _stored(query: ConfigQuery, sent: bytes | str | None, http: Request, service: Service, key: str | None) -> Stored:
     with in_own_words():
-        picture = None if sent is None else _picture(sent, service)
+        picture = None if sent is None else picture_of(sent, service)
         meant = _meant(query, picture, service)
         said = query.model_dump(exclude_unset=True) | ({"image": picture.name} if picture else {})
         return store(meant, http, service, sent=said, key=key, dialect="config")
-
-
-def _picture(sent: bytes | str, service: Service) -> Picture:
-    return service.picture(sent, "image") if isinstance(sent, str) else service.picture_of(sent, "image")
 
 
 def _meant(query: ConfigQuery, picture: Picture | None, service: Service) -> Meant[Txt2Img | Img2Img]:
@@ -139,21 +97,3 @@ def _loras(name: str | None, service: Service) -> tuple[LoraUse, ...]:
         choices = ", ".join(asset.name for asset in service.assets("lora")) or "none is installed"
         raise InvalidRequest(f"lora {name!r} {service.absence(name)}; one of: {choices}", field="lora")
     return (LoraUse(name=row.name),)
-
-
-def _shown(snapshot: Snapshot, service: Service) -> Response:
-    """All pictures of a job as one PNG, with the infotext of the first. Raises the error that the job ended with, and Gone."""
-    pictures = result_of(snapshot).images
-    files = [data for picture in pictures if (data := service.image(picture))]
-    if len(files) < len(pictures):
-        raise Gone(f"a picture of job {snapshot.job.id} was deleted")
-    return Response(files[0] if len(files) == 1 else _grid(files, pictures[0].infotext), media_type="image/png")
-
-
-def _grid(files: list[bytes], infotext: str) -> bytes:
-    import numpy as np
-
-    from diffusion_api import canvas, images  # NumPy and Pillow: a third of the time until the service answers
-
-    sheet = canvas.grid([images.decode(data, max_pixels=MAX_SIDE**2) for data in files])
-    return images.encode(np.asarray(sheet), format="png", quality=100, infotext=infotext)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query
 
-from diffusion_api.dialects.config.answers import refusals
+from diffusion_api.dialects._forms import refusals
 from diffusion_api.errors import DiffusionApiError
 
 if TYPE_CHECKING:

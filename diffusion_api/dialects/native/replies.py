@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Response
@@ -14,7 +15,7 @@ from diffusion_api.dialects.native.bodies import DryRunBody, JobRow, NeedBody, P
 from diffusion_api.queues.base import Snapshot
 from diffusion_api.schema.caller import Caller
 from diffusion_api.schema.job import Earlier, Job, Result, State
-from diffusion_api.schema.request import Img2Img, Sampling, Txt2Img, Upscale
+from diffusion_api.schema.request import Caption, Embed, Img2Img, Reading, Sampling, Txt2Img, Upscale
 
 if TYPE_CHECKING:
     from diffusion_api.service import Service
@@ -73,17 +74,19 @@ def ended(job: Job) -> dict[str, Any]:
 def row(snapshot: Snapshot) -> JobRow:
     """A job in a list."""
     job, request = snapshot.job, snapshot.job.request
-    first = job.result.images[0] if job.result else None
+    first = next(iter(job.result.images), None) if job.result else None
     size = first or request
     drawn = request if isinstance(request, Sampling) else None
+    model = request if isinstance(request, Sampling | Reading) else None
+    counted = request if isinstance(request, Sampling | Caption) else None
     return JobRow(
         **_standing(snapshot),
         kind=request.kind,
-        model=drawn.model if drawn else None,
+        model=model.model if model else None,
         prompt=drawn.prompt[:LONGEST_PROMPT] if drawn else None,
         width=size.width,
         height=size.height,
-        steps=drawn.steps if drawn else None,
+        steps=counted.steps if counted else None,
         seed=request.seeds[0],
         n=len(request.seeds),
         priority=job.priority,
@@ -179,12 +182,14 @@ def _differences(there: Result, here: Result) -> list[str]:
 
 def _conditions(result: Result) -> dict[str, str]:
     """All on which pixels depend beside the request."""
-    fields = infotext.parse(result.images[0].infotext).fields
+    fields = infotext.parse(result.images[0].infotext).fields if result.images else {}
     steps = {"memory_steps": ", ".join(result.memory_steps)} if result.memory_steps else {}
     return result.made_with | steps | {name: str(value) for name, value in fields.items()}
 
 
 def _result(job: Job, result: Result) -> dict[str, Any]:
+    if isinstance(job.request, Reading):
+        return _read(job.request, job, result)
     image, output = result.images[0], job.request.output
     several = {"output_paths": [i.path for i in result.images]} if len(result.images) > 1 else {}
     loras = {
@@ -211,6 +216,23 @@ def _result(job: Job, result: Result) -> dict[str, Any]:
     )
 
 
+def _read(request: Caption | Embed, job: Job, result: Result) -> dict[str, Any]:
+    """What a model told of a picture; numbers are too many to be told here."""
+    made = {"caption": result.caption} if result.embeddings is None else {"output_path": result.embeddings.path}
+    steps = {"memory_steps": list(result.memory_steps)} if result.memory_steps else {}
+    return (
+        made
+        | steps
+        | {
+            "payload": job.payload,
+            "generation_time_sec": round(result.seconds, 3),
+            "memory_before_mb": round(result.memory_before_mb, 2),
+            "memory_after_mb": round(result.memory_after_mb, 2),
+            "seed": request.seed,
+        }
+    )
+
+
 def _brought(job: Job) -> dict[str, Any]:
     """What the original API's client expects to be told again of a job that brought a picture along."""
     if not isinstance(job.request, Img2Img):
@@ -221,6 +243,11 @@ def _brought(job: Job) -> dict[str, Any]:
 
 def _pictures(job: Job, service: Service) -> dict[str, Any]:
     if not job.result:
+        return {}
+    if numbers := job.result.embeddings:
+        data = service.embeddings(numbers)
+        return {"embeddings": None if data is None else json.loads(data)}
+    if not job.result.images:
         return {}
     encoded = [_base64(service.image(image)) for image in job.result.images]
     return {"image": encoded[0]} | ({"images": encoded} if len(encoded) > 1 else {})

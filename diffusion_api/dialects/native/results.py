@@ -15,6 +15,7 @@ from diffusion_api.errors import Conflict, Gone, InvalidRequest, NotFound
 from diffusion_api.queues.base import Place, Snapshot
 from diffusion_api.schema.caller import Caller
 from diffusion_api.schema.job import State
+from diffusion_api.schema.request import Reading
 
 if TYPE_CHECKING:
     from diffusion_api.service import Service
@@ -42,13 +43,13 @@ FILE: dict[int | str, dict[str, Any]] = {
 def add(router: APIRouter, service: Service) -> None:
     """Add the routes that list jobs and give out pictures."""
 
-    @router.get("/queue", tags=["jobs"], summary="Jobs, newest first", responses=refusals(400, 503))
+    @router.get("/queue", tags=["jobs"], summary="Jobs, newest first", responses=refusals(400, 401, 403, 429, 503))
     def jobs(http: Request, state: States = None, limit: Limit = 50, cursor: Cursor = None) -> JobsBody:
         return _listed(set(map(State, state or State)), limit, cursor, caller_of(http), service)
 
     @router.get(
         "/queue/{job_id}/image", tags=["jobs"], summary="The picture of a job as a file", response_class=Response,
-        responses=refusals(400, 404, 409, 410, 503) | FILE,
+        responses=refusals(400, 401, 403, 404, 409, 410, 429, 503) | FILE,
     )  # fmt: skip
     def image(
         http: Request, job_id: str, if_none_match: Condition = None, if_range: Condition = None, range: Condition = None
@@ -57,7 +58,7 @@ def add(router: APIRouter, service: Service) -> None:
 
     @router.get(
         "/queue/{job_id}/image/{n}", tags=["jobs"], summary="One of several pictures of a job as a file",
-        response_class=Response, responses=refusals(400, 404, 409, 410, 503) | FILE,
+        response_class=Response, responses=refusals(400, 401, 403, 404, 409, 410, 429, 503) | FILE,
     )  # fmt: skip
     def image_of_several(
         http: Request,
@@ -110,8 +111,8 @@ def _file(
     job_id = snapshot.job.id
     if not snapshot.state.terminal:
         raise Conflict(f"job {job_id} has no picture yet: its state is {shown_state(snapshot)}")
-    images = snapshot.job.result.images if snapshot.job.result else ()
-    if not images:
+    request, images = snapshot.job.request, snapshot.job.result.images if snapshot.job.result else ()
+    if not images or isinstance(request, Reading):
         raise NotFound(f"job {job_id} ended without a picture")
     if number >= len(images):
         raise NotFound(f"job {job_id} has no picture {number}; there are {len(images)}, from 0")
@@ -119,7 +120,7 @@ def _file(
     data = service.image(picture)
     if data is None:
         raise Gone(f"the picture of job {job_id} was deleted")
-    name, format = picture.path.rpartition("/")[2], snapshot.job.request.output.format
+    name, format = picture.path.rpartition("/")[2], request.output.format
     headers = {
         "ETag": f'"{picture.sha256}"',
         "Cache-Control": "private, no-cache",

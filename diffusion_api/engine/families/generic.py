@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import diffusers
 import torch
@@ -26,7 +26,7 @@ from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
 from torch import Tensor, nn
 
 from diffusion_api.catalog import samplers
-from diffusion_api.catalog.detect import index_of, safetensors_header, weight_files
+from diffusion_api.catalog.detect import WITHIN, index_of, safetensors_header, weight_files
 from diffusion_api.engine.denoise import Painted
 from diffusion_api.engine.devices import Device
 from diffusion_api.engine.families.base import complete, read_parts
@@ -69,13 +69,14 @@ class Generic:
     words: Mapping[str, Words] = field(default_factory=dict)
 
     @classmethod
-    def from_folder(cls, folder: Path, device: Device) -> Generic:
+    def from_folder(cls, folder: Path, device: Device) -> Self:
         """From a diffusers folder. Raises anything at all when the folder is broken."""
         index = json.loads(index_of(folder).read_text())
         kind = _painting(_kind("diffusers", index["_class_name"]))
         # What is in half precision elsewhere is in bfloat16 here: the large transformers overflow in float16.
         precise = replace(device, dtype=torch.bfloat16) if device.dtype is torch.float16 else device
-        parts = {name: _part(folder / name, told, precise) for name, told in index.items() if not name.startswith("_")}
+        named = {name: told for name, told in index.items() if not name.startswith("_")}
+        parts = {name: cls.part(folder / name, told, precise) for name, told in named.items()}
         # Weights may wait in RAM while they are not needed: where they lie is not where the pipeline computes.
         placed = type(kind.__name__, (kind,), {"_execution_device": device.place})
         if issubclass(kind, ModularPipeline):
@@ -86,6 +87,21 @@ class Generic:
             pipeline = placed(**{name: part for name, part in parts.items() if name in taken})
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline)
+
+    @staticmethod
+    def part(folder: Path, told: Any, device: Device) -> Any:
+        """One entry of an index: a part of the pipeline, or a plain value. Raises anything at all when the part is broken."""
+        if not isinstance(told, list):
+            return told
+        library, name = told[:2]
+        if name is None:
+            return None
+        kind = _kind(WITHIN.get(str(library), str(library)), name)
+        if issubclass(kind, diffusers.ModelMixin):
+            return _network(kind, folder, device)
+        if issubclass(kind, transformers.PreTrainedModel):
+            return _encoder(kind, folder, device)
+        return kind.from_pretrained(folder, local_files_only=True)
 
     @property
     def name(self) -> str:
@@ -105,9 +121,9 @@ class Generic:
         """
         call = _Call(self.pipeline, stage)
         try:
-            with _watched(self.pipeline, stepped) as watch:
+            with watched(self.pipeline, stepped) as watch:
                 found = _images(self.pipeline, call.arguments)
-        except _Enough:
+        except Enough:
             return None
         except ValueError as error:
             raise InvalidRequest(f"{self.name} cannot do that: {error}") from error
@@ -227,7 +243,7 @@ def _plain(prompt: str) -> str:
     return str(replace(parse(prompt), networks=()))
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Unwinds a pipeline that cannot be told to end with what it has."""
 
 
@@ -239,7 +255,7 @@ class _Watch:
 
 
 @contextmanager
-def _watched(pipeline: Any, stepped: Callable[[float], bool]) -> Iterator[_Watch]:
+def watched(pipeline: Any, stepped: Callable[[float], bool]) -> Iterator[_Watch]:
     """Within, each step of the pipeline's scheduler is told of, which every pipeline has, also one without callbacks.
 
     A pipeline that is to end gets the present guess of the clean latents in place of noisy ones, and decodes them.
@@ -255,7 +271,7 @@ def _watched(pipeline: Any, stepped: Callable[[float], bool]) -> Iterator[_Watch
         share = min(done / len(scheduler.timesteps), 1.0)
         if watch.broken_off is None and stepped(share):
             if not hasattr(type(pipeline), "interrupt"):
-                raise _Enough
+                raise Enough
             watch.broken_off = share
             pipeline._interrupt = True
             told = inspect.signature(own).bind(*args, **options).arguments
@@ -299,21 +315,6 @@ def _painting(kind: Any) -> Any:
     if "prompt" not in takes:
         raise ValueError(f"{kind.__name__} makes no pictures of words")
     return kind
-
-
-def _part(folder: Path, told: Any, device: Device) -> Any:
-    """One entry of an index: a part of the pipeline, or a plain value. Raises anything at all when the part is broken."""
-    if not isinstance(told, list):
-        return told
-    library, name = told[:2]
-    if name is None:
-        return None
-    kind = _kind(library, name)
-    if issubclass(kind, diffusers.ModelMixin):
-        return _network(kind, folder, device)
-    if issubclass(kind, transformers.PreTrainedModel):
-        return _encoder(kind, folder, device)
-    return kind.from_pretrained(folder, local_files_only=True)
 
 
 def _network(kind: Any, folder: Path, device: Device) -> Any:

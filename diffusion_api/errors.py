@@ -31,6 +31,7 @@
     └── Unavailable             nobody's fault; try again later
         ├── DiskFull
         ├── QueueFull
+        ├── NoModel             there is no model that could draw what names none
         ├── ShuttingDown
         ├── Unreachable         another host did not answer
         ├── BrokenDownload      another host sent something else than what was asked for
@@ -179,6 +180,10 @@ class DiskFull(Unavailable):
 
 class QueueFull(Unavailable):
     """As many jobs wait as the operator allows."""
+
+
+class NoModel(Unavailable):
+    """No model is installed, or none that goes without saying."""
 
 
 class ShuttingDown(Unavailable):

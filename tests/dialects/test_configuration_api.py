@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +21,7 @@ import httpx
 import pytest
 from fake_models import LORA_KEYS, checkpoint, diffusers_folder
 from PIL import Image
-from serving import PATIENCE, Program, serving
+from serving import PATIENCE, ROOT, Program, serving
 
 from diffusion_api import images
 
@@ -189,6 +192,35 @@ def test_the_lora_example_works_as_printed(server: Program) -> None:
     )
     assert drawn(response).size == (512, 512)
     assert [lora["name"] for lora in request_of(server, response)["loras"]] == ["pixel_art_style"]
+
+
+# Our own manual
+
+PAGE = (ROOT / "docs" / "configuration-api.md").read_text("utf-8")
+EXAMPLES = re.findall(r"```bash\n(.*?)\n```(?:\n\n```json\n(.*?)\n```)?", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize(("command", "documented"), EXAMPLES, ids=[command[-60:] for command, _ in EXAMPLES])
+def test_an_example_of_our_page_is_answered_as_it_says(
+    server: Program, tmp_path: Path, command: str, documented: str
+) -> None:
+    (tmp_path / "input.jpg").write_bytes(png(64, 64))
+    called = command.replace("curl", "curl -f", 1).replace("http://localhost:8000", server.url)
+    done = subprocess.run(
+        ["bash", "-euc", called],
+        cwd=tmp_path,
+        env={"KEY": USER, "PATH": os.environ["PATH"]},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    drawn_files = [*tmp_path.glob("*.png")]
+    assert len(drawn_files) == command.count(" -o ")
+    for file in drawn_files:
+        assert Image.open(file).format == "PNG"
+    if documented:
+        answer, shown = json.loads(done.stdout), json.loads(documented)
+        assert (answer.keys() == shown.keys()) if "buffer_status" in command else (answer == shown)
 
 
 # Parameters

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from diffusion_api.downloads import Downloads
+    from diffusion_api.llm import Llm
     from diffusion_api.lora_shop import LoraShop
     from diffusion_api.pull import Puller
     from diffusion_api.remote_pictures import RemotePictures
@@ -144,6 +145,15 @@ def build_webhooks(settings: Settings, queue: Queue) -> Webhooks | None:
         )
     fetcher = Fetcher(origins(settings.webhook_hosts))
     return Webhooks(settings.queue_dir / "hooks", queue, fetcher, secret=secret, describe=native.ended)
+
+
+def build_llm(settings: Settings) -> Llm | None:
+    """The language model that others run, None when the operator names none. Raises Misconfigured."""
+    if not settings.llm_host:
+        return None
+    from diffusion_api.llm import Llm  # httpx: a tenth of a second until the service answers
+
+    return Llm(settings.llm_url, seconds=settings.llm_seconds)
 
 
 def build_remote_pictures(settings: Settings) -> RemotePictures | None:
@@ -264,7 +274,7 @@ def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Ser
     links = Links(lambda: access.secret)
     service = Service(
         settings, library, queue, outputs, engine, pace=pace, webhooks=webhooks, links=links,
-        remote=build_remote_pictures(settings), shop=partial(build_lora_shop, settings, library),
+        remote=build_remote_pictures(settings), shop=partial(build_lora_shop, settings, library), llm=build_llm(settings),
     )  # fmt: skip
     hand: Worker | Supervisor | None = None
     if engine:

@@ -33,6 +33,7 @@ from diffusion_api.errors import (
     ShuttingDown,
     TooLarge,
     UnknownModel,
+    Unreachable,
     UrlRefused,
 )
 from diffusion_api.links import FOREVER, NO_BLOB
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from diffusion_api.catalog.styles import Style
     from diffusion_api.engine.base import Engine
     from diffusion_api.links import Links
+    from diffusion_api.llm import Llm
     from diffusion_api.lora_shop import LoraShop
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
@@ -135,10 +137,11 @@ class Service:
         links: Links | None = None,
         remote: RemotePictures | None = None,
         shop: Callable[[], LoraShop] | None = None,
+        llm: Llm | None = None,
     ) -> None:
         self.settings = settings
         self._links = links
-        self._remote = remote
+        self._remote, self._llm = remote, llm
         self._build_shop = shop
         self._shop: LoraShop | None = None
         self._opening = threading.Lock()
@@ -378,6 +381,14 @@ class Service:
     def webhook(self, job: Job) -> dict[str, Any] | None:
         """Where the end of this job is told and how that went, None for a job that asked for nothing of the kind."""
         return self._webhooks.report(job) if self._webhooks and job.webhook else None
+
+    async def ask(self, path: str, question: Mapping[str, str]) -> str:
+        """What the operator's language model answers there. Raises Unreachable, also where there is none, BrokenDownload and
+        UrlRefused.
+        """
+        if self._llm is None:
+            raise Unreachable("the operator has named none: DIFFUSION_API_LLM_HOST")
+        return await self._llm.ask(path, question)
 
     def counts(self) -> dict[State, int]:
         """How many jobs are in each state. Raises QueueUnusable."""

@@ -51,12 +51,22 @@ class Settings(BaseSettings):
     """The settings of one installation. Sizes in pixels or bytes, times in seconds."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, populate_by_name=True
+        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, populate_by_name=True, loc_by_alias=False
     )
 
     home: Path = Field(default=Path("."), description="folder that holds stable_diffusion/, queue/ and outputs/")
-    host: str = Field(default="127.0.0.1", description="address to listen on")
-    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    host: str = Field(
+        default="127.0.0.1",
+        validation_alias=AliasChoices(PREFIX + "HOST", "SD_HOST"),
+        description="address to listen on",
+    )
+    port: int = Field(
+        default=8000,
+        ge=0,
+        le=65535,
+        validation_alias=AliasChoices(PREFIX + "PORT", "SD_PORT"),
+        description="port to listen on; 0 takes a free one",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="how much is logged")
     log_format: Literal["plain", "json"] = Field(default="plain", description="form of a log line")
     log_prompts: bool = Field(default=False, description="let prompts into the log")
@@ -145,7 +155,11 @@ class Settings(BaseSettings):
         default=10, ge=0, description="minutes without a job after which models leave the memory; 0 is never"
     )
     warm_up: str = Field(default="", description="models that are loaded at the start, with commas")
-    model: str | None = Field(default=None, description="model of requests that name none")
+    model: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices(PREFIX + "MODEL", "DEFAULT_SD_MODEL"),
+        description="model of requests that name none",
+    )
     model_fallback: Literal["", "default"] = Field(
         default="", description="what a model that is not installed is replaced by, with a warning: default, or nothing"
     )
@@ -208,7 +222,12 @@ class Settings(BaseSettings):
     max_seconds: float = Field(default=0, ge=0, description="seconds that one job may run; 0 is no limit")
     max_work: float = Field(default=1000, gt=0, description="width x height x steps x n of one job, in megapixel-steps")
     max_prompt: int = Field(default=20_000, ge=1, description="characters of a prompt")
-    max_body: int = Field(default=64 * 2**20, ge=1024, description="bytes of a request body")
+    max_body: int = Field(
+        default=64 * 2**20,
+        ge=1024,
+        validation_alias=AliasChoices(PREFIX + "MAX_BODY", "MAX_UPLOAD_SIZE"),
+        description="bytes of a request body",
+    )
 
     picture_hosts: str = Field(
         default="", description="hosts that pictures in requests may be fetched from, separated by commas; empty: none"
@@ -246,6 +265,33 @@ class Settings(BaseSettings):
         description="hosts that `pull` may be led to beside public ones, separated by commas: private mirrors",
     )
     pull_proxy: str = Field(default="", description="URL of the HTTP proxy that `pull` goes through; empty: none")
+
+    llm_host: str = Field(
+        default="",
+        pattern=r"^((https?://)?[^/?#\s@]+/?)?$",
+        validation_alias=AliasChoices(PREFIX + "LLM_HOST", "LLM_MIXTRAL_HOST", "OLLAMA_HOST"),
+        description="where /llm_interface and /llm_prompt_assistance forward to; empty: nowhere",
+    )
+    llm_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        validation_alias=AliasChoices(PREFIX + "LLM_PORT", "LLM_MIXTRAL_PORT", "OLLAMA_PORT"),
+        description="port there; 0: as llm_host says",
+    )
+    llm_seconds: float = Field(
+        default=300,
+        gt=0,
+        validation_alias=AliasChoices(PREFIX + "LLM_SECONDS", "REQUEST_TIMEOUT"),
+        description="seconds that an answer from there may take",
+    )
+
+    @property
+    def llm_url(self) -> str:
+        """The URL that ``llm_host`` and ``llm_port`` mean."""
+        host = self.llm_host.rstrip("/")
+        host = host if "://" in host else f"http://{host}"
+        return f"{host}:{self.llm_port}" if self.llm_port else host
 
     @property
     def root_path(self) -> str:
@@ -317,7 +363,7 @@ def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
     environment, dotenv = EnvSettingsSource(Settings)(), DotEnvSettingsSource(Settings)()
     variables = {name.upper() for name in os.environ}
     found = {}
-    for name, field in Settings.model_fields.items():
+    for name in Settings.model_fields:
         if flags.get(name) is not None:
             found[name] = "flag"
             continue

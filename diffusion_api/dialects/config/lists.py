@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = BASE_MODELS["SD 1.5"]
 
 FILES = {
-    "SD 1.5": ("stable-diffusion-v1-5", "v1-5-pruned-emaonly", "v1-5-pruned"),
-    "SD 2.0": ("stable-diffusion-2", "768-v-ema"),
-    "SD 2.1": ("stable-diffusion-2-1", "v2-1_768-ema-pruned"),
-    "SDXL 1.0": ("stable-diffusion-xl-base-1.0", "sd_xl_base_1.0"),
-    "Flux.1 D": ("FLUX.1-dev", "flux1-dev"),
+    "SD 1.5": ("v1-5-pruned-emaonly", "v1-5-pruned"),
+    "SD 2.0": ("768-v-ema",),
+    "SD 2.1": ("v2-1_768-ema-pruned",),
+    "SDXL 1.0": ("sd_xl_base_1.0",),
+    "Flux.1 D": ("flux1-dev",),
 }
-"""What folders and files are called that hold them, beside their ids."""
+"""What their files are called, where they are no folders."""
 
 
 class ModelConfig(BaseModel):
@@ -58,26 +58,26 @@ class Parameters(BaseModel):
     lora: str | None
 
 
-def model_of(name: str | None, service: Service) -> Model:
-    """The model that ``model_id`` means: an id or label of :data:`BASE_MODELS`, or any name of an installed one; the
-    service's own default when it is left out or empty. Raises UnknownModel.
+def model_of(name: str | None, service: Service) -> tuple[Model, list[str]]:
+    """The model that ``model_id`` means, and what its caller should know of that: an id or label of :data:`BASE_MODELS`, or
+    any name of an installed one; the service's own default when it is left out or empty. Raises UnknownModel.
     """
     label = next((label for label, model_id in BASE_MODELS.items() if name in (label, model_id)), None)
     if label is None:
-        return service.model(name or None)
+        return service.chosen(name or None)
     for known in (BASE_MODELS[label], *FILES[label]):
         with suppress(UnknownModel):
-            return service.model(known)
-    return service.model(BASE_MODELS[label])
+            return service.model(known), []
+    return service.chosen(BASE_MODELS[label])
 
 
 def _default_id(service: Service) -> str:
-    """What draws when no model is named: by the original's id where it is that one, or where there is no such model."""
+    """What draws when no model is named, by the original's id where it is that one, or where there is no default."""
     try:
         name = service.model(None).name
     except InvalidRequest:
         return DEFAULT_MODEL
-    return DEFAULT_MODEL if name in FILES["SD 1.5"] else name
+    return DEFAULT_MODEL if DEFAULT_MODEL.endswith(f"/{name}") else name
 
 
 def add(router: APIRouter, service: Service) -> None:

@@ -87,14 +87,21 @@ def build_engine(settings: Settings, library: Library, queue: Queue) -> Engine:
     if settings.engine == "stub":
         from diffusion_api.engine.stub import StubEngine
 
-        return StubEngine(pictures)
+        return StubEngine(pictures, policy=settings.safety, checker=library.checker)
     budget = Budget(
         max_vram=int(settings.max_vram * GIB) or None,
         max_ram=int(settings.max_ram * GIB) or None,
         idle=settings.idle_unload * 60 or None,
         warm_up=tuple(name.strip() for name in settings.warm_up.split(",") if name.strip()),
     )
-    return Executor(library, device=settings.device, tokenizer=DATA / "clip", budget=budget, picture=pictures)
+    return Executor(
+        library,
+        device=settings.device,
+        tokenizer=DATA / "clip",
+        budget=budget,
+        picture=pictures,
+        policy=settings.safety,
+    )
 
 
 def build_pictures(settings: Settings, queue: Queue) -> Pictures:

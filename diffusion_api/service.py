@@ -28,6 +28,7 @@ from diffusion_api.errors import (
     InvalidImage,
     InvalidRequest,
     Misconfigured,
+    NoChecker,
     NotFound,
     QueueUnusable,
     ShuttingDown,
@@ -41,7 +42,18 @@ from diffusion_api.pace import Forecast
 from diffusion_api.quotas import Minutes
 from diffusion_api.schema.caller import Caller
 from diffusion_api.schema.job import Earlier, File, Image, Job, State
-from diffusion_api.schema.request import Caption, Embed, Img2Img, Reading, Request, Sampling, Txt2Img, Upscale
+from diffusion_api.schema.request import (
+    Caption,
+    Embed,
+    Img2Img,
+    Reading,
+    Request,
+    Sampling,
+    Txt2Img,
+    Upscale,
+    model_of,
+    policy_for,
+)
 from diffusion_api.storage import Storage
 from diffusion_api.usage import Usage, Use
 from diffusion_api.waiters import Waiters
@@ -78,6 +90,10 @@ MAX_TEXTS = 200_000
 DECODED_AT_ONCE = 2
 """Pictures that are being looked at; each may take ten bytes for a pixel."""
 
+NO_CHECKER = (
+    "the operator requires that every picture is checked, and no safety checker is installed; the operator can install one: "
+    "the files of CompVis/stable-diffusion-safety-checker in stable_diffusion/safety_checker/ (docs/safety.md)"
+)
 SHUTTING_DOWN = "the service is shutting down"
 
 
@@ -161,12 +177,13 @@ class Service:
         """Store a new job, and the ``pictures`` that it brings along before it; when this returns it is on disk. The job as
         stored: without the pictures in its payload, and with the operator's deadline if it had none. It is an earlier job,
         with another id, if its caller sent that with the same ``key``. Raises InvalidRequest, TooLarge, OutOfMemory,
-        KeyReused, RateLimited, ShuttingDown, DiskFull, QueueUnusable.
+        NoChecker, KeyReused, RateLimited, ShuttingDown, DiskFull, QueueUnusable.
         """
         from diffusion_api.images import sanitized
 
         if self._draining:
             raise ShuttingDown(SHUTTING_DOWN)
+        job = job.model_copy(update={"request": self._guarded(job.request)})
         self.check(job.request)
         self._fits(job.request)
         self._pixels.take(job.caller, _pixels(job.request))
@@ -625,6 +642,16 @@ class Service:
         reports = [self._engine.report()] if self._engine else [worker.device for worker in self._workers()]
         return max((r.room for r in reports if r and r.room), key=lambda room: room.device, default=None)
 
+    def checks(self, model: str | None) -> bool:
+        """Whether a safety checker is installed for pictures of that model; None: for those of any."""
+        return self._library.checker(model) is not None
+
+    def _guarded(self, request: Request) -> Request:
+        """The request under the operator's policy about pictures, where that is stricter than what it asks for itself."""
+        if isinstance(request, Reading):
+            return request
+        return request.model_copy(update={"safety": policy_for(request, self.settings.safety)})
+
     def _fits(self, request: Request) -> None:
         """Refuse what can never fit. What cannot be known is left to the worker. Raises OutOfMemory."""
         if isinstance(request, Upscale):
@@ -636,12 +663,14 @@ class Service:
                     estimate(model, request, room)
 
     def check(self, request: Request) -> None:
-        """The operator's limits and the format's, before anything is written. Raises InvalidRequest, TooLarge."""
+        """The operator's limits and the format's, before anything is written. Raises InvalidRequest, TooLarge, NoChecker."""
         limits = self.settings
         if isinstance(request, Reading):
             self._check_teller(request)
             return
         self._check_format(request)
+        if policy_for(request, limits.safety) == "required" and not self.checks(model_of(request)):
+            raise NoChecker(NO_CHECKER)
         if isinstance(request, Upscale):
             if request.width * request.height > limits.max_upscaled_pixels:
                 raise InvalidRequest(

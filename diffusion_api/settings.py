@@ -12,6 +12,7 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, Secre
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from diffusion_api.errors import Misconfigured
+from diffusion_api.schema.request import Policy
 
 DATA = Path(__file__).parent / "data"
 PREFIX = "DIFFUSION_API_"
@@ -229,6 +230,11 @@ class Settings(BaseSettings):
         description="bytes of a request body",
     )
 
+    safety: Policy = Field(
+        default="off",
+        description="what becomes of pictures that the safety checker flags: off, blur, refuse, or required: as refuse, and "
+        "no job without a checker",
+    )
     picture_hosts: str = Field(
         default="", description="hosts that pictures in requests may be fetched from, separated by commas; empty: none"
     )

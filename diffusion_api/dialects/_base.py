@@ -45,6 +45,7 @@ STATUS: tuple[tuple[type[errors.DiffusionApiError], int], ...] = (
     (errors.QueueUnusable, 503),
     (errors.KeysUnreadable, 503),
     (errors.NoAdminKey, 501),
+    (errors.NoChecker, 503),
     (errors.DiffusionApiError, 500),
 )
 """HTTP status of each error; the first row that fits."""

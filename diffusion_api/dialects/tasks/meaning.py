@@ -39,7 +39,7 @@ async def meaning(
 
     Raises InvalidRequest.
     """
-    model = await run_in_threadpool(service.model, params.model)
+    model, _ = await run_in_threadpool(service.chosen, params.model)
     if isinstance(params, Txt2ImgParams):
         width, _ = round_size(params.width, "width", model.multiple)
         height, _ = round_size(params.height, "height", model.multiple)
@@ -94,6 +94,7 @@ def _drawing(params: AnyParams, model: Model) -> dict[str, Any]:
         sampler=sampler.name,
         schedule=schedule.name,
         seed=resolve_seed(params.seed),
+        safety="blur" if params.safety_filter else "off",
         output=Output(format="png"),
     )
 

@@ -16,7 +16,7 @@ from starlette.routing import Match
 
 from diffusion_api import __version__, door
 from diffusion_api.access import needed
-from diffusion_api.dialects import config, native
+from diffusion_api.dialects import config, native, unidiffuser
 from diffusion_api.dialects._base import error_body
 from diffusion_api.metrics import CONTENT_TYPE, METHODS, Metrics
 from diffusion_api.schema.caller import Role
@@ -51,6 +51,7 @@ def create_app(
     )
     native.mount(app, service)
     config.mount(app, service)
+    unidiffuser.mount(app, service)
 
     @app.get("/", include_in_schema=False)
     def root(request: Request) -> RedirectResponse:

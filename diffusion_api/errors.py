@@ -22,6 +22,7 @@
     │   ├── Misconfigured           a setting or a folder is wrong; the service does not start
     │   ├── DeviceUnusable          a GPU is there but cannot be used
     │   ├── ModelUnreadable         a file under the model folders is broken or of no known kind
+    │   ├── NotInstalled            what a route needs is not there
     │   ├── Gated                   the owner of a model wants terms accepted, or a token
     │   ├── NoAdminKey              only an admin may do this, and there is none
     │   ├── KeysUnreadable          the file of the keys is broken: nobody can be let in
@@ -143,6 +144,10 @@ class DeviceUnusable(OperatorError):
 
 class ModelUnreadable(OperatorError):
     """A file under the model folders is broken or of no known kind."""
+
+
+class NotInstalled(OperatorError):
+    """What a route cannot do without is not there: the message says how to get it."""
 
 
 class Gated(OperatorError):

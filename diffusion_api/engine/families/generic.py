@@ -96,7 +96,7 @@ class Generic:
         library, name = told[:2]
         if name is None:
             return None
-        kind = _kind(WITHIN.get(library, library), name)
+        kind = _kind(WITHIN.get(str(library), str(library)), name)
         if issubclass(kind, diffusers.ModelMixin):
             return _network(kind, folder, device)
         if issubclass(kind, transformers.PreTrainedModel):

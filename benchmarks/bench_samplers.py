@@ -35,7 +35,7 @@ from diffusion_api.settings import DATA
 PAGE = Path(__file__).parent.parent / "docs" / "samplers.md"
 PROMPT, GUIDANCE, SIZE = "a large red circle on a blue background", 4, 64
 SCHEDULES, STEPS = ("default", "karras", "exponential"), (8, 20, 50)
-TIMED = ("euler", "euler_a", "dpmpp_2m", "heun", "unipc", "dpmpp_2m_sde")
+TIMED = ("euler", "euler_a", "dpmpp_2m", "heun", "unipc", "dpmpp_2m_sde", "dpmpp_sde")
 SMALL: dict[str, object] = {"steps": 20}
 LARGE: dict[str, object] = {"steps": 4, "width": 512, "height": 512}
 

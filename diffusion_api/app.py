@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
@@ -15,11 +14,10 @@ from starlette.requests import Request
 from starlette.routing import Match
 
 from diffusion_api import __version__, door
-from diffusion_api.access import needed
 from diffusion_api.dialects import config, native, unidiffuser
 from diffusion_api.dialects._base import error_body
+from diffusion_api.documentation import completed
 from diffusion_api.metrics import CONTENT_TYPE, METHODS, Metrics
-from diffusion_api.schema.caller import Role
 
 if TYPE_CHECKING:
     from diffusion_api.access import Access
@@ -70,23 +68,9 @@ def create_app(
         headers = {"Allow": allowed_methods(app, request)} if error.status_code == 405 else error.headers
         return JSONResponse(error_body(message), error.status_code, headers)
 
-    app.openapi = partial(_documented, app.openapi)  # type: ignore[method-assign] # FastAPI's way to extend it
+    plain = app.openapi
+    app.openapi = lambda: completed(plain())  # type: ignore[method-assign] # FastAPI's way to extend it
     return app
-
-
-def _documented(openapi: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The OpenAPI document with what each route asks of its caller, so that people can send a key from ``/docs``."""
-    document = openapi()
-    ways = {
-        "ApiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-        "Bearer": {"type": "http", "scheme": "bearer"},
-    }
-    document.setdefault("components", {})["securitySchemes"] = ways
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            if needed(method.upper(), path) is not Role.NOBODY:
-                operation["security"] = [{name: []} for name in ways]
-    return document
 
 
 def allowed_methods(app: App, request: Request) -> str:

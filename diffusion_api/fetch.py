@@ -38,7 +38,7 @@ MAX_URL = 2000
 MAX_LOCATION = 16_000
 """Characters of a URL that a host redirects to; those of signed storage are long."""
 
-REDIRECTS = 5
+REDIRECTS = 3
 """So many in a row are followed by what fetches."""
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address

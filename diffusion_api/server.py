@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from diffusion_api.pull import Puller
+    from diffusion_api.remote_pictures import RemotePictures
     from diffusion_api.webhooks import Webhooks
 
 log = logging.getLogger(__name__)
@@ -142,6 +143,17 @@ def build_webhooks(settings: Settings, queue: Queue) -> Webhooks | None:
     return Webhooks(settings.queue_dir / "hooks", queue, fetcher, secret=secret, describe=native.ended)
 
 
+def build_remote_pictures(settings: Settings) -> RemotePictures | None:
+    """What fetches the pictures that requests name by URL, None when the operator allows no hosts. Raises Misconfigured."""
+    if not settings.picture_hosts.strip():
+        return None
+    from diffusion_api.fetch import Fetcher, origins  # httpx: a tenth of a second until the service answers
+    from diffusion_api.remote_pictures import RemotePictures
+
+    fetcher = Fetcher(origins(settings.picture_hosts), setting="DIFFUSION_API_PICTURE_HOSTS")
+    return RemotePictures(fetcher, max_bytes=settings.max_body)
+
+
 def build_puller(settings: Settings) -> Puller:
     """What fetches models when it is asked to. Raises Misconfigured."""
     from diffusion_api.downloads import Downloads
@@ -220,7 +232,10 @@ def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Ser
     engine = build_engine(settings, library, queue) if worker and not settings.isolated else None
     access = build_access(settings)
     links = Links(lambda: access.secret)
-    service = Service(settings, library, queue, outputs, engine, pace=pace, webhooks=webhooks, links=links)
+    service = Service(
+        settings, library, queue, outputs, engine,
+        pace=pace, webhooks=webhooks, links=links, remote=build_remote_pictures(settings),
+    )  # fmt: skip
     hand: Worker | Supervisor | None = None
     if engine:
         hand = build_worker(queue, engine, outputs, pace, handover)

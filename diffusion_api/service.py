@@ -29,6 +29,7 @@ from diffusion_api.errors import (
     ShuttingDown,
     TooLarge,
     UnknownModel,
+    UrlRefused,
 )
 from diffusion_api.pace import Forecast
 from diffusion_api.quotas import Minutes
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
     from diffusion_api.queues.base import Key, Place, Queue, Snapshot, Wanted
+    from diffusion_api.remote_pictures import RemotePictures
     from diffusion_api.schema.report import DeviceReport, HeldModel, Room, WorkerReport
     from diffusion_api.settings import Settings
     from diffusion_api.webhooks import Webhooks
@@ -124,9 +126,11 @@ class Service:
         pace: Pace | None = None,
         webhooks: Webhooks | None = None,
         links: Links | None = None,
+        remote: RemotePictures | None = None,
     ) -> None:
         self.settings = settings
         self._links = links
+        self._remote = remote
         self._webhooks = webhooks
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
         self._finder = Finder(library)
@@ -196,6 +200,19 @@ class Service:
         except TooLarge as error:
             raise TooLarge(f"{field}: {error}") from error
         return Picture(name_of(data), data, *image.size)
+
+    async def picture_at(self, url: str, field: str) -> Picture:
+        """The same of a picture at a URL of a host that the operator listed. No thread is held while it is fetched. Raises
+        UrlRefused, Unreachable, InvalidImage and TooLarge of that field.
+        """
+        if self._remote is None:
+            raise UrlRefused(
+                f"{field} is a URL, and the operator of this service allows no hosts (setting picture_hosts); "
+                "send the picture itself, in base64",
+                field=field,
+            )
+        data = await self._remote.fetch(url, field)
+        return await anyio.to_thread.run_sync(self.picture_of, data, field)
 
     def estimate(self, request: Txt2Img | Img2Img) -> Estimate:
         """What a drawing would do and take. Raises InvalidRequest, TooLarge, and OutOfMemory for one that cannot fit."""
@@ -363,6 +380,18 @@ class Service:
     def model(self, name: str | None) -> Model:
         """The model that a request means. Raises UnknownModel."""
         return self._library.resolve(name)
+
+    def chosen(self, name: str | None) -> tuple[Model, list[str]]:
+        """The model that a drawing is made with, and what its caller should know of that: where the operator allows it, the
+        default one stands in for one that is not installed. Raises UnknownModel with the choices.
+        """
+        try:
+            return self._library.resolve(name), []
+        except UnknownModel:
+            if name is None or not self.settings.model_fallback:
+                raise
+        model = self._library.default()
+        return model, [f"model {name!r} {self.absence(name)}: {model.name!r} was used in its place"]
 
     def styles(self) -> Mapping[str, Style]:
         """Installed styles by name."""

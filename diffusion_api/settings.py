@@ -118,6 +118,9 @@ class Settings(BaseSettings):
     )
     warm_up: str = Field(default="", description="models that are loaded at the start, with commas")
     model: str | None = Field(default=None, description="model of requests that name none")
+    model_fallback: Literal["", "default"] = Field(
+        default="", description="what a model that is not installed is replaced by, with a warning: default, or nothing"
+    )
     models_from: Paths = Field(
         default=(),
         description="folders of other programs whose models, LoRAs and so on are listed too, and only read; "
@@ -171,6 +174,9 @@ class Settings(BaseSettings):
     max_prompt: int = Field(default=20_000, ge=1, description="characters of a prompt")
     max_body: int = Field(default=64 * 2**20, ge=1024, description="bytes of a request body")
 
+    picture_hosts: str = Field(
+        default="", description="hosts that pictures in requests may be fetched from, separated by commas; empty: none"
+    )
     webhook_hosts: str = Field(
         default="", description="hosts that webhooks may go to, separated by commas; empty: none"
     )

@@ -32,7 +32,7 @@ LAYERS = (
     ("server",),
     ("supervisor",),
     ("app", "connections"),
-    ("door",),
+    ("documentation", "door"),
     ("client",),
     ("dialects",),
     ("access", "users"),
@@ -41,7 +41,7 @@ LAYERS = (
     ("worker", "waiters", "sweeper"),
     ("presence", "pace", "restart"),
     ("metrics",),
-    ("webhooks", "pull", "downloads", "fetch", "quotas", "links"),
+    ("webhooks", "pull", "downloads", "fetch", "quotas", "links", "remote_pictures"),
     ("queues",),
     ("outputs", "blobs"),
     ("engine",),
@@ -63,6 +63,7 @@ DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 # Distributions of others, and the only places that may import them.
 HOMES = {
     "torch": ("engine",),
+    "numba": ("engine",),
     "torchvision": ("engine",),
     "diffusers": ("engine",),
     "transformers": ("engine",),

@@ -167,7 +167,7 @@ def test_the_table_of_the_samplers_is_that_of_the_bench() -> None:
         assert [cell.strip() for cell in known[row.label]][: len(cells)] == cells
     for name, share in measured["overhead_percent"].items():
         assert f"{samplers.sampler(name).label} {share} %" in table[1]
-        assert share <= (5 if samplers.sampler(name).brownian else 2)  # the page says why
+        assert share <= 2
     assert f"(512 pixels: {measured['overhead_percent_sde_512']} %)" in table[1]
     assert measured["overhead_percent_sde_512"] <= 2
 

@@ -390,7 +390,7 @@ def test_redirects_in_a_circle_come_to_an_end(setup: Setup) -> None:
     with receiving(*[302] * 20) as host:
         host.location = host.url
         around = Setup(setup.home, setup.hub, allowed=host.host)
-        with pytest.raises(UrlRefused, match="more than 5 redirects"):
+        with pytest.raises(UrlRefused, match="more than 3 redirects"):
             around.pull(host.url)
 
 

@@ -15,7 +15,7 @@ import pytest
 from fake_models import diffusers_folder
 from serving import ROOT, Program, eventually, serving
 
-from diffusion_api.dialects.native.bodies import EXAMPLE_PICTURE
+from diffusion_api.dialects.native.examples import PICTURE
 from diffusion_api.schema.job import VERSION
 
 
@@ -68,7 +68,7 @@ def test_a_backup_of_a_service_that_works_restores_all_of_it(home: Path, tmp_pat
         server.request("DELETE", f"/queue/{cancelled}")
         server.wait(failed, "error")
         waiting = [submit(server, n) for n in range(10, 40)]
-        brought = server.request("POST", "/img2img", json={"prompt": "a lighthouse", "image": EXAMPLE_PICTURE})
+        brought = server.request("POST", "/img2img", json={"prompt": "a lighthouse", "image": PICTURE})
         waiting.append(brought.json()["job_id"])
         server.wait(waiting[2])
         documented("backup", home, BACKUP=backup)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 import zipfile
@@ -40,6 +41,9 @@ OWN_FOLDERS: dict[str, Kind] = {
     "vae": "vae",
     "embeddings": "embedding",
 }
+
+REPOSITORY = re.compile(r"(models--\w[\w.]*(-[\w.]+)*--|\w[\w.-]*/)(?P<name>\w[\w.-]*)")
+"""A model of the hub as org/name, or as the hub's cache writes that."""
 
 CODE = (
     "{} files can run code when loaded; convert it to .safetensors, or allow them, as data "
@@ -436,17 +440,29 @@ def _recognise_old(path: Path, kind: Kind | None) -> _Facts | None:
 
 
 def _find(rows: Sequence[Row], name: str) -> Row | None:
-    """The row with that name, exactly if there is one, else loosely."""
-    repository = "models--" + name.replace("/", "--")
+    """The row with that name, exactly if there is one, else loosely.
+
+    A repository of the hub also means the file or folder that has its name alone, without that of its owner.
+    """
     for row in rows:
-        if name in (row.name, row.path.name) or row.name == repository:
+        if name in (row.name, row.path.name):
             return row
     below = "/" + name
     for row in rows:
         path = "/" + row.shown_path
         if path.endswith(below) or path.removesuffix(row.path.suffix).endswith(below):
             return row
-    return next((row for row in rows if loose(row.name) == loose(name)), None)
+    repository = REPOSITORY.fullmatch(name)
+    for wanted in (_owned(name), *([loose(repository["name"])] if repository else [])):
+        for row in rows:
+            if wanted in (_owned(row.name), loose(row.name)):
+                return row
+    return None
+
+
+def _owned(name: str) -> str:
+    """A repository of the hub loosely, whichever way it is written: org/name, models--org--name, org__name."""
+    return loose(re.sub(r"(?<=\w)/(?=\w)", "--", name.removeprefix("models--")))
 
 
 def _name(entry: Entry) -> str:

@@ -107,14 +107,18 @@ def scheduler_types() -> list[str]:
     return [*(s.name for s in SCHEDULES), AUTOMATIC]
 
 
+_SAMPLERS = {row.name: row for row in SAMPLERS}
+_SCHEDULES = {row.name: row for row in SCHEDULES}
+
+
 def sampler(name: str) -> Sampler:
     """The row with that canonical name."""
-    return next(s for s in SAMPLERS if s.name == name)
+    return _SAMPLERS[name]
 
 
 def schedule(name: str) -> Schedule:
     """The row with that canonical name."""
-    return next(s for s in SCHEDULES if s.name == name)
+    return _SCHEDULES[name]
 
 
 def resolve(sampler_name: str, scheduler_type: str | None) -> tuple[Sampler, Schedule]:

@@ -182,11 +182,17 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Predicted:
-    """The prediction with guidance, with guidance scale 1, and that of the negative prompt alone."""
+    """The prediction of the negative prompt alone, and what leads from it to that of each prompt, with the prompt's weight."""
 
-    guided: Tensor
-    plain: Tensor
     unguided: Tensor
+    directions: tuple[tuple[Tensor, float], ...] = ()
+
+    def guided(self, scale: float) -> Tensor:
+        """The prediction with so much guidance; 1 is that of the prompts as they are."""
+        prediction = self.unguided
+        for direction, weight in self.directions:
+            prediction = prediction + direction * (weight * scale)
+        return prediction
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,7 @@ class Guidance:
         conditionings = text.as_long([prompt.at(evaluation) for prompt in self.prompts])
         if self.negative is None:
             prediction = yield evaluate(conditionings)
-            return Predicted(prediction, prediction, prediction)
+            return Predicted(prediction)
         negative = self.negative.at(evaluation)
         if negative.hidden.shape == conditionings[0].hidden.shape:
             both = yield evaluate((negative, *conditionings))
@@ -216,10 +222,9 @@ class Guidance:
         else:
             without = yield evaluate((negative,))
             predictions = yield evaluate(conditionings)
-        direction = torch.zeros_like(without)
-        for prediction, weight in zip(predictions, self.weights, strict=True):
-            direction = direction + (prediction - without) * weight
-        return Predicted(without + direction * self.scale, without + direction, without)
+        return Predicted(
+            without, tuple((each - without, weight) for each, weight in zip(predictions, self.weights, strict=True))
+        )
 
 
 def rescaled(x: Tensor, sigma: float, guided: Tensor, plain: Tensor, share: float) -> Tensor:
@@ -335,9 +340,9 @@ class _Denoise:
         self.share = self._share(sigma)
         progress = progress_of(self.stage, self.share)
         self.report(progress)
-        estimate = self.levels.estimate(x, sigma, predicted.guided)
+        estimate = self.levels.estimate(x, sigma, predicted.guided(self.guidance.scale))
         if share := asked.guidance_rescale:
-            estimate = rescaled(x, sigma, estimate, self.levels.estimate(x, sigma, predicted.plain), share)
+            estimate = rescaled(x, sigma, estimate, self.levels.estimate(x, sigma, predicted.guided(1)), share)
         if self.start:
             estimate = self.start.kept(estimate)
         if (every := asked.preview_every) and progress.step >= self.shown + every:
@@ -393,7 +398,7 @@ def denoised(
     if row.brownian:
         shape = seat.lane.latent_shape(stage.width, stage.height)
         draw = partial(SOURCES[asked.rng].firsts, shape=shape)
-        motion = Brownian(min(s for s in sigmas if s > 0), sigmas[0], stage.seed, draw)
+        motion = Brownian(min(s for s in sigmas if s > 0), sigmas[0], stage.seed, draw, sigmas)
 
     def noise(sigma: float, following: float) -> Tensor:
         return (motion(sigma, following) if row.brownian else later()).to(device)

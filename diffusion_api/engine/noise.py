@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion_api.engine.plan import Pass
 
-Words = NDArray[np.uint64]
-"""Values of 32 bits, in 64 so that products fit."""
+Word: TypeAlias = np.uint64
+Keys = NDArray[np.uint64]
+Doubles = NDArray[np.float64]
 
-_LOW = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
+_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_ROUNDS = np.arange(10, dtype=np.uint64)
+_ROUNDS = 10
 _STEPS = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 
 _UNIT = 2.0**-32
@@ -33,21 +35,29 @@ _BLOCK = 2**15
 """Numbers that are computed at a time, so that all that lies between stays near the processor."""
 
 
-def philox(counters: Sequence[Words | int], key: Sequence[Words | int]) -> tuple[Words, Words]:
-    """The first two words of Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", 3.3).
-
-    The four words of a counter and the two of a key may be arrays of many, which are broadcast. In their first rounds they
-    are still small: what a word does not depend on yet is computed once.
+@njit(inline="always")
+def philox(one: Word, two: Word, three: Word, four: Word, first: Word, second: Word) -> tuple[Word, Word]:
+    """The first two words of Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", 3.3) for the
+    four words of a counter and the two of a key; of each the lower half counts.
     """
-    one, two, three, four = (np.asarray(word, np.uint64) for word in counters)
-    keys = (
-        np.add.outer(_ROUNDS * step, np.asarray(word, np.uint64)) & _LOW for step, word in zip(_STEPS, key, strict=True)
-    )
-    for first, second in zip(*keys, strict=True):
-        left, right = one * _MULTIPLIERS[0], three * _MULTIPLIERS[1]
-        one, two = (right >> _HALF) ^ two ^ first, right & _LOW
-        three, four = (left >> _HALF) ^ four ^ second, left & _LOW
-    return one, two
+    for _ in range(_ROUNDS):
+        left, right = (one & _LOW) * _MULTIPLIERS[0], (three & _LOW) * _MULTIPLIERS[1]
+        one, two = (right >> _HALF) ^ two ^ first, right
+        three, four = (left >> _HALF) ^ four ^ second, left
+        first, second = first + _STEPS[0], second + _STEPS[1]
+    return one & _LOW, two & _LOW
+
+
+@njit()
+def _uniform(keys: Keys, call: Word, shares: Doubles, angles: Doubles) -> None:
+    """Fill both, (keys, numbers), with a share of 1 and an angle for each number of a call."""
+    none = np.uint64(0)
+    for row in range(keys.size):
+        first, second = keys[row], keys[row] >> _HALF
+        for place in range(shares.shape[1]):
+            one, two = philox(call, none, np.uint64(place), none, first, second)
+            shares[row, place] = np.uint32(one) * _UNIT + _UNIT / 2
+            angles[row, place] = np.uint32(two) * _TURN + _TURN / 2
 
 
 class Nvidia:
@@ -74,31 +84,20 @@ class Nvidia:
     @staticmethod
     def _drawn(seeds: Sequence[int], shape: Sequence[int], call: int) -> Tensor:
         count = math.prod(shape)
-        made = np.empty((len(seeds), count), np.float32)
-        keys = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64)[:, None]
+        made = torch.empty((len(seeds), count))
+        keys = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64)
         rows = max(_BLOCK // count, 1)
         for row in range(0, len(seeds), rows):
-            for place in range(0, count, _BLOCK):
-                part = made[row : row + rows, place : place + _BLOCK]
-                places = np.arange(place, place + part.shape[1], dtype=np.uint64)
-                key = keys[row : row + rows]
-                part[:] = _normal(*philox((call, 0, places, 0), (key & _LOW, key >> _HALF)))
-        return torch.from_numpy(made).reshape(len(seeds), *shape)
+            part = keys[row : row + rows]
+            words = np.empty((2, len(part), count))
+            _uniform(part, np.uint64(call), *words)
+            made[row : row + rows] = _normal(*torch.from_numpy(words))
+        return made.reshape(len(seeds), *shape)
 
 
-def _normal(one: Words, two: Words) -> NDArray[np.float64]:
-    """The first of the pair of normal numbers that two uniform words give (Box and Muller 1958)."""
-    radius = np.multiply(one, _UNIT, dtype=np.float64)
-    radius += _UNIT / 2
-    np.log(radius, out=radius)
-    radius *= -2
-    np.sqrt(radius, out=radius)
-    angle = two * _TURN
-    angle += _TURN / 2
-    turned = torch.from_numpy(angle)
-    torch.sin(turned, out=turned)
-    radius *= angle
-    return radius
+def _normal(shares: Tensor, angles: Tensor) -> Tensor:
+    """The first of the pair of normal numbers that shares of 1 and angles give (Box and Muller 1958); takes both as room."""
+    return shares.log_().mul_(-2).sqrt_().mul_(angles.sin_())
 
 
 class Cpu:

@@ -74,6 +74,44 @@ def test_folders_and_files_are_listed_by_name(models: Path, new_library: NewLibr
     assert [m.single_file for m in found] == [True, True, False]
 
 
+SPELLINGS = ("org/name-v1", "models--org--name-v1", "org__name-v1", "org--name-v1", "ORG/Name_v1")
+
+
+@pytest.mark.parametrize("installed", ["models--org--name-v1", "org__name-v1", "org/name-v1", "name-v1"])
+@pytest.mark.parametrize("spelling", SPELLINGS[:2])
+def test_a_repository_of_the_hub_is_found_however_it_was_put_there(
+    models: Path, new_library: NewLibrary, installed: str, spelling: str
+) -> None:
+    diffusers_folder(models / installed)
+    diffusers_folder(models / "models--other--name-v1")
+    assert new_library().resolve(spelling).path == models / installed
+
+
+@pytest.mark.parametrize("installed", ["models--org--name-v1", "org__name-v1"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_of_a_repository_means_it(
+    models: Path, new_library: NewLibrary, installed: str, spelling: str
+) -> None:
+    diffusers_folder(models / installed)
+    diffusers_folder(models / "another")
+    assert new_library().resolve(spelling).path == models / installed
+
+
+@pytest.mark.parametrize("name", ["runwayml/stable-diffusion-v1-5", "sd-legacy/stable-diffusion-v1-5"])
+def test_a_file_with_the_name_of_a_repository_is_meant_by_it_whoever_owns_that(
+    models: Path, new_library: NewLibrary, name: str
+) -> None:
+    checkpoint(models / "stable-diffusion-v1-5.safetensors", fake_models.SD1_KEYS)
+    assert new_library().resolve(name).name == "stable-diffusion-v1-5"
+
+
+@pytest.mark.parametrize("name", ["other/name-v1", "models--other--name-v1", "name", "org/name", "org"])
+def test_a_repository_of_another_owner_is_another_model(models: Path, new_library: NewLibrary, name: str) -> None:
+    diffusers_folder(models / "models--org--name-v1")
+    with pytest.raises(UnknownModel, match="one of models--org--name-v1"):
+        new_library().resolve(name)
+
+
 def test_nothing_and_no_folder_are_no_models(models: Path, new_library: NewLibrary) -> None:
     assert names(new_library()) == []
     models.rmdir()

@@ -9,7 +9,8 @@ import pytest
 from fake_models import diffusers_folder
 from serving import Program, serving
 
-from diffusion_api.dialects.native.bodies import EXAMPLE_PICTURE, Img2ImgBody, Txt2ImgBody, UpscaleBody
+from diffusion_api.dialects.native.bodies import Img2ImgBody, Txt2ImgBody, UpscaleBody
+from diffusion_api.dialects.native.examples import PICTURE
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +59,9 @@ def test_the_defaults_are_those_of_the_model(server: Program) -> None:
 def test_a_body_of_all_the_defaults_is_taken_and_says_nothing_new(server: Program) -> None:
     for route, beside in (
         ("/txt2img", {}),
-        ("/img2img", {"image": EXAMPLE_PICTURE, "prompt": "x"}),
-        ("/inpaint", {"image": EXAMPLE_PICTURE, "mask": EXAMPLE_PICTURE, "prompt": "x"}),
-        ("/upscale", {"image": EXAMPLE_PICTURE}),
+        ("/img2img", {"image": PICTURE, "prompt": "x"}),
+        ("/inpaint", {"image": PICTURE, "mask": PICTURE, "prompt": "x"}),
+        ("/upscale", {"image": PICTURE}),
     ):
         fields = capabilities(server)["parameters"][route]
         body = {name: field["default"] for name, field in fields.items()} | beside | {"dry_run": True, "seed": 1}

@@ -274,7 +274,7 @@ NO_PICTURES: dict[str, tuple[Any, str]] = {
     "nothing": (None, "Image field is required"),
     "an empty text": ("", "Image field is required"),
     "no base64": ("not base64!", "image is 'not base64!': neither base64 nor a data URL"),
-    "a URL": ("https://example.org/cat.png", "image is 'https://example.org/cat.png': neither base64"),
+    "a URL": ("https://example.org/cat.png", "image is a URL, and the operator of this service allows no hosts"),
     "a page": (PAGE.decode(), "image is '<!DOCTYPE html><html><body>Not found<...': neither base64 nor a data URL"),
     "a page in base64": (
         b64(PAGE),

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from diffusion_api.catalog import samplers
 from diffusion_api.catalog.library import Library
 from diffusion_api.catalog.upscalers import INTERNAL
-from diffusion_api.dialects.native.bodies import EXAMPLE_PICTURE, Img2ImgBody, Txt2ImgBody
+from diffusion_api.dialects.native.bodies import Img2ImgBody, Txt2ImgBody
+from diffusion_api.dialects.native.examples import PICTURE
 from diffusion_api.dialects.native.pictures import img2img, inpaint
 from diffusion_api.dialects.native.requests import txt2img
 from diffusion_api.engine.stub import StubEngine
@@ -144,8 +145,8 @@ def test_the_infotext_of_a_picture_asks_for_it_again(service: Service, fields: d
 
 
 def drawn_over(service: Service, **fields: Any) -> tuple[Img2Img, list[str]]:
-    body = Img2ImgBody.model_validate({"image": EXAMPLE_PICTURE, "mask": EXAMPLE_PICTURE} | fields)
-    found = inpaint(body, service)
+    body = Img2ImgBody.model_validate({"image": PICTURE, "mask": PICTURE} | fields)
+    found = inpaint(body, service, {})
     return found.request, found.warnings
 
 
@@ -183,8 +184,8 @@ def test_the_body_goes_before_the_operator_in_what_loras_do(
     tmp_path: Path, operator: bool, body: bool | None, applied: int
 ) -> None:
     with serving(tmp_path, apply_loras=operator) as service:
-        asked = {"prompt": "a castle", "image": EXAMPLE_PICTURE, "loras": ["x"], "apply_loras": body}
-        found = img2img(Img2ImgBody.model_validate(asked), service)
+        asked = {"prompt": "a castle", "image": PICTURE, "loras": ["x"], "apply_loras": body}
+        found = img2img(Img2ImgBody.model_validate(asked), service, {})
     assert len(found.request.loras) == applied
 
 

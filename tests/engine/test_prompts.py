@@ -220,8 +220,8 @@ def test_guidance_is_the_sum_over_the_prompts() -> None:
     with pytest.raises(StopIteration) as end:
         asks.send(torch.tensor([1.0, 5.0, 3.0]).reshape(3, 1, 1, 1))
     predicted = end.value.value
-    assert predicted.guided.item() == 1 + 2 * (5 - 1) - (3 - 1)
-    assert predicted.plain.item() == 1 + (5 - 1) - 0.5 * (3 - 1)
+    assert predicted.guided(2).item() == 1 + 2 * (5 - 1) - (3 - 1)
+    assert predicted.guided(1).item() == 1 + (5 - 1) - 0.5 * (3 - 1)
     assert predicted.unguided.item() == 1
 
 

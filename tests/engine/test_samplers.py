@@ -486,6 +486,19 @@ def test_brownian_noise_between_halves_that_were_met_before_is_the_same() -> Non
         assert torch.equal(motion(sigma, following), (torch.sub(*ends) / math.sqrt(abs(sigma - following))).float())
 
 
+def test_brownian_noise_is_the_same_whether_its_points_are_found_together_or_one_by_one() -> None:
+    sigmas = spacing(LEVELS, "dpmpp_2m_sde", "exponential", 40)[:-1]
+    draw = partial(Nvidia.firsts, shape=(1, 4, 8, 8))
+    asked: list[int] = []
+    counted = Brownian(sigmas[-1], sigmas[0], 3, lambda seeds: [asked.append(len(seeds)), draw(seeds)][1], sigmas)
+    alone = Brownian(sigmas[-1], sigmas[0], 3, draw)
+    steps = list(itertools.pairwise(sigmas))
+    steps.insert(5, (sigmas[5], math.sqrt(sigmas[5] * sigmas[6])))  # as DPM++ SDE does: one that was not named before
+    for sigma, following in steps:
+        assert torch.equal(counted(sigma, following), alone(sigma, following))
+    assert len(asked) < 8 < max(asked)  # so it was together
+
+
 def test_brownian_noise_of_a_way_does_not_depend_on_its_steps() -> None:
     draw = partial(Cpu.firsts, shape=(1, 1, 16, 16))
     whole = Brownian(0.03, 14.6, 5, draw)(8, 2) * math.sqrt(6)

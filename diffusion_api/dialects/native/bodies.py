@@ -6,22 +6,17 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from typing_extensions import TypeAliasType
 
 from diffusion_api.dialects._base import MAX_SIDE
+from diffusion_api.dialects.native import examples
 from diffusion_api.schema.job import LoraApplied, LoraSkipped
 from diffusion_api.schema.request import MAX_SEED, Emphasis, Fill, Format, ResizeMode, Source
 
 MAX_UNKNOWN = 100
 """Fields of a body that are ignored with a warning each; looking for a near name takes its time."""
 
-EXAMPLE_PICTURE = (
-    "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQAAAACCEkxzAAAAcklEQVR42s3QsQ3CMBSE4c/PSKRkBDYhbO4RGCEjuIwQiilMCgsKyvzV6e6e9H"
-    "Qcj3P9iNuGjCWlIkjMvdJaJZiYiP00uHAiuBJjNJNGp5MpSOU7+kdkzNx/dwptdBY2gsprjFZWgicPgtZ/29cY9jkAb7FqFwcNkzldAAAAAElF"
-    "TkSuQmCC"
-)
-"""A white disc on black, 64 pixels."""
-EXAMPLE_DOT = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw=="
-"""One pixel."""
+PICTURE = "a PNG, JPEG, WebP, GIF or AVIF in base64, as a data URL, or at a URL of a host that the operator allows"
 
 RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
 
@@ -33,6 +28,12 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
         for status in statuses
     }
     return expected | {"default": {"model": ErrorBody, "description": "Any other refusal"}}
+
+
+def _like(*values: Any, more: bool = False) -> ConfigDict:
+    """The configuration of a body that the documentation shows so; ``more`` if it may have fields that are not known."""
+    shown = ConfigDict(json_schema_extra={"examples": [*values]})
+    return shown | ConfigDict(extra="allow") if more else shown
 
 
 def _also(name: str, *others: str) -> AliasChoices:
@@ -261,25 +262,7 @@ class SamplingBody(JobBody):
 class Txt2ImgBody(SamplingBody):
     """The body of ``POST /txt2img``. Every field may be left out; numbers may come as strings."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"prompt": "a large red circle on a blue background"},
-                {
-                    "prompt": "a small green star on a black background on the left",
-                    "negative_prompt": "blurry",
-                    "steps": 20,
-                    "cfg_scale": 5,
-                    "width": 256,
-                    "height": 256,
-                    "model": "shapes",
-                    "sampler_name": "DPM++ 2M Karras",
-                    "fileType": "png",
-                    "seed": 42,
-                },
-            ]
-        },
-    )
+    model_config = _like(*examples.TXT2IMG)
 
     hires: Annotated[HiresBody | None, BeforeValidator(_object)] = None
     image: str | None = Field(
@@ -304,29 +287,12 @@ class FactorsBody(BaseModel):
 class Img2ImgBody(SamplingBody):
     """The body of ``POST /img2img`` and ``POST /inpaint``: what ``POST /txt2img`` takes, and pictures to begin with."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"prompt": "a large blue circle on a red background", "image": EXAMPLE_PICTURE},
-                {
-                    "prompt": "a small green star on a black background",
-                    "image": f"data:image/png;base64,{EXAMPLE_PICTURE}",
-                    "mask": EXAMPLE_PICTURE,
-                    "denoising_strength": 0.9,
-                    "mask_blur": 8,
-                    "mask_fill": "latent noise",
-                    "steps": 20,
-                    "fileType": "png",
-                    "seed": 42,
-                },
-            ]
-        },
-    )
+    model_config = _like(*examples.IMG2IMG)
 
     image: str | None = Field(
         default=None,
         validation_alias=_also("image", "init_image"),
-        description="the picture to begin with: a PNG, JPEG, WebP, GIF or AVIF in base64 or as a data URL; required",
+        description=f"the picture to begin with: {PICTURE}; required",
     )
     denoising_strength: float | None = Field(
         default=None,
@@ -389,16 +355,12 @@ class Img2ImgBody(SamplingBody):
 class UpscaleBody(JobBody):
     """The body of ``POST /upscale``."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"image": EXAMPLE_PICTURE}, {"image": EXAMPLE_PICTURE, "upscaler": "Nearest", "scale": 4}]
-        }
-    )
+    model_config = _like(*examples.UPSCALE)
 
     image: str | None = Field(
         default=None,
         validation_alias=_also("image", "init_image"),
-        description="the picture: a PNG, JPEG, WebP, GIF or AVIF in base64 or as a data URL; required",
+        description=f"{PICTURE}; required",
     )
     upscaler: str | None = Field(
         default=None,
@@ -424,6 +386,8 @@ class UpscaleBody(JobBody):
 
 class SubmittedBody(BaseModel):
     """The answer to a job that was stored."""
+
+    model_config = _like(examples.SUBMITTED)
 
     job_id: str
     status: Literal["queued"] = "queued"
@@ -458,6 +422,8 @@ class NeedBody(BaseModel):
 class UpscaleDryRunBody(BaseModel):
     """What an upscaling would be; nothing was stored."""
 
+    model_config = _like(examples.UPSCALE_DRY_RUN)
+
     status: Literal["success"] = "success"
     dry_run: Literal[True] = True
     upscaler: str
@@ -469,6 +435,8 @@ class UpscaleDryRunBody(BaseModel):
 
 class DryRunBody(BaseModel):
     """What a job would be and take; nothing was stored."""
+
+    model_config = _like(examples.DRY_RUN)
 
     status: Literal["success"] = "success"
     dry_run: Literal[True] = True
@@ -482,8 +450,15 @@ class DryRunBody(BaseModel):
     warnings: list[str] = []
 
 
+_Answered = Field(description="that the job was stored, or with dry_run what it would be")
+Posted = TypeAliasType("Posted", Annotated[SubmittedBody | DryRunBody, _Answered])
+PostedUpscale = TypeAliasType("PostedUpscale", Annotated[SubmittedBody | UpscaleDryRunBody, _Answered])
+
+
 class ErrorBody(BaseModel):
     """Every refusal; ``detail`` and ``error`` say the same."""
+
+    model_config = _like(examples.ERROR)
 
     status: Literal["error"] = "error"
     detail: str
@@ -501,7 +476,7 @@ class ReproducesBody(BaseModel):
 class StatusBody(BaseModel):
     """A job as it stands. From ``payload`` on: once it is done, or was cancelled with a picture."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = _like(examples.RUNNING, examples.DONE, examples.CANCELLED, more=True)
 
     status: Literal["success"] = "success"
     job_id: str
@@ -557,13 +532,15 @@ class StatusBody(BaseModel):
 class ImgInfoBody(BaseModel):
     """The body of ``POST /img-info``."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"image": EXAMPLE_DOT}]})
+    model_config = _like({"image": examples.DOT})
 
     image: str | None = Field(default=None, description="a picture in base64, or as a data URL")
 
 
 class InfoBody(BaseModel):
     """What a picture says of itself."""
+
+    model_config = _like(examples.INFO)
 
     status: Literal["success"] = "success"
     info: str = Field(description="the infotext as it was written; empty when there is none")
@@ -605,6 +582,8 @@ class JobRow(BaseModel):
 class JobsBody(BaseModel):
     """Jobs, newest first."""
 
+    model_config = _like(examples.JOBS)
+
     status: Literal["success"] = "success"
     jobs: list[JobRow]
     next: str | None = Field(description="the cursor with which the list goes on; null at its end")
@@ -624,6 +603,8 @@ class ModelBody(BaseModel):
 class ModelsBody(BaseModel):
     """The installed models, by name."""
 
+    model_config = _like(examples.MODELS)
+
     status: Literal["success"] = "success"
     models: list[ModelBody]
 
@@ -638,6 +619,8 @@ class LabelBody(BaseModel):
 
 class LabelsBody(BaseModel):
     """The labels that are known, by label; the models need not be installed."""
+
+    model_config = _like(examples.LABELS)
 
     status: Literal["success"] = "success"
     models: list[LabelBody]
@@ -664,6 +647,8 @@ class LoraRow(BaseModel):
 class LorasBody(BaseModel):
     """The installed LoRAs, by name."""
 
+    model_config = _like(examples.LORAS)
+
     status: Literal["success"] = "success"
     loras: list[LoraRow]
 
@@ -682,12 +667,16 @@ class UpscalerRow(BaseModel):
 class UpscalersBody(BaseModel):
     """The upscalers: those that are built in, then the installed ones by name."""
 
+    model_config = _like(examples.UPSCALERS)
+
     status: Literal["success"] = "success"
     upscalers: list[UpscalerRow]
 
 
 class SamplingMethodsBody(BaseModel):
     """Names for ``sampler_name`` and for ``scheduler_type``."""
+
+    model_config = _like(examples.SAMPLING_METHODS)
 
     status: Literal["success"] = "success"
     sampling_methods: list[str]
@@ -723,6 +712,8 @@ class ModelFacts(BaseModel):
 class CapabilitiesBody(BaseModel):
     """What may be asked of a model."""
 
+    model_config = _like(examples.CAPABILITIES)
+
     status: Literal["success"] = "success"
     model: ModelFacts
     features: list[str] = Field(description="those of txt2img, img2img, inpaint, hires and refiner that work with it")
@@ -739,11 +730,109 @@ class CapabilitiesBody(BaseModel):
 class HelloBody(BaseModel):
     """The service answers."""
 
+    model_config = _like({"ok": True})
+
     ok: bool = True
+
+
+class SystemBody(BaseModel):
+    """The machine."""
+
+    cpu_count: int
+    memory_total_gb: float
+    memory_available_gb: float
+    memory_percent: float = Field(description="in use")
+    disk_usage_percent: float
+
+
+class GpuBody(BaseModel):
+    """What pictures are made on. The keys beside ``device_name`` depend on what that is."""
+
+    model_config = ConfigDict(extra="allow")
+
+    device_name: str
+    cuda_available: bool | None = None
+    cuda_version: str | None = None
+    gpu_count: int | None = None
+    current_device: int | None = None
+    memory_allocated_gb: float | None = None
+    memory_reserved_gb: float | None = None
+    mps_available: bool | None = None
+
+
+class HeldModelBody(BaseModel):
+    """A model in memory."""
+
+    name: str
+    where: Literal["device", "ram"]
+    mb: float
+
+
+class WorkerBody(BaseModel):
+    """A process that makes pictures."""
+
+    state: Literal["running", "idle"]
+    device_name: str | None = Field(description="null until its engine has loaded")
+    jobs: int = Field(description="in hand: one on the device, and one that is saved or will be next")
+    seconds_since_event: float = Field(description="since one of them last moved")
+    restarts: int
+    memory_budget_gb: float | None = Field(default=None, description="for models and jobs; null where none is known")
+    models_in_memory: list[HeldModelBody] = Field(default=[], description="the last used at the end")
+
+
+class InstalledBody(BaseModel):
+    """What a folder has of something. ``directory`` is seen from the service's home."""
+
+    count: int
+    directory: str
+
+
+class QueueBody(BaseModel):
+    """The jobs that wait or run."""
+
+    active_jobs: int | None = Field(description="null when the queue cannot be read")
+    paused: bool
+    directory: str
+
+
+class OutputsBody(BaseModel):
+    """Where pictures are kept."""
+
+    available: bool = Field(description="whether a file can be written there")
+    free_space_gb: float
+    directory: str
+
+
+class UsageBody(BaseModel):
+    """What a folder takes on the disk."""
+
+    bytes: int
+    files: int
+
+
+class HealthBody(BaseModel):
+    """How the box is. A caller without a key, where one is needed, is told ``status`` and ``timestamp`` alone."""
+
+    model_config = _like(examples.HEALTH, more=True)
+
+    status: Literal["healthy", "warning", "error"]
+    timestamp: float = Field(description="epoch seconds")
+    version: str = ""
+    system: SystemBody | None = None
+    gpu: GpuBody | None = None
+    workers: list[WorkerBody] = []
+    models: InstalledBody | None = None
+    loras: InstalledBody | None = None
+    queue: QueueBody | None = None
+    outputs: OutputsBody | None = None
+    disk: dict[str, UsageBody] = Field(default={}, description="by folder")
+    warnings: list[str] = Field(default=[], description="there where status is warning")
 
 
 class LoadingBody(BaseModel):
     """The model will be loaded when the jobs at hand are done."""
+
+    model_config = _like({"status": "success", "model": "stable-diffusion-v1-5"})
 
     status: Literal["success"] = "success"
     model: str
@@ -752,12 +841,16 @@ class LoadingBody(BaseModel):
 class PausedBody(BaseModel):
     """Whether waiting jobs are left to wait."""
 
+    model_config = _like({"status": "success", "paused": True})
+
     status: Literal["success"] = "success"
     paused: bool
 
 
 class ReadyBody(BaseModel):
     """A job would be run if it was posted now; while ``loading``, as soon as the engine has loaded."""
+
+    model_config = _like({"status": "success", "ready": True, "loading": False, "reasons": []})
 
     status: Literal["success"] = "success"
     ready: Literal[True] = True
@@ -767,6 +860,8 @@ class ReadyBody(BaseModel):
 
 class NotReadyBody(ErrorBody):
     """A job would not be run, for these reasons."""
+
+    model_config = _like(examples.NOT_READY)
 
     ready: Literal[False] = False
     loading: bool

@@ -11,7 +11,6 @@ from diffusion_api.catalog import samplers
 from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects.native import pictures, requests
 from diffusion_api.dialects.native.bodies import (
-    EXAMPLE_DOT,
     CapabilitiesBody,
     HiresBody,
     Img2ImgBody,
@@ -22,6 +21,7 @@ from diffusion_api.dialects.native.bodies import (
     UpscaleBody,
     refusals,
 )
+from diffusion_api.dialects.native.examples import DOT
 from diffusion_api.dialects.native.requests import FILE_TYPES, SWITCH_AT
 from diffusion_api.dialects.native.told import IN_BODY
 from diffusion_api.errors import InvalidRequest
@@ -54,7 +54,7 @@ def add(router: APIRouter, service: Service) -> None:
     """Add the route that tells what may be asked."""
 
     @router.get(
-        "/capabilities", tags=["catalog"], summary="What may be asked of a model", responses=refusals(400),
+        "/capabilities", tags=["catalog"], summary="What may be asked of a model", responses=refusals(400, 401, 403, 429),
     )  # fmt: skip
     def capabilities(model: ModelName = None) -> CapabilitiesBody:
         return _capabilities(service.model(model), service)
@@ -103,10 +103,8 @@ def _plain(model: Model, service: Service) -> Txt2Img:
 
 def _from_picture(model: Model, service: Service) -> Img2Img:
     width, height = model.default_size
-    body = Img2ImgBody(
-        model=model.name, prompt="a picture", image=EXAMPLE_DOT, mask=EXAMPLE_DOT, width=width, height=height
-    )
-    return pictures.inpaint(body, service).request
+    body = Img2ImgBody(model=model.name, prompt="a picture", image=DOT, mask=DOT, width=width, height=height)
+    return pictures.inpaint(body, service, {}).request
 
 
 def _hires(model: Model, service: Service) -> bool:

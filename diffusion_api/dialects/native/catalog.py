@@ -27,14 +27,17 @@ if TYPE_CHECKING:
     from diffusion_api.service import Service
 
 
+LISTED = refusals(401, 403, 429)
+
+
 def add(router: APIRouter, service: Service) -> None:
     """Add the routes that list what is installed."""
 
-    @router.get("/models", tags=["catalog"], summary="Installed models")
+    @router.get("/models", tags=["catalog"], summary="Installed models", responses=LISTED)
     def models() -> ModelsBody:
         return ModelsBody(models=[_model(model) for model in service.models()])
 
-    @router.get("/models/aliases", tags=["catalog"], summary="Labels of models")
+    @router.get("/models/aliases", tags=["catalog"], summary="Labels of models", responses=LISTED)
     def labels() -> LabelsBody:
         installed = {model.name for model in service.models()}
         return LabelsBody(
@@ -43,20 +46,20 @@ def add(router: APIRouter, service: Service) -> None:
 
     @router.post(
         "/models/{name:path}/load", tags=["catalog"], summary="Load a model now",
-        responses=refusals(400, 401, 403, 409, 501),
+        responses=refusals(400, 401, 403, 409, 429, 501),
     )  # fmt: skip
     def load(name: str) -> LoadingBody:
         return LoadingBody(model=service.warm_up(name).name)
 
-    @router.get("/loras", tags=["catalog"], summary="Installed LoRAs")
+    @router.get("/loras", tags=["catalog"], summary="Installed LoRAs", responses=LISTED)
     def loras() -> LorasBody:
         return LorasBody(loras=[_lora_row(row) for row in service.assets("lora")])
 
-    @router.get("/upscalers", tags=["catalog"], summary="Upscalers")
+    @router.get("/upscalers", tags=["catalog"], summary="Upscalers, built in and installed", responses=LISTED)
     def upscalers() -> UpscalersBody:
         return UpscalersBody(upscalers=[*_internal_upscalers(), *map(_upscaler, service.assets("upscaler"))])
 
-    @router.get("/sampling_methods", tags=["catalog"], summary="Samplers and schedules")
+    @router.get("/sampling_methods", tags=["catalog"], summary="Samplers and schedules", responses=LISTED)
     def sampling_methods() -> SamplingMethodsBody:
         return SamplingMethodsBody(
             sampling_methods=samplers.sampling_methods(), scheduler_types=samplers.scheduler_types()

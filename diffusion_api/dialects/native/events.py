@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 
 from diffusion_api.dialects._base import caller_of
 from diffusion_api.dialects.native.bodies import refusals
+from diffusion_api.dialects.native.examples import RUNNING
 from diffusion_api.dialects.native.replies import answer_of
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ EVENTS: dict[int | str, dict[str, Any]] = {
                         "id": {"type": "string"},
                     },
                     "required": ["event", "data"],
-                }
+                },
+                "example": {"event": "state", "data": json.dumps(RUNNING)},
             }
         },
     },
@@ -53,7 +55,7 @@ def add(router: APIRouter, service: Service) -> None:
 
     @router.get(
         "/queue/{job_id}/events", tags=["jobs"], summary="A job as it runs, as server-sent events",
-        response_class=Response, responses=refusals(400, 404, 410, 503) | EVENTS,
+        response_class=Response, responses=refusals(400, 401, 403, 404, 410, 429, 503) | EVENTS,
     )  # fmt: skip
     async def events(job_id: str, http: Request, last_event_id: LastEvent = None) -> Response:
         snapshot = await run_in_threadpool(service.get, job_id, caller_of(http))

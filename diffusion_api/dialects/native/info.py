@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 def add(router: APIRouter, service: Service) -> None:
     """Add the route that reads pictures, and the one that makes them again."""
 
-    @router.post("/img-info", tags=["pictures"], summary="What a picture says of itself", responses=refusals(400, 413))
+    @router.post(
+        "/img-info",
+        tags=["pictures"],
+        summary="What a picture says of itself",
+        responses=refusals(400, 401, 403, 413, 415, 429),
+    )
     def img_info(body: Annotated[ImgInfoBody, Body()]) -> InfoBody:
         from diffusion_api import images  # NumPy and Pillow: a third of the time until the service answers
 
@@ -46,7 +51,7 @@ def add(router: APIRouter, service: Service) -> None:
 
     @router.post(
         "/queue/{job_id}/reproduce", tags=["pictures"], summary="Make the picture of a job again",
-        responses=refusals(400, 404, 409, 410, 413, 422, 503, 507) | {200: {"links": LINKS}},
+        responses=refusals(400, 401, 403, 404, 409, 410, 413, 422, 429, 503, 507) | {200: {"links": LINKS}},
     )  # fmt: skip
     def reproduce(
         job_id: str, http: Request, answer: Response, idempotency_key: IdempotencyKey = None

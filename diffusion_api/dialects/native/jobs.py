@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Body, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -15,6 +17,8 @@ from diffusion_api.dialects.native.bodies import (
     DryRunBody,
     Img2ImgBody,
     JobBody,
+    Posted,
+    PostedUpscale,
     StatusBody,
     SubmittedBody,
     Txt2ImgBody,
@@ -28,6 +32,8 @@ from diffusion_api.dialects.native.requests import given
 if TYPE_CHECKING:
     from diffusion_api.service import Service
 
+Dry = TypeVar("Dry", DryRunBody, UpscaleDryRunBody)
+
 NEXT_STEP = 5.0
 """Seconds that a running job gets to end before the caller who cancelled it is answered."""
 LINKS = {
@@ -35,7 +41,9 @@ LINKS = {
     for name in ("get", "delete")
 }
 """What can be asked of a job that was stored, for the documentation."""
-POSTED: dict[int | str, dict[str, Any]] = refusals(400, 413, 415, 422, 429, 503, 507) | {200: {"links": LINKS}}
+POSTED: dict[int | str, dict[str, Any]] = refusals(400, 401, 403, 413, 415, 422, 429, 503, 507) | {
+    200: {"links": LINKS}
+}
 PICTURES = {"image", "mask"}
 """Fields of bodies that are pictures, and go into no record."""
 Wait = Annotated[
@@ -61,39 +69,48 @@ def add(router: APIRouter, service: Service) -> None:
     @router.post("/txt2img", tags=["jobs"], summary="A picture from words", responses=POSTED)
     def txt2img(
         body: Annotated[Txt2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
-    ) -> SubmittedBody | DryRunBody:
-        meant = requests.txt2img(body, service)
-        return dry_run(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
+    ) -> Posted:
+        return answered(body, partial(requests.txt2img, body, service), dry_run, http, answer, idempotency_key)
 
     @router.post("/img2img", tags=["jobs"], summary="A picture from words and a picture", responses=POSTED)
-    def img2img(
+    async def img2img(
         body: Annotated[Img2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
-    ) -> SubmittedBody | DryRunBody:
-        meant = pictures.img2img(body, service)
-        return dry_run(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
+    ) -> Posted:
+        fetched = await pictures.fetched(body, service)
+        meaning = partial(pictures.img2img, body, service, fetched)
+        return await run_in_threadpool(answered, body, meaning, dry_run, http, answer, idempotency_key)
 
     @router.post("/inpaint", tags=["jobs"], summary="A picture with a part painted anew", responses=POSTED)
-    def inpaint(
+    async def inpaint(
         body: Annotated[Img2ImgBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
-    ) -> SubmittedBody | DryRunBody:
-        meant = pictures.inpaint(body, service)
-        return dry_run(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
+    ) -> Posted:
+        fetched = await pictures.fetched(body, service)
+        meaning = partial(pictures.inpaint, body, service, fetched)
+        return await run_in_threadpool(answered, body, meaning, dry_run, http, answer, idempotency_key)
 
     @router.post("/upscale", tags=["jobs"], summary="A larger picture", responses=POSTED)
-    def upscale(
+    async def upscale(
         body: Annotated[UpscaleBody, Body()], http: Request, answer: Response, idempotency_key: IdempotencyKey = None
-    ) -> SubmittedBody | UpscaleDryRunBody:
-        meant = pictures.upscale(body, service)
-        return dry_upscale(meant, service) if body.dry_run else post(body, meant, http, answer, idempotency_key)
+    ) -> PostedUpscale:
+        fetched = await pictures.fetched(body, service)
+        meaning = partial(pictures.upscale, body, service, fetched)
+        return await run_in_threadpool(answered, body, meaning, dry_upscale, http, answer, idempotency_key)
+
+    def answered(
+        body: JobBody,
+        meaning: Callable[[], Meant[Any]],
+        estimated: Callable[[Meant[Any], Service], Dry],
+        http: Request,
+        answer: Response,
+        key: str | None,
+    ) -> SubmittedBody | Dry:
+        meant = meaning()
+        return estimated(meant, service) if body.dry_run else post(body, meant, http, answer, key)
 
     def post(body: JobBody, meant: Meant[Any], http: Request, answer: Response, key: str | None) -> SubmittedBody:
-        from diffusion_api.images import placeholder  # NumPy and Pillow: a third of the time until the service answers
-
         payload = body.model_dump(exclude_unset=True)
-        pictures = {field: placeholder(payload[field]) for field in PICTURES & payload.keys() if payload[field]}
-        shown = {
-            name: value for name, value in (payload | pictures).items() if name != "webhook"
-        }  # may hold a credential
+        shown = {name: value for name, value in payload.items() if name != "webhook"}  # may hold a credential
+        shown |= {field: pictures.shown(payload[field]) for field in PICTURES & payload.keys() if payload[field]}
         stored = store(
             meant, http, service, sent=payload, shown=shown, key=key,
             priority=given(body.priority, 0), deadline=body.deadline, webhook=body.webhook,
@@ -103,7 +120,7 @@ def add(router: APIRouter, service: Service) -> None:
         return SubmittedBody(job_id=job.id, seed=job.request.seeds[0], warnings=list(job.warnings))
 
     @router.get(
-        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=refusals(400, 404, 410, 503),
+        "/queue/{job_id}", tags=["jobs"], summary="A job as it stands", responses=refusals(400, 401, 403, 404, 410, 429, 503),
         response_model=StatusBody,
     )  # fmt: skip
     async def queue(job_id: str, http: Request, wait: Wait = 0, pictures: Pictures = True) -> Response:
@@ -113,7 +130,7 @@ def add(router: APIRouter, service: Service) -> None:
         return await run_in_threadpool(read if pictures else told, job_id, caller, service)
 
     @router.delete(
-        "/queue/{job_id}", tags=["jobs"], summary="Cancel a job", responses=refusals(400, 404, 409, 410, 503),
+        "/queue/{job_id}", tags=["jobs"], summary="Cancel a job", responses=refusals(400, 401, 403, 404, 409, 410, 429, 503),
         response_model=StatusBody,
     )  # fmt: skip
     async def cancel(job_id: str, http: Request, partial: Partial = False) -> Response:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffusion_api.catalog.upscalers import INTERNAL, LATENT
 from diffusion_api.dialects._base import MAX_SIDE, build
@@ -18,34 +19,55 @@ from diffusion_api.dialects.native.requests import (
 )
 from diffusion_api.dialects.native.unknown import unknown_fields
 from diffusion_api.errors import InvalidRequest
+from diffusion_api.remote_pictures import is_url
 from diffusion_api.schema.request import Img2Img, Mask, Upscale
 
 if TYPE_CHECKING:
     from diffusion_api.catalog.library import Model
     from diffusion_api.service import Picture, Service
 
+Fetched: TypeAlias = "Mapping[str, Picture]"
+"""The pictures that came from elsewhere, by the field that named them."""
+
 STRENGTH = 0.75
 SCALE = 2.0
 UPSCALER = "Lanczos"
 
 
-def img2img(body: Img2ImgBody, service: Service) -> Meant[Img2Img]:
+async def fetched(body: Img2ImgBody | UpscaleBody, service: Service) -> Fetched:
+    """The pictures that a body names by URL. Raises UrlRefused, Unreachable, InvalidImage, TooLarge."""
+    texts = {field: getattr(body, field, None) or "" for field in ("image", "mask")}
+    return {field: await service.picture_at(text, field) for field, text in texts.items() if is_url(text)}
+
+
+def shown(text: str) -> str:
+    """What records have in place of a picture: its length, or where it came from without what may be a credential."""
+    from diffusion_api.images import placeholder  # NumPy and Pillow: a third of the time until the service answers
+
+    if not is_url(text):
+        return placeholder(text)
+    from diffusion_api.fetch import masked  # httpx: a tenth of a second
+
+    return masked(text.strip())
+
+
+def img2img(body: Img2ImgBody, service: Service, fetched: Fetched) -> Meant[Img2Img]:
     """The picture from a picture that a body means. ``loras`` in it is ignored, as the original API does, unless it or the
     operator says otherwise. Raises InvalidRequest.
     """
     ignored = body.loras and not given(body.apply_loras, service.settings.apply_loras)
-    meant = inpaint(body.model_copy(update={"loras": None}) if ignored else body, service, needs_mask=False)
+    meant = inpaint(body.model_copy(update={"loras": None}) if ignored else body, service, fetched, needs_mask=False)
     if ignored:
         meant.warnings.append('loras is ignored on /img2img; add "apply_loras": true, or name them in the prompt')
     return meant
 
 
-def inpaint(body: Img2ImgBody, service: Service, *, needs_mask: bool = True) -> Meant[Img2Img]:
+def inpaint(body: Img2ImgBody, service: Service, fetched: Fetched, *, needs_mask: bool = True) -> Meant[Img2Img]:
     """The picture with a part painted anew that a body means. Raises InvalidRequest."""
-    picture = _picture(body.image, "image", service)
+    picture = fetched.get("image") or _picture(body.image, "image", service)
     if not (body.prompt or body.infotext or body.styles):
         raise InvalidRequest("Prompt field is required", field="prompt")
-    mask = _picture(body.mask, "mask", service) if body.mask or needs_mask else None
+    mask = fetched.get("mask") or (_picture(body.mask, "mask", service) if body.mask or needs_mask else None)
     if mask and (mask.width, mask.height) != (picture.width, picture.height):
         raise InvalidRequest(
             f"mask has {mask.width}x{mask.height} pixels and image {picture.width}x{picture.height}: "
@@ -74,9 +96,9 @@ def inpaint(body: Img2ImgBody, service: Service, *, needs_mask: bool = True) -> 
     return Meant(asked, warnings, (picture, mask) if mask else (picture,))
 
 
-def upscale(body: UpscaleBody, service: Service) -> Meant[Upscale]:
+def upscale(body: UpscaleBody, service: Service, fetched: Fetched) -> Meant[Upscale]:
     """The larger picture that a body means. Raises InvalidRequest."""
-    picture = _picture(body.image, "image", service)
+    picture = fetched.get("image") or _picture(body.image, "image", service)
     wanted = body.upscaler or UPSCALER
     if wanted.lower() in map(str.lower, LATENT):
         raise InvalidRequest(

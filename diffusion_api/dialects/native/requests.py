@@ -87,7 +87,8 @@ def drawing(
         warnings += notes
     prompt, negative_prompt, notes = _styled(body, service)
     warnings += notes
-    model = service.model(body.model)
+    model, notes = service.chosen(body.model)
+    warnings += notes
     body = _defaulted(body, model)
     sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
     width, height, notes = size_of(body, model)

@@ -43,13 +43,13 @@ FILE: dict[int | str, dict[str, Any]] = {
 def add(router: APIRouter, service: Service) -> None:
     """Add the routes that list jobs and give out pictures."""
 
-    @router.get("/queue", tags=["jobs"], summary="Jobs, newest first", responses=refusals(400, 503))
+    @router.get("/queue", tags=["jobs"], summary="Jobs, newest first", responses=refusals(400, 401, 403, 429, 503))
     def jobs(http: Request, state: States = None, limit: Limit = 50, cursor: Cursor = None) -> JobsBody:
         return _listed(set(map(State, state or State)), limit, cursor, caller_of(http), service)
 
     @router.get(
         "/queue/{job_id}/image", tags=["jobs"], summary="The picture of a job as a file", response_class=Response,
-        responses=refusals(400, 404, 409, 410, 503) | FILE,
+        responses=refusals(400, 401, 403, 404, 409, 410, 429, 503) | FILE,
     )  # fmt: skip
     def image(
         http: Request, job_id: str, if_none_match: Condition = None, if_range: Condition = None, range: Condition = None
@@ -58,7 +58,7 @@ def add(router: APIRouter, service: Service) -> None:
 
     @router.get(
         "/queue/{job_id}/image/{n}", tags=["jobs"], summary="One of several pictures of a job as a file",
-        response_class=Response, responses=refusals(400, 404, 409, 410, 503) | FILE,
+        response_class=Response, responses=refusals(400, 401, 403, 404, 409, 410, 429, 503) | FILE,
     )  # fmt: skip
     def image_of_several(
         http: Request,

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from diffusion_api import __version__
 from diffusion_api.dialects._base import caller_of
-from diffusion_api.dialects.native.bodies import HelloBody, NotReadyBody, PausedBody, ReadyBody, refusals
+from diffusion_api.dialects.native.bodies import HealthBody, HelloBody, NotReadyBody, PausedBody, ReadyBody, refusals
 from diffusion_api.schema.caller import Role
 
 if TYPE_CHECKING:
@@ -25,11 +25,14 @@ UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or no worker
 def add(router: APIRouter, service: Service) -> None:
     """Add the routes that tell how the service is, and that pause the queue."""
 
-    @router.get("/hello", tags=["service"], summary="Is it up?")
+    @router.get("/hello", tags=["service"], summary="Is it up?", responses=refusals(400))
     async def hello() -> HelloBody:  # on the event loop: it answers even when every thread is busy
         return HelloBody()
 
-    @router.get("/health", tags=["service"], summary="How the box is")
+    @router.get(
+        "/health", tags=["service"], summary="How the box is", responses=refusals(400), response_model=HealthBody,
+        response_model_exclude_unset=True,
+    )  # fmt: skip
     def health(http: Request) -> dict[str, Any]:
         answer = _health(service)
         known = caller_of(http).role is not Role.NOBODY
@@ -37,20 +40,23 @@ def add(router: APIRouter, service: Service) -> None:
 
     @router.get(
         "/ready", tags=["service"], summary="Would a job be run now?", response_model=ReadyBody,
-        responses={503: {"model": NotReadyBody}},
+        responses=refusals(400) | {503: {"model": NotReadyBody}},
     )  # fmt: skip
     def ready() -> JSONResponse:
         return _ready(service)
 
     @router.post(
-        "/queue/pause", tags=["queue"], summary="Let no job begin", responses=refusals(401, 403, 501, 503, 507)
+        "/queue/pause", tags=["queue"], summary="Let no job begin", responses=refusals(401, 403, 429, 501, 503, 507)
     )
     def pause() -> PausedBody:
         service.pause()
         return PausedBody(paused=True)
 
     @router.post(
-        "/queue/resume", tags=["queue"], summary="Let jobs begin again", responses=refusals(401, 403, 501, 503, 507)
+        "/queue/resume",
+        tags=["queue"],
+        summary="Let jobs begin again",
+        responses=refusals(401, 403, 429, 501, 503, 507),
     )
     def resume() -> PausedBody:
         service.resume()

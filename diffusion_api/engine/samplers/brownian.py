@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,12 +17,17 @@ Draw = Callable[[Sequence[int]], Tensor]
 """Standard normal noise, from each seed its own, (seeds, 1, c, h, w) float32 on the CPU."""
 
 Values = NDArray[np.float64]
-"""A motion, (1, c, h, w); double, as it is the sum of two dozen parts."""
+"""A motion, a number for each of the latents; double, as it is the sum of two dozen parts."""
 
+Singles = NDArray[np.float32]
 Words = NDArray[np.uint32]
 
 DIGITS = 6
 POOL_SIZE = 24
+DEPTH = 24
+"""Halvings to a point, about."""
+TOGETHER = 2**18
+"""Numbers that may be drawn at a time, for several points."""
 SHARED = 12
 """Halvings whose motion is kept for the next point; further down the two hardly ever lie in one half."""
 
@@ -57,48 +63,88 @@ class Brownian:
     whose noise is drawn together; those at the top are kept from one point to the next.
     """
 
-    def __init__(self, low: float, high: float, seed: int, draw: Draw) -> None:
+    def __init__(self, low: float, high: float, seed: int, draw: Draw, ahead: Sequence[float] = ()) -> None:
         self._seeds, self._draw = Seeds(seed), draw
         whole = Span.between(round(low, DIGITS), round(high, DIGITS))
-        change = self._noise([()])[0] * math.sqrt(high - low)
+        drawn = draw(self._seeds([()]))[0]
+        self._shape = drawn.shape
+        change = drawn.numpy().ravel().astype(np.float64) * math.sqrt(high - low)
         self._known: dict[float, Values] = {whole.start: change * 0, whole.end: change}
-        self._path: list[tuple[Span, Values, Values]] = [(whole, self._known[whole.start], change)]
-        """Each half of the one before, the motion up to it and the motion on it."""
+        self._ahead = [
+            sigma for sigma in dict.fromkeys(round(sigma, DIGITS) for sigma in ahead) if sigma not in self._known
+        ]
+        self._spans, self._motions = [whole], [(self._known[whole.start], change)]
+        """Each half of the one before, and of each the motion up to it and on it."""
 
     def __call__(self, sigma: float, following: float) -> Tensor:
         """The motion from ``sigma`` down to ``following``, as standard normal noise, (1, c, h, w) float32."""
         change = self._at(round(following, DIGITS)) - self._at(round(sigma, DIGITS))
-        return torch.from_numpy((change / math.sqrt(abs(sigma - following))).astype(np.float32))
+        return torch.from_numpy((change / math.sqrt(abs(sigma - following))).astype(np.float32)).reshape(self._shape)
 
     def _at(self, sigma: float) -> Values:
         if sigma not in self._known:
-            whole = self._path[0][0]
-            self._known[sigma] = self._found(min(max(sigma, whole.start), whole.end))
+            points = [sigma]
+            if sigma in self._ahead:
+                size = max(TOGETHER // (math.prod(self._shape) * DEPTH), 1)
+                place = self._ahead.index(sigma)
+                points, self._ahead = self._ahead[place : place + size], self._ahead[place + size :]
+            self._find(points)
         return self._known[sigma]
 
-    def _found(self, sigma: float) -> Values:
-        while not self._path[-1][0].start <= sigma < self._path[-1][0].end:
-            self._path.pop()
-        span, before, change = self._path[-1]
-        spans = [span]
+    def _find(self, points: Sequence[float]) -> None:
+        """Come to know the motion up to each of the points; the noise on all ways there is drawn at once."""
+        ways = [self._way(point) for point in points]
+        keys = [(span.place, span.depth) for _, way in ways for span in way[:-1]]
+        noises = self._draw(self._seeds(keys)).numpy().reshape(len(keys), -1) if keys else np.empty((0, 0), np.float32)
+        for point, (shared, way) in zip(points, ways, strict=True):
+            del self._motions[shared:]
+            before, change = (values.copy() for values in self._motions[-1])
+            steps = np.array([_step(span, half) for span, half in pairwise(way)]).reshape(-1, 3)
+            kept = sum(half.depth <= SHARED for half in way[1:])
+            motions = np.empty((kept, 2, len(before)))
+            _descend(before, change, noises[: len(steps)], steps, motions)
+            noises = noises[len(steps) :]
+            self._motions += [(up, on) for up, on in motions.copy()]
+            self._known[point] = before
+
+    def _way(self, sigma: float) -> tuple[int, list[Span]]:
+        """How many of the spans of the way before lead to a point too, and the way on from the last of these."""
+        whole = self._spans[0]
+        sigma = min(max(sigma, whole.start), whole.end)
+        while not self._spans[-1].start <= sigma < self._spans[-1].end:
+            self._spans.pop()
+        shared, span = len(self._spans), self._spans[-1]
+        way = [span]
         while sigma != span.start:
             span = span.half(sigma)
-            spans.append(span)
-        keys = [(span.place, span.depth) for span in spans[:-1]]
-        noises = self._noise(keys) if keys else ()
-        for (span, half), noise in zip(pairwise(spans), noises, strict=True):
-            left, right, length = span.middle - span.start, span.end - span.middle, span.end - span.start
-            noise *= math.sqrt(left * right / length)
-            first = change * (left / length)
-            first += noise
-            before, change = (before + first, change - first) if half.start == span.middle else (before, first)
-            if half.depth <= SHARED:
-                self._path.append((half, before, change))
-        return before
+            way.append(span)
+        self._spans += [half for half in way[1:] if half.depth <= SHARED]
+        return shared, way
 
-    def _noise(self, keys: Sequence[tuple[int, ...]]) -> Values:
-        """The noise of each key, (keys, 1, c, h, w)."""
-        return self._draw(self._seeds(keys)).numpy().astype(np.float64)
+
+def _step(span: Span, half: Span) -> tuple[float, float, bool]:
+    """What leads from a span to one of its halves: the first half's share of the way, how far its noise goes, which it is."""
+    left, right, length = span.middle - span.start, span.end - span.middle, span.end - span.start
+    return left / length, math.sqrt(left * right / length), half.start == span.middle
+
+
+@njit()
+def _descend(before: Values, change: Values, noises: Singles, steps: Values, motions: Values) -> None:
+    """Go from half to half, and change the motion up to each and on it in place; those of the first halves also go into
+    ``motions``, (halves kept, 2, numbers).
+    """
+    for depth in range(len(noises)):
+        share, spread, second = steps[depth]
+        for place in range(len(before)):
+            first = change[place] * share + noises[depth, place] * spread
+            if second:
+                before[place] += first
+                change[place] -= first
+            else:
+                change[place] = first
+        if depth < len(motions):
+            for place in range(len(before)):
+                motions[depth, 0, place], motions[depth, 1, place] = before[place], change[place]
 
 
 class Seeds:

@@ -27,8 +27,11 @@ KEY = "the-key-of-an-admin"  # without which no route answers that the document 
 def server(tmp_path: Path) -> Iterator[Program]:
     """A service whose limits let no job take long."""
     home = tmp_path / "home"
-    diffusers_folder(home / "stable_diffusion" / "models" / "small", sample_size=8)
-    with serving(home, max_pixels=64 * 64, max_batch=2, max_queue=0, max_seconds=5, admin_api_key=KEY) as program:
+    models = home / "stable_diffusion" / "models"
+    diffusers_folder(models / "small", sample_size=8)
+    diffusers_folder(models / "unidiffuser", sample_size=8, pipeline="UniDiffuserPipeline")
+    limits = {"max_pixels": 64 * 64, "max_batch": 2, "max_queue": 0, "max_seconds": 5}
+    with serving(home, model="small", admin_api_key=KEY, **limits) as program:
         program.key = KEY
         yield program
 

@@ -7,17 +7,17 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import Match
 
 from diffusion_api import __version__, door
-from diffusion_api.dialects import config, native, unidiffuser
+from diffusion_api.dialects import backend, config, native, unidiffuser
 from diffusion_api.dialects._base import error_body
 from diffusion_api.documentation import completed
-from diffusion_api.metrics import CONTENT_TYPE, METHODS, Metrics
+from diffusion_api.metrics import METHODS, Metrics
 
 if TYPE_CHECKING:
     from diffusion_api.access import Access
@@ -48,16 +48,13 @@ def create_app(
         middleware=door.middleware(settings, metrics, access),
     )
     native.mount(app, service)
+    backend.mount(app, service, metrics.render)
     config.mount(app, service)
     unidiffuser.mount(app, service)
 
     @app.get("/", include_in_schema=False)
     def root(request: Request) -> RedirectResponse:
         return RedirectResponse(f"{request.scope.get('root_path', '')}/docs")
-
-    @app.get("/metrics", include_in_schema=False)
-    def shown_metrics() -> PlainTextResponse:
-        return PlainTextResponse(metrics.render(), media_type=CONTENT_TYPE)
 
     @app.exception_handler(HTTPException)
     def refused(request: Request, error: HTTPException) -> JSONResponse:

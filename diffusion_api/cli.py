@@ -174,7 +174,9 @@ def metadata_test(
 
 @app.command()
 def pull(
-    source: Annotated[str, typer.Argument(help="org/name[@revision], org/name/file.safetensors, or an https URL.")],
+    source: Annotated[
+        str, typer.Argument(help="org/name[@revision], org/name/file.safetensors, an https URL, or civitai:NUMBER.")
+    ],
     sha256: Annotated[str | None, typer.Option(help="SHA-256 that the file must have.")] = None,
     home: Home = None,
 ) -> None:

@@ -32,6 +32,7 @@
     └── Unavailable             nobody's fault; try again later
         ├── DiskFull
         ├── QueueFull
+        ├── NoModel             there is no model that could draw what names none
         ├── ShuttingDown
         ├── Unreachable         another host did not answer
         ├── BrokenDownload      another host sent something else than what was asked for
@@ -184,6 +185,10 @@ class DiskFull(Unavailable):
 
 class QueueFull(Unavailable):
     """As many jobs wait as the operator allows."""
+
+
+class NoModel(Unavailable):
+    """No model is installed, or none that goes without saying."""
 
 
 class ShuttingDown(Unavailable):

@@ -32,6 +32,12 @@ def _device(name: str) -> str:
     return name
 
 
+def _adapter(path: str) -> str:
+    """The name that the library gives to a LoRA which lies there: its folder's, where its file has the name of any LoRA."""
+    place = Path(path)
+    return place.parent.name if place.stem == "pytorch_lora_weights" else place.name
+
+
 Paths: TypeAlias = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)]
 
 
@@ -121,6 +127,11 @@ class Settings(BaseSettings):
     model_fallback: Literal["", "default"] = Field(
         default="", description="what a model that is not installed is replaced by, with a warning: default, or nothing"
     )
+    lora_adapter: Annotated[str, AfterValidator(_adapter)] = Field(
+        default="stable_diffusion_finetune_v1",
+        validation_alias=AliasChoices(PREFIX + "LORA_ADAPTER", "LORA_ADAPTER_PATH"),
+        description="the LoRA that /generate applies where it is installed: its name, or a path that ends with it",
+    )
     models_from: Paths = Field(
         default=(),
         description="folders of other programs whose models, LoRAs and so on are listed too, and only read; "
@@ -193,6 +204,18 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices(PREFIX + "HF_TOKEN", "HF_TOKEN"),
         description="what opens gated and private models of the hub",
     )
+    civitai_url: str = Field(
+        default="https://civitai.com",
+        pattern=r"^https?://[^/]+",
+        description="where LoRAs are looked up and fetched from, or a mirror of it",
+    )
+    civit_key: SecretStr = Field(
+        default=SecretStr(""),
+        validation_alias=AliasChoices(PREFIX + "CIVIT_KEY", "CIVIT_KEY", "CIVITAI_API_KEY"),
+        description="what opens LoRAs there that are for those who sign in",
+    )
+    max_lora_mb: float = Field(default=2048, gt=0, description="MiB of one LoRA that is fetched from there")
+    lora_seconds: float = Field(default=1800, gt=0, description="seconds that one of them may take to come")
     pull_hosts: str = Field(
         default="",
         description="hosts that `pull` may be led to beside public ones, separated by commas: private mirrors",

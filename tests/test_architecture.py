@@ -41,7 +41,7 @@ LAYERS = (
     ("worker", "waiters", "sweeper"),
     ("presence", "pace", "restart"),
     ("metrics",),
-    ("webhooks", "pull", "downloads", "fetch", "quotas", "links", "remote_pictures"),
+    ("webhooks", "lora_shop", "pull", "downloads", "fetch", "quotas", "links", "remote_pictures"),
     ("queues",),
     ("outputs", "blobs"),
     ("engine",),
@@ -82,7 +82,7 @@ HOMES = {
 
 # In these folders modules do not know each other, only what their folder shares.
 SIBLINGS = ("dialects", "queues", "engine.families")
-SHARED = ("__init__", "base", "_base", "_forms", "_jobs", "disk")
+SHARED = ("__init__", "base", "_base", "_forms", "_health", "_jobs", "disk")
 
 # Each of them opens what a string names, be it a path or a URL, or runs code that comes with a file.
 UNSAFE = {"load_image", "load_video", "trust_remote_code", "custom_pipeline", "pickle", "torch.load", "eval", "exec"}

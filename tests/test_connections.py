@@ -48,7 +48,9 @@ def nothing_left(server: Program) -> Iterator[None]:
 
     def in_hand() -> int:
         (line,) = (
-            x for x in server.get("/metrics").text.splitlines() if x.startswith("diffusion_api_http_requests_in")
+            x
+            for x in server.get("/metrics?format=prometheus").text.splitlines()
+            if x.startswith("diffusion_api_http_requests_in")
         )
         return int(float(line.split()[1])) - 1  # the question itself
 
@@ -284,7 +286,7 @@ def test_the_log_and_the_metrics_know_a_client_that_left(server: Program) -> Non
     with raw.connected(server) as connection:
         connection.sendall(raw.HEAD + b"X-Request-ID: left-1\r\nContent-Length: 500\r\n\r\n{")
     eventually(lambda: "[request left-1] 127.0.0.1 POST /txt2img 499 in" in server.log, "the line")
-    assert 'route="/txt2img",status="499"' in server.get("/metrics").text
+    assert 'route="/txt2img",status="499"' in server.get("/metrics?format=prometheus").text
 
 
 # what is no HTTP

@@ -36,7 +36,7 @@ def value(samples: Samples, name: str, **labels: str) -> float:
 
 
 def scrape(server: Program) -> Samples:
-    answer = server.get("/metrics")
+    answer = server.get("/metrics", headers={"Accept": "text/plain"})
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     return read(answer.text)

@@ -119,8 +119,13 @@ class ErrorRoute(APIRoute):
     def misread(cls, error: RequestValidationError) -> Response:
         """The answer to a request that has not the form that the route declares: each of the first errors in a sentence."""
         unread = any(isinstance(e.get("input"), bytes) for e in error.errors())
-        message = "; ".join(explain(e, error.body) for e in error.errors()[:5])
+        message = "; ".join(cls.explained(e, error.body) for e in error.errors()[:5])
         return JSONResponse(cls.told(message), 415 if unread else 400)
+
+    @classmethod
+    def explained(cls, error: dict[str, Any], body: Any) -> str:
+        """One of pydantic's errors in a sentence."""
+        return explain(error, body)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, with the project's errors turned into answers."""

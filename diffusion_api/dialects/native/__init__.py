@@ -22,4 +22,6 @@ def mount(app: FastAPI, service: Service) -> None:
     router = APIRouter(route_class=ErrorRoute, responses=refusals())
     for part in (state, catalog, capabilities, jobs, events, results, info):
         part.add(router, service)
-    offer(app, "diffusionapi", router)
+    own = APIRouter(route_class=ErrorRoute)
+    state.add_own(own, service)
+    offer(app, "diffusionapi", router, own)

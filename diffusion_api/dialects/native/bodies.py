@@ -9,6 +9,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discr
 from typing_extensions import TypeAliasType
 
 from diffusion_api.dialects._base import MAX_SIDE
+from diffusion_api.dialects._health import ModelHealthBody
 from diffusion_api.dialects.native import examples
 from diffusion_api.schema.job import LoraApplied, LoraSkipped
 from diffusion_api.schema.request import MAX_SEED, Emphasis, Fill, Format, ResizeMode, Source
@@ -827,6 +828,11 @@ class HealthBody(BaseModel):
     outputs: OutputsBody | None = None
     disk: dict[str, UsageBody] = Field(default={}, description="by folder")
     warnings: list[str] = Field(default=[], description="there where status is warning")
+    timestamp_iso: str = Field(default="", description="the same time for clients of the backend API")
+    model_status: ModelHealthBody | None = Field(default=None, description="for clients of the backend API")
+    service: str = Field(default="", description="this and the next two are for clients of the configuration API")
+    buffer_accessible: bool = Field(default=False, description="a worker has told its device")
+    model_loaded: bool = Field(default=False, description="a model is in memory")
 
 
 class LoadingBody(BaseModel):

@@ -1,24 +1,27 @@
-"""How the service is, and whether jobs may begin."""
+"""How the service is, and whether jobs may begin. ``/health`` serves the clients of all dialects."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from diffusion_api import __version__
-from diffusion_api.dialects._base import caller_of
+from diffusion_api.dialects._health import BackendHealthBody, backend_health, of_others, seen
 from diffusion_api.dialects.native.bodies import HealthBody, HelloBody, NotReadyBody, PausedBody, ReadyBody, refusals
-from diffusion_api.schema.caller import Role
 
 if TYPE_CHECKING:
     from diffusion_api.schema.report import DeviceReport, WorkerReport
     from diffusion_api.service import Service
 
+HealthShape = Annotated[
+    Literal["backend"] | None,
+    Query(alias="format", description="the shape of another dialect, in place of that for all"),
+]
 UNKNOWN_DEVICE = {"device_name": "not known: the engine is loading, or no worker runs"}
 
 
@@ -30,13 +33,13 @@ def add(router: APIRouter, service: Service) -> None:
         return HelloBody()
 
     @router.get(
-        "/health", tags=["service"], summary="How the box is", responses=refusals(400), response_model=HealthBody,
-        response_model_exclude_unset=True,
+        "/health", tags=["service"], summary="How the box is", responses=refusals(400),
+        response_model=HealthBody | BackendHealthBody, response_model_exclude_unset=True,
     )  # fmt: skip
-    def health(http: Request) -> dict[str, Any]:
-        answer = _health(service)
-        known = caller_of(http).role is not Role.NOBODY
-        return answer if known else {name: answer[name] for name in ("status", "timestamp")}
+    def health(http: Request, shape: HealthShape = None) -> dict[str, Any]:
+        if shape == "backend":
+            return seen(backend_health(service), http)
+        return seen(_health(service) | of_others(service), http)
 
     @router.get(
         "/ready", tags=["service"], summary="Would a job be run now?", response_model=ReadyBody,
@@ -61,6 +64,14 @@ def add(router: APIRouter, service: Service) -> None:
     def resume() -> PausedBody:
         service.resume()
         return PausedBody(paused=False)
+
+
+def add_own(router: APIRouter, service: Service) -> None:
+    """Add ``/health`` as it is where this dialect is alone."""
+
+    @router.get("/health")
+    def health(http: Request) -> dict[str, Any]:
+        return seen(_health(service), http)
 
 
 def _ready(service: Service) -> JSONResponse:

@@ -24,6 +24,7 @@
     │   ├── DeviceUnusable          a GPU is there but cannot be used
     │   ├── ModelUnreadable         a file under the model folders is broken or of no known kind
     │   ├── NoChecker               pictures must be checked, and there is no safety checker
+    │   ├── NotInstalled            what a route needs is not there
     │   ├── Gated                   the owner of a model wants terms accepted, or a token
     │   ├── NoAdminKey              only an admin may do this, and there is none
     │   ├── KeysUnreadable          the file of the keys is broken: nobody can be let in
@@ -154,6 +155,10 @@ class ModelUnreadable(OperatorError):
 
 class NoChecker(OperatorError):
     """The operator requires that pictures are checked, and there is no safety checker."""
+
+
+class NotInstalled(OperatorError):
+    """What a route cannot do without is not there: the message says how to get it."""
 
 
 class Gated(OperatorError):

@@ -43,6 +43,7 @@ STATUS: tuple[tuple[type[errors.DiffusionApiError], int], ...] = (
     (errors.DiskFull, 507),
     (errors.Unavailable, 503),
     (errors.QueueUnusable, 503),
+    (errors.NotInstalled, 503),
     (errors.KeysUnreadable, 503),
     (errors.NoAdminKey, 501),
     (errors.NoChecker, 503),

@@ -377,13 +377,13 @@ def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
         if name in environment:
             found[name] = own
         elif own in environment:  # one that has the name of others too, such as HF_TOKEN
-            found[name] = next(each for each in _names(name) if each in variables)
+            found[name] = next(each for each in names_of(name) if each in variables)
         else:
             found[name] = ".env" if {name, own} & set(dotenv) else "default"
     return found
 
 
-def _names(name: str) -> list[str]:
+def names_of(name: str) -> list[str]:
     """The variables that may hold a setting, first the one that counts."""
     alias = Settings.model_fields[name].validation_alias
     return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [PREFIX + name.upper()]

@@ -367,7 +367,7 @@ def load(**flags: Any) -> Settings:
 def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
     """Where each setting came from: ``flag``, its environment variable, ``.env`` or ``default``."""
     environment, dotenv = EnvSettingsSource(Settings)(), DotEnvSettingsSource(Settings)()
-    variables = {name.upper() for name in os.environ}
+    variables = {name.upper(): name for name in os.environ}
     found = {}
     for name in Settings.model_fields:
         if flags.get(name) is not None:
@@ -377,7 +377,7 @@ def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
         if name in environment:
             found[name] = own
         elif own in environment:  # one that has the name of others too, such as HF_TOKEN
-            found[name] = next(each for each in names_of(name) if each in variables)
+            found[name] = next(variables[each] for each in names_of(name) if each in variables)
         else:
             found[name] = ".env" if {name, own} & set(dotenv) else "default"
     return found

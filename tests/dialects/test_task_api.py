@@ -516,7 +516,9 @@ def test_a_bad_picture_aborts_its_task_and_the_next_one_runs(server: Program, ur
         began(server, token, **ASKED)
         assert [told(socket)["event_type"] for _ in range(3)] == ["pending", "started", "finished"]
     answer = server.get("/img2img", params={**ASKED, "initial_image": url.format(server=server.url)})
-    assert (answer.status_code, answer.json()) == (500, {"detail": events[-1]["reason"]})
+    assert answer.status_code == 422
+    assert [flaw["loc"] for flaw in answer.json()["detail"]] == [["query", "initial_image"]]
+    assert f"Internal error: {answer.json()['detail'][0]['msg']}" == events[-1]["reason"]
 
 
 def test_a_mask_of_another_size_aborts_its_task(server: Program) -> None:

@@ -317,7 +317,7 @@ def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
     environment, dotenv = EnvSettingsSource(Settings)(), DotEnvSettingsSource(Settings)()
     variables = {name.upper() for name in os.environ}
     found = {}
-    for name, field in Settings.model_fields.items():
+    for name in Settings.model_fields:
         if flags.get(name) is not None:
             found[name] = "flag"
             continue

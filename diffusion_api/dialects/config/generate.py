@@ -52,7 +52,7 @@ def _stored(query: ConfigQuery, sent: bytes | str | None, http: Request, service
 
 
 def _meant(query: ConfigQuery, picture: Picture | None, service: Service) -> Meant[Txt2Img | Img2Img]:
-    model = model_of(query.model_id, service)
+    model, warnings = model_of(query.model_id, service)
     sampler, schedule = samplers.resolve(SAMPLER, None)
     width, height = _size(query, picture, model)
     fields = dict(
@@ -71,10 +71,10 @@ def _meant(query: ConfigQuery, picture: Picture | None, service: Service) -> Mea
         output=Output(format="png"),
     )
     if picture is None:
-        return Meant(build(Txt2Img, **fields), [])
+        return Meant(build(Txt2Img, **fields), warnings)
     if model.whole:
         raise InvalidRequest(f"model {model.name!r} draws from words alone; leave image out", field="image")
-    return Meant(build(Img2Img, **fields, image=picture.name, strength=STRENGTH[model.type]), [], (picture,))
+    return Meant(build(Img2Img, **fields, image=picture.name, strength=STRENGTH[model.type]), warnings, (picture,))
 
 
 def _size(query: ConfigQuery, picture: Picture | None, model: Model) -> tuple[int, int]:

@@ -31,22 +31,12 @@ def server(tmp_path: Path) -> Iterator[Program]:
     models = home / "stable_diffusion" / "models"
     diffusers_folder(models / "small", sample_size=8)
     diffusers_folder(models / "unidiffuser", sample_size=8, pipeline="UniDiffuserPipeline")
-<<<<<<< HEAD
     limits = {"max_pixels": 64 * 64, "max_batch": 2, "max_queue": 0, "max_seconds": 5}
     with civitai() as market:
         shop = {"civitai_url": market.url, "pull_hosts": market.large.cdn}
         with serving(home, model="small", admin_api_key=KEY, **limits, **shop) as program:
             program.key = KEY
             yield program
-=======
-    limits = {"model": "small", "max_pixels": 64 * 64, "max_batch": 2, "max_queue": 0, "max_seconds": 5}
-    with (
-        civitai() as market,
-        serving(home, **limits, admin_api_key=KEY, civitai_url=market.url, pull_hosts=market.large.cdn) as program,
-    ):
-        program.key = KEY
-        yield program
->>>>>>> unidiff
 
 
 @pytest.mark.parametrize("examples", [8, pytest.param(300, marks=[pytest.mark.chaos, pytest.mark.timeout(3600)])])

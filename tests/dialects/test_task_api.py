@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,13 @@ import httpx
 import pytest
 from fake_models import diffusers_folder
 from PIL import Image
-from serving import Program, eventually, serving
+from serving import ROOT, Program, eventually, serving
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from diffusion_api.blobs import name_of
+from diffusion_api.server import build_app
+from diffusion_api.settings import Settings
 
 MODEL = "hf-internal-testing/tiny-stable-diffusion-pipe"
 ASKED = {"model": MODEL, "prompt": "corgi wearing a top hat", "steps": 2, "safety_filter": False}
@@ -691,7 +694,8 @@ def test_neither_tokens_nor_links_are_in_the_log(tmp_path: Path) -> None:
 
 def test_the_link_of_the_start_makes_a_picture(tmp_path: Path) -> None:
     home = home_with_model(tmp_path)
-    with serving(home, print_link_with_token="on") as server:
+    shutil.copy(ROOT / ".env.example", home / ".env")
+    with serving(home) as server:
         link = server.said.partition("Try visiting ")[2].split()[0]
         assert link.startswith(f"{server.url}/txt2img?prompt=corgi&steps=20&model=tiny-stable-diffusion-pipe&")
         answer = server.get(link.removeprefix(server.url), headers={"Sec-Fetch-Site": "none"})
@@ -699,6 +703,11 @@ def test_the_link_of_the_start_makes_a_picture(tmp_path: Path) -> None:
     with serving(home, print_link_with_token=1):
         users = json.loads((home / "access" / "users.json").read_text())["users"]
     assert [user["name"].startswith("default_") for user in users] == [True]
+
+
+def test_the_link_is_printed_under_uvicorn_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_app(Settings(home=tmp_path, engine="stub", print_link_with_token=True, public_url="https://box.example/sd"))
+    assert capsys.readouterr().out.startswith("Try visiting https://box.example/sd/txt2img?prompt=corgi&steps=20&")
 
 
 def test_the_link_as_the_document_prints_it_works(server: Program) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -199,3 +201,16 @@ def test_any_other_word_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -
     with pytest.raises(ValidationError) as caught:
         settings.load()
     assert caught.value.errors()[0]["loc"] == ("require_auth",)
+
+
+def test_a_wrong_value_is_told_by_the_variable_that_has_it(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if "PORT" not in name}
+    done = subprocess.run(
+        [sys.executable, "-m", "diffusion_api", "serve", "--home", str(tmp_path)],
+        env=environment | {"SD_PORT": "x", "PYTHONPATH": str(Path(settings.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "setting port (SD_PORT) is 'x'" in done.stderr

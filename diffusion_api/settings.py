@@ -12,6 +12,7 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, Secre
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 from diffusion_api.errors import Misconfigured
+from diffusion_api.schema.request import Policy
 
 DATA = Path(__file__).parent / "data"
 PREFIX = "DIFFUSION_API_"
@@ -32,12 +33,18 @@ def _device(name: str) -> str:
     return name
 
 
+def _empty_is_off(value: Any) -> Any:
+    """A switch whose variable is there without a value, as in ``.env.example``."""
+    return False if value == "" else value
+
+
 def _adapter(path: str) -> str:
     """The name that the library gives to a LoRA which lies there: its folder's, where its file has the name of any LoRA."""
     place = Path(path)
     return place.parent.name if place.stem == "pytorch_lora_weights" else place.name
 
 
+Switch: TypeAlias = Annotated[bool, BeforeValidator(_empty_is_off)]
 Paths: TypeAlias = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)]
 
 
@@ -79,6 +86,7 @@ class Settings(BaseSettings):
     public_url: str = Field(
         default="",
         pattern=r"^(https?://[^/?#\s]+(/[^?#\s]*)?)?$",
+        validation_alias=AliasChoices(PREFIX + "PUBLIC_URL", "BASE_URL"),
         description="URL under which callers reach the service, where a proxy is before it",
     )
     trusted_proxies: str = Field(
@@ -116,6 +124,21 @@ class Settings(BaseSettings):
         default=SecretStr(""),
         validation_alias=AliasChoices(PREFIX + "SECRET_KEY", "SECRET_KEY"),
         description="what tokens are signed with; empty: one that is made and kept in access/",
+    )
+    enable_public_access: Switch = Field(
+        default=False,
+        validation_alias=AliasChoices(PREFIX + "ENABLE_PUBLIC_ACCESS", "ENABLE_PUBLIC_ACCESS"),
+        description="let everybody use the task API without a token, and get one at /token/all",
+    )
+    enable_signup: Switch = Field(
+        default=False,
+        validation_alias=AliasChoices(PREFIX + "ENABLE_SIGNUP", "ENABLE_SIGNUP"),
+        description="let everybody make an account of the task API at /user",
+    )
+    print_link_with_token: Switch = Field(
+        default=False,
+        validation_alias=AliasChoices(PREFIX + "PRINT_LINK_WITH_TOKEN", "PRINT_LINK_WITH_TOKEN"),
+        description="print a link at the start that makes a picture when it is opened in a browser",
     )
     requests_per_minute: int = Field(default=0, ge=0, description="requests of one caller in a minute; 0 is no limit")
     pixels_per_minute: int = Field(
@@ -179,6 +202,9 @@ class Settings(BaseSettings):
     keep_results_hours: float = Field(default=168, ge=0, description="hours that results are kept; 0 is for ever")
     keep_results: int = Field(default=10_000, ge=0, description="results that are kept; 0 is all")
     delete_after_read: bool = Field(default=False, description="a result can be fetched once")
+    keep_blobs_hours: float = Field(
+        default=168, ge=0, description="hours that a blob's URL opens it, if it is kept as long; 0 is for ever"
+    )
     keep_outputs_days: float = Field(default=0, ge=0, description="days that pictures are kept; 0 is for ever")
     keep_outputs: int = Field(default=0, ge=0, description="pictures that are kept; 0 is all")
     keep_outputs_mb: float = Field(default=0, ge=0, description="MiB of pictures that are kept; 0 is all")
@@ -204,6 +230,11 @@ class Settings(BaseSettings):
         description="bytes of a request body",
     )
 
+    safety: Policy = Field(
+        default="off",
+        description="what becomes of pictures that the safety checker flags: off, blur, refuse, or required: as refuse, and "
+        "no job without a checker",
+    )
     picture_hosts: str = Field(
         default="", description="hosts that pictures in requests may be fetched from, separated by commas; empty: none"
     )
@@ -220,7 +251,7 @@ class Settings(BaseSettings):
     )
     hf_token: SecretStr = Field(
         default=SecretStr(""),
-        validation_alias=AliasChoices(PREFIX + "HF_TOKEN", "HF_TOKEN"),
+        validation_alias=AliasChoices(PREFIX + "HF_TOKEN", "HF_TOKEN", "HUGGINGFACE_TOKEN"),
         description="what opens gated and private models of the hub",
     )
     civitai_url: str = Field(

@@ -348,6 +348,7 @@ class Worker:
             loras_skipped=finished.loras_skipped,
             memory_steps=finished.memory_steps,
             made_with=self._made_with(),
+            safety=finished.safety,
         )
 
     def _made_with(self) -> dict[str, str]:

@@ -36,7 +36,7 @@ LAYERS = (
     ("client",),
     ("dialects",),
     ("access", "users"),
-    ("keys", "certificates"),
+    ("keys", "certificates", "ledger"),
     ("service",),
     ("worker", "waiters", "sweeper"),
     ("presence", "pace", "restart"),

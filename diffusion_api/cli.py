@@ -313,7 +313,6 @@ def _settings(**flags: Any) -> configuration.Settings:
         return configuration.load(**flags)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"]).removeprefix(configuration.PREFIX).lower()
-        raise Misconfigured(
-            f"setting {name} ({configuration.PREFIX}{name.upper()}) is {first['input']!r}: {first['msg']}"
-        ) from error
+        name = str(first["loc"][0])
+        variable = configuration.variable(name) or configuration.PREFIX + name.upper()
+        raise Misconfigured(f"setting {name} ({variable}) is {first['input']!r}: {first['msg']}") from error

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 from diffusion_api.errors import Misconfigured
 from diffusion_api.schema.request import Policy
@@ -366,21 +366,22 @@ def load(**flags: Any) -> Settings:
 
 def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
     """Where each setting came from: ``flag``, its environment variable, ``.env`` or ``default``."""
-    environment, dotenv = EnvSettingsSource(Settings)(), DotEnvSettingsSource(Settings)()
-    variables = {name.upper(): name for name in os.environ}
+    dotenv = set(DotEnvSettingsSource(Settings)())
     found = {}
     for name in Settings.model_fields:
         if flags.get(name) is not None:
             found[name] = "flag"
-            continue
-        own = PREFIX + name.upper()
-        if name in environment:
-            found[name] = own
-        elif own in environment:  # one that has the name of others too, such as HF_TOKEN
-            found[name] = next(variables[each] for each in names_of(name) if each in variables)
+        elif held := variable(name):
+            found[name] = held
         else:
-            found[name] = ".env" if {name, own} & set(dotenv) else "default"
+            found[name] = ".env" if {name, PREFIX + name.upper()} & dotenv else "default"
     return found
+
+
+def variable(name: str) -> str | None:
+    """The environment variable that a setting has its value from, in whichever case it is written; None where there is none."""
+    environment = {written.lower(): written for written in os.environ}
+    return next((environment[each.lower()] for each in names_of(name) if each.lower() in environment), None)
 
 
 def names_of(name: str) -> list[str]:

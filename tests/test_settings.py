@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -244,3 +246,16 @@ def test_a_setting_with_several_names_says_which_one_it_came_by(monkeypatch: pyt
     assert (found.public_url, found.hf_token.get_secret_value()) == ("https://box.example", "hf_x")
     assert settings.sources(found, {})["public_url"] == "BASE_URL"
     assert settings.sources(found, {})["hf_token"] == "HUGGINGFACE_TOKEN"
+
+
+def test_a_wrong_value_is_told_by_the_variable_that_has_it(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if "PORT" not in name}
+    done = subprocess.run(
+        [sys.executable, "-m", "diffusion_api", "serve", "--home", str(tmp_path)],
+        env=environment | {"SD_PORT": "x", "PYTHONPATH": str(Path(settings.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "setting port (SD_PORT) is 'x'" in done.stderr

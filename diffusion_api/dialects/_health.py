@@ -81,7 +81,12 @@ def model_status(service: Service) -> ModelStatus:
         model = None
     device = service.device()
     adapter = service.asset("lora", service.settings.lora_adapter)
-    return ModelStatus(model, adapter and adapter.name, device and device.kind, held=bool(service.held()))
+    return ModelStatus(
+        model,
+        adapter=adapter.name if adapter else None,
+        device=device.kind if device else None,
+        held=bool(service.held()),
+    )
 
 
 def torch_version() -> str:

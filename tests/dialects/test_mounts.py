@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from serving import Program, eventually
 
-ALONE = {"diffusionapi": "/queue/x", "backend": "/examples", "sd": "/get_available_loras"}
+ALONE = {"diffusionapi": "/queue/x", "backend": "/examples", "sd": "/buffer_status"}
 """Dialects, each with one of its GET routes."""
 
 

@@ -41,6 +41,8 @@ POLICY: tuple[tuple[str, str, Role], ...] = (
     ("GET", r"/(blob|image)/[^/]+", Role.NOBODY),
     # What is done to all callers
     ("POST", r"/queue/(pause|resume)|/models/.+/load", Role.ADMIN),
+    # What fetches files from other hosts and keeps them; the original asks by GET, too
+    ("GET POST", r"/add_new_lora", Role.ADMIN),
 )
 """What a request needs, by its method and its path; the first row that fits. What is not here needs a user."""
 

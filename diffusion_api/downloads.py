@@ -16,7 +16,7 @@ from typing import TypeAlias
 import httpx
 
 from diffusion_api import disk
-from diffusion_api.errors import BrokenDownload, DiffusionApiError, DiskFull, NotFound, Unreachable
+from diffusion_api.errors import BrokenDownload, DiffusionApiError, DiskFull, NotFound, TooLarge, Unreachable
 from diffusion_api.fetch import Fetcher, masked
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,9 @@ def explain(status: int, headers: Mapping[str, str]) -> DiffusionApiError:
 
 @dataclass(frozen=True)
 class Remote:
-    """A file of another host. ``name`` is for people; ``secrets`` are headers for the first host alone. Size in bytes."""
+    """A file of another host. ``name`` is for people; ``secrets`` are headers for the first host alone. Size in bytes, and
+    so is ``limit``, beyond which it is not fetched.
+    """
 
     url: str
     name: str
@@ -58,6 +60,7 @@ class Remote:
     sha256: str | None = None
     secrets: Mapping[str, str] = field(default_factory=dict)
     explain: Explain = explain
+    limit: int | None = None
 
 
 class Downloads:
@@ -87,7 +90,7 @@ class Downloads:
         """Fetch into ``target``, by way of a ``.part`` file beside it that a later call goes on with. When this returns, the
         file has the size and the SHA-256 that it should have, and is on the disk. The name that its host has for it.
 
-        Raises Unreachable, BrokenDownload, DiskFull, UrlRefused, and what ``remote.explain`` makes of a refusal.
+        Raises Unreachable, BrokenDownload, TooLarge, DiskFull, UrlRefused, and what ``remote.explain`` makes of a refusal.
         """
         part = target.with_name(target.name + ".part")
         failures, name = 0, ""
@@ -99,6 +102,9 @@ class Downloads:
             except Unreachable as error:
                 failures = 1 if _size(part) > before else failures + 1
                 await self._pause(remote, error, failures)
+            except TooLarge:
+                disk.remove(part)
+                raise
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -136,6 +142,7 @@ class Downloads:
             total = start + int(length) if length.isdecimal() else None
             if remote.size is not None and total is not None and total != remote.size:
                 raise BrokenDownload(f"{remote.name} has {total} bytes there, and should have {remote.size}")
+            _check_size(remote, total)
             _check_room(remote, part, start, total)
             _tag(part).write_text(_strong(response.headers.get("etag", "")))
             tell(remote.name, start, total)
@@ -147,6 +154,7 @@ class Downloads:
                         raise BrokenDownload(
                             f"{remote.name} is a web page and no file; does one have to sign in there?"
                         )
+                    _check_size(remote, file.tell() + len(chunk))
                     file.write(chunk)
                     tell(remote.name, file.tell(), total)
                 file.flush()
@@ -172,7 +180,7 @@ class Downloads:
             more = f" and wants to be left alone for {seconds:.0f} s" if seconds > LONGEST_WAIT else ""
             where = masked(remote.url)
             raise Unreachable(
-                f"{remote.name} ({where}): {error}{more}; the same command goes on from there later"
+                f"{remote.name} ({where}): {error}{more}; asked again later, it goes on from there"
             ) from error
         log.warning("%s: %s; again in %.0f s (tries left: %d)", remote.name, error, seconds, TRIES - failures)
         await self._wait(seconds)
@@ -184,6 +192,12 @@ class _Busy(Unreachable):
     def __init__(self, message: str, seconds: float | None) -> None:
         super().__init__(message)
         self.seconds = seconds
+
+
+def _check_size(remote: Remote, size: int | None) -> None:
+    """Raises TooLarge for more bytes than are wanted."""
+    if remote.limit is not None and size is not None and size > remote.limit:
+        raise TooLarge(f"{remote.name} has {_shown(size)} or more; at most {_shown(remote.limit)} are fetched")
 
 
 def _check_room(remote: Remote, part: Path, start: int, total: int | None) -> None:

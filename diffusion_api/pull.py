@@ -48,7 +48,8 @@ SOURCES = "org/name, org/name@revision, org/name/file.safetensors, or https://ho
 class Plan:
     """What a pull will fetch. ``files`` go into one folder of the hub's layout if it is one of diffusers, else there is one.
 
-    ``licence`` is what the model card says, ``commit`` the revision as a name that never moves; None for a URL.
+    ``licence`` is what the model card says, ``commit`` the revision as a name that never moves; None for a URL. With ``kind``
+    a file of another kind is refused; ``name`` is that of the only file once it is here, without a suffix.
     """
 
     source: str
@@ -58,6 +59,8 @@ class Plan:
     commit: str | None = None
     licence: str | None = None
     folder: bool = False
+    kind: Kind | None = None
+    name: str | None = None
 
     @property
     def size(self) -> int | None:
@@ -132,9 +135,20 @@ class Puller:
         """
         if plan.folder and (target := self._snapshot(plan)).exists():
             return Pulled("model", target.parents[1].name, target, already=True)
+        if plan.kind and plan.name and self.has(plan.kind, plan.name, plan.files[0].sha256):
+            return Pulled(plan.kind, plan.name, self.target(plan.kind, plan.name), already=True)
         with self._staging(plan) as folder:
             self._check_room(plan, folder)
             return await (self._fetch_folder if plan.folder else self._fetch_file)(plan, folder, tell)
+
+    def target(self, kind: Kind, name: str) -> Path:
+        """Where a file of that kind and name goes."""
+        return self._own / FOLDERS[kind] / f"{name}.safetensors"
+
+    def has(self, kind: Kind, name: str, sha256: str | None) -> bool:
+        """Whether the file of that SHA-256 is there already; it is read for that."""
+        target = self.target(kind, name)
+        return sha256 is not None and target.is_file() and _sha256(target) == sha256
 
     async def _fetch_folder(self, plan: Plan, folder: Path, tell: Tell) -> Pulled:
         for remote in plan.files:
@@ -159,7 +173,10 @@ class Puller:
             hint = await self._downloads.file(remote, staged, tell)
         name = _file_name(plan, remote, hint)
         kind = _verify(staged, name) or "model"
-        target = self._own / FOLDERS[kind] / name
+        if plan.kind and kind != plan.kind:
+            disk.remove(staged)
+            raise BrokenDownload(f"{name} holds no {plan.kind}, by the names of its tensors; what came was removed")
+        target = self.target(kind, name.removesuffix(".safetensors"))
         if target.exists():
             if _sha256(target) != _sha256(staged):
                 shown = target.relative_to(self._own.parent).as_posix()
@@ -269,11 +286,14 @@ class Puller:
         lock = disk.lock(folder.with_suffix(".lock"))
         if lock is None:
             raise Conflict(f"{plan.source} is being fetched already, by another process")
+        done = False
         try:
             yield folder
-            shutil.rmtree(folder, ignore_errors=True)
-            disk.remove(folder.with_suffix(".lock"))
+            done = True
         finally:
+            if done or not _worth_keeping(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                disk.remove(folder.with_suffix(".lock"))
             disk.unlock(lock)
 
     def _check_room(self, plan: Plan, folder: Path) -> None:
@@ -291,6 +311,11 @@ def _is_safe(name: str) -> bool:
     """False for a name that would lead out of its folder, or that a scan would not see."""
     parts = name.split("/")
     return "\\" not in name and all(part and not part.startswith(".") and part.isprintable() for part in parts)
+
+
+def _worth_keeping(folder: Path) -> bool:
+    """Whether another try could go on with what lies there."""
+    return any(file.suffix != ".etag" and file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _own_way(name: str) -> str:
@@ -332,6 +357,8 @@ def _licence(card: Mapping[str, Any]) -> str | None:
 
 def _file_name(plan: Plan, remote: Remote, hint: str) -> str:
     """What the file shall be called: as its host calls it, or after its repository where that says nothing."""
+    if plan.name:
+        return f"{plan.name}.safetensors"
     name = hint if hint and not plan.repository else PurePosixPath(remote.name).name
     stem = re.sub(r"[^\w. ()+-]", "_", name.removesuffix(".safetensors")).lstrip(".") or "download"
     if plan.repository and stem in PLAIN_NAMES:

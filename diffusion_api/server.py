@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+    from diffusion_api.downloads import Downloads
+    from diffusion_api.lora_shop import LoraShop
     from diffusion_api.pull import Puller
     from diffusion_api.remote_pictures import RemotePictures
     from diffusion_api.webhooks import Webhooks
@@ -154,22 +156,47 @@ def build_remote_pictures(settings: Settings) -> RemotePictures | None:
     return RemotePictures(fetcher, max_bytes=settings.max_body)
 
 
-def build_puller(settings: Settings) -> Puller:
-    """What fetches models when it is asked to. Raises Misconfigured."""
+def build_downloads(settings: Settings, home: str) -> Downloads:
+    """What fetches files: from the host of that URL, which may have a path, and from where that leads. Raises Misconfigured."""
     from diffusion_api.downloads import Downloads
     from diffusion_api.fetch import Fetcher, origins
-    from diffusion_api.pull import Puller
 
-    endpoint = urlsplit(settings.hf_endpoint)  # that of a mirror may have a path
+    first = urlsplit(home)
     fetcher = Fetcher(
-        origins(f"{endpoint.scheme}://{endpoint.netloc},{settings.pull_hosts}"),
+        origins(f"{first.scheme}://{first.netloc},{settings.pull_hosts}"),
         public=True,
         proxy=settings.pull_proxy or None,
         setting="DIFFUSION_API_PULL_HOSTS",
         total=PULL_PAUSE,
     )
+    return Downloads(fetcher)
+
+
+def build_puller(settings: Settings) -> Puller:
+    """What fetches models when it is asked to. Raises Misconfigured."""
+    from diffusion_api.pull import Puller
+
     token = settings.hf_token.get_secret_value()
-    return Puller(Downloads(fetcher), settings.home, endpoint=settings.hf_endpoint, token=token)
+    downloads = build_downloads(settings, settings.hf_endpoint)
+    return Puller(downloads, settings.home, endpoint=settings.hf_endpoint, token=token)
+
+
+def build_lora_shop(settings: Settings, library: Library) -> LoraShop:
+    """What adds LoRAs when it is asked to. Raises Misconfigured."""
+    from diffusion_api.lora_shop import LoraShop
+    from diffusion_api.pull import Puller
+
+    downloads = build_downloads(settings, settings.civitai_url)
+    return LoraShop(
+        downloads,
+        Puller(downloads, settings.home, endpoint=settings.hf_endpoint),
+        library,
+        settings.home,
+        endpoint=settings.civitai_url,
+        key=settings.civit_key.get_secret_value(),
+        limit=int(settings.max_lora_mb * MIB),
+        seconds=settings.lora_seconds,
+    )
 
 
 def build_sweeper(settings: Settings, queue: Queue, outputs: Outputs) -> Sweeper:
@@ -233,8 +260,8 @@ def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Ser
     access = build_access(settings)
     links = Links(lambda: access.secret)
     service = Service(
-        settings, library, queue, outputs, engine,
-        pace=pace, webhooks=webhooks, links=links, remote=build_remote_pictures(settings),
+        settings, library, queue, outputs, engine, pace=pace, webhooks=webhooks, links=links,
+        remote=build_remote_pictures(settings), shop=partial(build_lora_shop, settings, library),
     )  # fmt: skip
     hand: Worker | Supervisor | None = None
     if engine:
@@ -288,11 +315,12 @@ def build_supervisor(settings: Settings, queue: Queue) -> Supervisor:
 def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
     """Serve until told to stop: SIGINT or SIGTERM drain, a second one ends at once. Raises Misconfigured."""
     logs.configure(settings)
-    listener = _adopt(handover.listener) if handover.listener else listen(settings.host, settings.port)
-    handover = handover.model_copy(update={"listener": listener.fileno()})
+    ports = (settings.port, *settings.also_listen)
+    listeners = [*map(_adopt, handover.listeners)] or [listen(settings.host, port) for port in ports]
+    handover = handover.model_copy(update={"listeners": tuple(each.fileno() for each in listeners)})
     scheme = "https" if settings.ssl_certfile else "http"
-    here = f"{scheme}://{_shown_host(settings.host)}:{listener.getsockname()[1]}"
-    url = settings.public_url.rstrip("/") or here
+    here = [f"{scheme}://{_shown_host(settings.host)}:{each.getsockname()[1]}" for each in listeners]
+    url = settings.public_url.rstrip("/") or here[0]
     settings.create_folders()
     _show_first_key(settings, url)
     serving = build(settings, worker=worker, handover=handover)
@@ -309,9 +337,9 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
         ssl_certfile=settings.ssl_certfile,
     )
     _load(config)
-    log.info("it listens on %s", here)
+    log.info("it listens on %s", ", ".join(here))
     greeting = _greeting(url, open_to_all=build_access(settings).open, model=settings.model)
-    Server(config, drain=serving.drain, greeting=greeting).run(sockets=[listener])
+    Server(config, drain=serving.drain, greeting=greeting).run(sockets=listeners)
     if serving.engine:
         leave(serving.engine)
 

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +43,11 @@ from diffusion_api.waiters import Waiters
 if TYPE_CHECKING:
     from diffusion_api.catalog.layouts import Kind
     from diffusion_api.catalog.library import Asset, Library, Model
+    from diffusion_api.catalog.lora_list import Listed
     from diffusion_api.catalog.styles import Style
     from diffusion_api.engine.base import Engine
     from diffusion_api.links import Links
+    from diffusion_api.lora_shop import LoraShop
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
     from diffusion_api.queues.base import Key, Place, Queue, Snapshot, Wanted
@@ -127,10 +129,14 @@ class Service:
         webhooks: Webhooks | None = None,
         links: Links | None = None,
         remote: RemotePictures | None = None,
+        shop: Callable[[], LoraShop] | None = None,
     ) -> None:
         self.settings = settings
         self._links = links
         self._remote = remote
+        self._build_shop = shop
+        self._shop: LoraShop | None = None
+        self._opening = threading.Lock()
         self._webhooks = webhooks
         self._library, self._queue, self._outputs, self._engine = library, queue, outputs, engine
         self._finder = Finder(library)
@@ -363,6 +369,15 @@ class Service:
         """The file of that kind that a caller means."""
         return self._library.find_asset(kind, name)
 
+    def lora_list(self) -> dict[str, Listed]:
+        """What is known of LoRAs by name: those of ``lora_list.json``, and those of which there is only the file."""
+        return self._library.lora_list()
+
+    async def add_lora(self, wanted: str) -> str:
+        """Have a LoRA of Civitai, by number or words: see :meth:`LoraShop.add`. Raises what that raises, and ShuttingDown."""
+        shop = await anyio.to_thread.run_sync(self._opened_shop)
+        return await shop.add(wanted)
+
     def told(self, kind: Kind, name: str, hashed: str | None) -> tuple[Asset | None, bool]:
         """The file that a text means: by the hash that it tells, else by its name; and whether it was the hash."""
         return self._finder.find(kind, name, hashed)
@@ -410,6 +425,9 @@ class Service:
     def close(self) -> None:
         """Let nobody wait any longer. May be called from any thread."""
         self._waiters.close()
+        with self._opening:
+            if self._shop:
+                self._shop.close()
 
     def readiness(self) -> Readiness:
         """Whether a job would be run if it was posted now. What it takes to find out is done every few seconds only."""
@@ -464,6 +482,16 @@ class Service:
             disk=self._usage.now(),
             warnings=(*(text for wrong, text in found if wrong), *readiness.reasons),
         )
+
+    def _opened_shop(self) -> LoraShop:
+        """The shop, which is built for the first who asks. Raises NotFound, ShuttingDown, Misconfigured."""
+        if self._build_shop is None:
+            raise NotFound("this service adds no LoRAs")
+        with self._opening:
+            if self._draining:
+                raise ShuttingDown(SHUTTING_DOWN)
+            self._shop = self._shop or self._build_shop()
+            return self._shop
 
     def _found(self, job_id: str, snapshot: Snapshot | None) -> Snapshot:
         if snapshot is None:

@@ -26,6 +26,10 @@ def _paths(value: Any) -> Any:
     return tuple(Path(part.strip()).expanduser() for part in parts if part.strip())
 
 
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name):
         raise ValueError("one of auto, cpu, cuda, cuda:0, cuda:1, ..., mps is allowed")
@@ -38,6 +42,13 @@ def _adapter(path: str) -> str:
     return place.parent.name if place.stem == "pytorch_lora_weights" else place.name
 
 
+def _ports(value: Any) -> Any:
+    """One text of several ports in parts."""
+    return tuple(part for part in value.replace(",", " ").split()) if isinstance(value, str) else value
+
+
+Port: TypeAlias = Annotated[int, Field(ge=0, le=65535)]
+Ports: TypeAlias = Annotated[tuple[Port, ...], NoDecode, BeforeValidator(_ports)]
 Paths: TypeAlias = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)]
 
 
@@ -49,12 +60,29 @@ class Settings(BaseSettings):
     )
 
     home: Path = Field(default=Path("."), description="folder that holds stable_diffusion/, queue/ and outputs/")
-    host: str = Field(default="127.0.0.1", description="address to listen on")
-    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="how much is logged")
+    host: str = Field(
+        default="127.0.0.1",
+        validation_alias=AliasChoices(PREFIX + "HOST", "API_HOST"),
+        description="address to listen on",
+    )
+    port: Port = Field(
+        default=8000,
+        validation_alias=AliasChoices(PREFIX + "PORT", "API_PORT"),
+        description="port to listen on; 0 takes a free one",
+    )
+    also_listen: Ports = Field(default=(), description="more ports that answer in the same way, with commas")
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
+        default="info",
+        validation_alias=AliasChoices(PREFIX + "LOG_LEVEL", "LOG_LEVEL"),
+        description="how much is logged",
+    )
     log_format: Literal["plain", "json"] = Field(default="plain", description="form of a log line")
     log_prompts: bool = Field(default=False, description="let prompts into the log")
-    log_file: Path | None = Field(default=None, description="a file that gets the log too, below home if relative")
+    log_file: Path | None = Field(
+        default=None,
+        validation_alias=AliasChoices(PREFIX + "LOG_FILE", "LOG_FILE"),
+        description="a file that gets the log too, below home if relative",
+    )
     log_file_mb: int = Field(default=10, ge=1, description="MiB after which a new log file is begun")
     log_file_count: int = Field(default=5, ge=1, description="older log files that are kept")
 
@@ -107,7 +135,12 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices(PREFIX + "SECRET_KEY", "SECRET_KEY"),
         description="what tokens are signed with; empty: one that is made and kept in access/",
     )
-    requests_per_minute: int = Field(default=0, ge=0, description="requests of one caller in a minute; 0 is no limit")
+    requests_per_minute: int = Field(
+        default=0,
+        ge=0,
+        validation_alias=AliasChoices(PREFIX + "REQUESTS_PER_MINUTE", "RATE_LIMIT_REQUESTS"),
+        description="requests of one caller in a minute; 0 is no limit",
+    )
     pixels_per_minute: int = Field(
         default=0, ge=0, description="pixels that one caller may ask for in a minute; 0 is no limit"
     )
@@ -134,6 +167,7 @@ class Settings(BaseSettings):
     )
     models_from: Paths = Field(
         default=(),
+        validation_alias=AliasChoices(PREFIX + "MODELS_FROM", "MODEL_CACHE_DIR"),
         description="folders of other programs whose models, LoRAs and so on are listed too, and only read; "
         f"separated by {os.pathsep!r} or commas",
     )
@@ -204,6 +238,18 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices(PREFIX + "HF_TOKEN", "HF_TOKEN"),
         description="what opens gated and private models of the hub",
     )
+    civitai_url: str = Field(
+        default="https://civitai.com",
+        pattern=r"^https?://[^/]+",
+        description="where LoRAs are looked up and fetched from, or a mirror of it",
+    )
+    civit_key: SecretStr = Field(
+        default=SecretStr(""),
+        validation_alias=AliasChoices(PREFIX + "CIVIT_KEY", "CIVIT_KEY", "CIVITAI_API_KEY"),
+        description="what opens LoRAs there that are for those who sign in",
+    )
+    max_lora_mb: float = Field(default=2048, gt=0, description="MiB of one LoRA that is fetched from there")
+    lora_seconds: float = Field(default=1800, gt=0, description="seconds that one of them may take to come")
     pull_hosts: str = Field(
         default="",
         description="hosts that `pull` may be led to beside public ones, separated by commas: private mirrors",
@@ -283,11 +329,15 @@ def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
         if flags.get(name) is not None:
             found[name] = "flag"
             continue
-        own = PREFIX + name.upper()
-        if name in environment:
-            found[name] = own
-        elif own in environment:  # one that has the name of others too, such as HF_TOKEN
-            found[name] = own if own in os.environ else name.upper()
+        names = _variables(name)
+        if {name, *names} & set(environment):
+            found[name] = next((variable for variable in names if variable in os.environ), names[0])
         else:
-            found[name] = ".env" if {name, own} & set(dotenv) else "default"
+            found[name] = ".env" if {name, *names} & set(dotenv) else "default"
     return found
+
+
+def _variables(name: str) -> list[str]:
+    """The variables that a setting is read from: our own, and those that other programs have for the same."""
+    alias = Settings.model_fields[name].validation_alias
+    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [PREFIX + name.upper()]

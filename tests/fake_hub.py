@@ -29,7 +29,8 @@ class Repository:
 @dataclass
 class Hub:
     """The hub and the host of its large files. ``faults`` befall the next requests for large files, one each: ``cut:N``
-    after N bytes, ``status:429``, ``html``, ``wrong`` (other bytes), ``no-range``, ``name:x`` (what the host calls it).
+    after N bytes, ``slow:N`` seconds of nothing in its middle, ``status:429``, ``html``, ``wrong`` (other bytes),
+    ``no-range``, ``name:x`` (what the host calls it).
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -38,6 +39,8 @@ class Hub:
     heard: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     url: str = ""
     cdn: str = ""
+    stopped: threading.Event = field(default_factory=threading.Event)
+    """Set, it lets nobody wait any longer."""
 
     def blob(self, digest: str) -> bytes:
         """The large file with that SHA-256."""
@@ -123,18 +126,27 @@ def hub(**repositories: Repository) -> Iterator[Hub]:
                     return
                 headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             body = content[start:]
-            self.answer(206 if start else 200, body, headers, cut=int(value) if kind == "cut" else None)
+            slow = float(value) if kind == "slow" else 0
+            self.answer(206 if start else 200, body, headers, cut=int(value) if kind == "cut" else None, slow=slow)
 
         def refuse(self, status: int, code: str = "") -> None:
             self.answer(status, b"{}", {"X-Error-Code": code} if code else {})
 
-        def answer(self, status: int, body: bytes, headers: dict[str, Any], cut: int | None = None) -> None:
+        def answer(
+            self, status: int, body: bytes, headers: dict[str, Any], cut: int | None = None, slow: float = 0
+        ) -> None:
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body if cut is None else body[:cut])
+            if slow:
+                half = len(body) // 2
+                self.wfile.write(body[:half])
+                body = body[half:]
+                state.stopped.wait(slow)
+            with contextlib.suppress(OSError):  # who asked did not wait
+                self.wfile.write(body if cut is None else body[:cut])
             if cut is not None:
                 self.close_connection = True
 
@@ -151,6 +163,7 @@ def hub(**repositories: Repository) -> Iterator[Hub]:
     try:
         yield state
     finally:
+        state.stopped.set()
         for each, thread in zip(servers, threads, strict=True):
             each.shutdown()
             each.server_close()

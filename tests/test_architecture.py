@@ -41,7 +41,7 @@ LAYERS = (
     ("worker", "waiters", "sweeper"),
     ("presence", "pace", "restart"),
     ("metrics",),
-    ("webhooks", "pull", "downloads", "fetch", "quotas", "links", "remote_pictures"),
+    ("webhooks", "lora_shop", "pull", "downloads", "fetch", "quotas", "links", "remote_pictures"),
     ("queues",),
     ("outputs", "blobs"),
     ("engine",),

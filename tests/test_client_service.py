@@ -23,6 +23,7 @@ from diffusion_api.client import (
     BadRequest,
     Busy,
     Client,
+    Event,
     JobCancelled,
     JobFailed,
     NotAllowed,
@@ -87,6 +88,66 @@ def test_a_job_is_posted_watched_and_saved(call: Call, tmp_path: Path) -> None:
     assert Image.open(path).size == (64, 64)
 
 
+def told_at_once(url: str, job_id: str) -> list[Event]:
+    with Client(url) as client:
+        return list(client.events(job_id))
+
+
+def told_awaited(url: str, job_id: str) -> list[Event]:
+    async def listen() -> list[Event]:
+        async with AsyncClient(url) as client:
+            return [event async for event in client.events(job_id)]
+
+    return asyncio.run(listen())
+
+
+@pytest.mark.parametrize("listen", [told_at_once, told_awaited])
+def test_a_job_tells_what_happens_to_it_until_its_end(
+    server: Program, listen: Callable[[str, str], list[Event]]
+) -> None:
+    with Client(server.url) as client:
+        job = client.txt2img(prompt="stub:seconds=0.05", steps=8, preview_every=2, model="small")
+    events = listen(server.url, job.job_id)
+    assert {event.name for event in events} == {"state", "progress", "preview"}
+    assert [event.last for event in events] == [False] * (len(events) - 1) + [True]
+    assert events[-1].data["state"] == "done"
+    shown = next(event.data["preview"] for event in events if event.name == "preview")
+    assert Image.open(io.BytesIO(base64.b64decode(shown))).format == "JPEG"
+    with pytest.raises(NotThere):
+        listen(server.url, "nobody")
+    with pytest.raises(Unavailable):
+        listen("http://127.0.0.1:9", job.job_id)
+
+
+@pytest.mark.parametrize("listen", [told_at_once, told_awaited])
+def test_events_that_break_off_are_an_error(tmp_path: Path, listen: Callable[[str, str], list[Event]]) -> None:
+    with serving(tmp_path / "home") as program:
+        diffusers_folder(tmp_path / "home" / "stable_diffusion" / "models" / "small", sample_size=8)
+        job_id = program.submit(prompt="stub:seconds=0.2", steps=100, model="small")
+        threading.Timer(1, program.kill).start()
+        with pytest.raises(Unavailable):
+            listen(program.url, job_id)
+
+
+def test_a_picture_is_read_and_made_again(call: Call) -> None:
+    job = call("txt2img", prompt="a lighthouse", steps=4, seed=42, fileType="png", model="small")
+    call("result", job.job_id)
+    info = call("img_info", call("picture", job.job_id))
+    assert info["parameters"]["Seed"] == 42
+    again = call("reproduce", job.job_id, key=f"again-{job.job_id}")
+    assert call("reproduce", job.job_id, key=f"again-{job.job_id}") == again
+    assert call("result", again.job_id)["reproduces"] == {"job_id": job.job_id, "matched": True, "differences": []}
+
+
+def test_an_admin_pauses_resumes_and_loads(call: Call) -> None:
+    call("pause")
+    with pytest.raises(Busy, match="paused"):
+        call("ready")
+    call("resume")
+    assert call("ready")["ready"] is True
+    assert call("load", "SMALL") == "small"
+
+
 def test_several_pictures_are_saved_by_number(call: Call, tmp_path: Path) -> None:
     job = call("txt2img", prompt="two", steps=1, n=2)
     assert "image" not in call("result", job.job_id, pictures=False)
@@ -97,6 +158,7 @@ def test_several_pictures_are_saved_by_number(call: Call, tmp_path: Path) -> Non
 
 
 def test_what_is_installed_is_listed(call: Call) -> None:
+    assert "MeinaMix V11" in [row["label"] for row in call("aliases")]
     assert call("hello") == {"ok": True}
     assert "small" in [row["name"] for row in call("models")]
     assert call("upscalers")[0]["name"] == "Latent"
@@ -181,10 +243,11 @@ def test_many_jobs_are_awaited_at_a_time(server: Program) -> None:
 
 def test_the_programs_of_the_page_run(server: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "clients.md").read_text("utf-8")
-    blocking, awaiting = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(programs) == 3
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    for program in (blocking, awaiting):
+    for program in programs:
         exec(program.replace("http://127.0.0.1:8000", server.url), names)
     assert Image.open(names["path"]).size == (64, 64)
     assert base64.b64decode(names["status"]["image"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from serving import ROOT
 from diffusion_api import cli
 from diffusion_api.catalog import samplers
 from diffusion_api.dialects.native.bodies import Img2ImgBody, Txt2ImgBody, UpscaleBody
+from diffusion_api.server import build_app
 from diffusion_api.settings import Settings
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -52,8 +54,29 @@ def test_the_operating_guide_names_no_setting_that_does_not_exist() -> None:
     assert {n.lower() for n in named} <= set(Settings.model_fields)
 
 
-def test_the_api_page_names_every_field() -> None:
-    text = (ROOT / "docs" / "native.md").read_text("utf-8")
+UNWRITTEN = {
+    f"{method} {path}"
+    for method, path in (
+        ("POST", "/post_config"),
+        *(("GET", f"/{name}") for name in ("buffer_status", "get_implemented_parameters", "get_model_embedding")),
+        ("GET", "/get_available_stable_diffs"),
+    )
+}
+"""Routes whose page comes with the rest of their API."""
+
+
+def test_every_route_has_a_page() -> None:
+    with tempfile.TemporaryDirectory() as home:
+        document = build_app(Settings(home=Path(home), engine="stub"), worker=False).openapi()
+    routes = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
+    pages = "\n".join(page.read_text("utf-8") for page in PAGES)
+    headings = re.findall(r"^##+ (.*)$", pages, re.MULTILINE)
+    named = {route for heading in headings for route in re.findall(r"(?:GET|POST|DELETE|PUT|PATCH) /[^\s,`]*", heading)}
+    assert routes - named - UNWRITTEN == set()
+
+
+def test_the_page_of_the_jobs_names_every_field() -> None:
+    text = (ROOT / "docs" / "jobs.md").read_text("utf-8")
     bodies = (Txt2ImgBody, Img2ImgBody, UpscaleBody)
     assert [name for body in bodies for name in body.model_fields if f"`{name}`" not in text] == []
 

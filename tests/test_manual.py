@@ -1,11 +1,13 @@
-"""The page of the native API: every example runs, and is answered with the fields that the page shows."""
+"""The pages of the APIs: every example runs, and is answered with the fields that the page shows."""
 
 from __future__ import annotations
 
 import base64
 import json
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,19 @@ import pytest
 from PIL import Image
 from serving import ROOT, Program, eventually
 
-from diffusion_api import images
+from diffusion_api.dialects.native import bodies
 
-PAGE = (ROOT / "docs" / "native.md").read_text("utf-8")
-EXAMPLES = re.findall(r"```bash\n(.*?)\n```(?:\n\n```json\n(.*?)\n```)?", PAGE, re.DOTALL)
+NAMES = ("native", "jobs", "results", "metadata", "catalog", "service", "backend-api")
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in NAMES}
+ALL = "\n".join(PAGES.values())
+EXAMPLES = re.findall(r"```bash\n(.*?)\n```(?:\n\n```json\n(.*?)\n```)?", ALL, re.DOTALL)
 EXAMPLE_URL = "http://127.0.0.1:8000"
+
+
+def programs(language: str) -> list[Any]:
+    """The programs of the pages in this language."""
+    found = [(name, text) for name in NAMES for text in re.findall(rf"```{language}\n(.*?)```", PAGES[name], re.DOTALL)]
+    return [pytest.param(text, id=f"{name}-{number}") for number, (name, text) in enumerate(found)]
 
 
 def shape(value: Any) -> Any:
@@ -47,13 +57,13 @@ def folder(stub_server: Program, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.parametrize(("command", "documented"), EXAMPLES, ids=[command[:60] for command, _ in EXAMPLES])
-def test_an_example_of_the_page_is_answered_as_it_says(
+def test_an_example_of_the_pages_is_answered_as_it_says(
     stub_server: Program, folder: Path, command: str, documented: str
 ) -> None:
     job_id = ""
-    if "$JOB" in command:
+    if "$JOB" in command and "JOB=" not in command:
         job_id = stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=40)
-        state = "done" if "reproduce" in command else "processing"
+        state = "done" if re.search("reproduce|image -o", command) else "processing"
         eventually(lambda: stub_server.status(job_id)["state"] == state, f"the job to be {state}")
     done = subprocess.run(
         ["bash", "-euc", command.replace(EXAMPLE_URL, stub_server.url)],
@@ -64,6 +74,12 @@ def test_an_example_of_the_page_is_answered_as_it_says(
         timeout=120,
         check=True,
     )
+    if "events" in command:
+        assert re.findall(r"^(\w+):", done.stdout, re.MULTILINE)[-3:] == ["id", "event", "data"]
+        return
+    if "-o picture.jpg" in command:
+        assert Image.open(folder / "picture.jpg").size == (64, 64)
+        return
     answer = json.loads(done.stdout)
     if documented:
         assert shape(answer) == shape(json.loads(documented))
@@ -71,17 +87,43 @@ def test_an_example_of_the_page_is_answered_as_it_says(
         assert answer["image"]
 
 
-def test_the_page_names_every_route(stub_server: Program) -> None:
-    document = stub_server.get("/openapi.json").json()
-    routes = [f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods]
-    headings = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
-    assert [route for route in routes if not any(route in heading.split(", ") for heading in headings)] == []
+@pytest.mark.parametrize("program", programs("python"))
+def test_a_python_program_of_the_pages_runs(stub_server: Program, folder: Path, program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program.replace(EXAMPLE_URL, stub_server.url)],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
-def test_the_page_names_every_field_of_every_answer(stub_server: Program) -> None:
+@pytest.mark.skipif(shutil.which("node") is None, reason="Node.js is not installed")
+@pytest.mark.parametrize("program", programs("javascript"))
+def test_a_javascript_program_of_the_pages_runs(stub_server: Program, folder: Path, program: str) -> None:
+    (folder / "program.mjs").write_text(program.replace(EXAMPLE_URL, stub_server.url))
+    done = subprocess.run(["node", "program.mjs"], cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_has_examples_for_curl_python_and_javascript(name: str) -> None:
+    assert re.search(r"```bash\n[^`]*curl ", PAGES[name])
+    assert {"python", "javascript"} <= set(re.findall(r"^```(\w+)", PAGES[name], re.MULTILINE))
+    assert f"docs/{name}.md" in (ROOT / "README.md").read_text("utf-8")
+    assert f"{name}.md" in PAGES["native"] or name == "native"
+
+
+def test_the_pages_name_every_field_of_every_answer(stub_server: Program) -> None:
     schemas = stub_server.get("/openapi.json").json()["components"]["schemas"]
-    fields = {name for schema in schemas.values() for name in schema.get("properties", {})}
-    assert sorted(name for name in fields if f"`{name}`" not in PAGE and f'"{name}"' not in PAGE) == []
+    own = [schema for name, schema in schemas.items() if hasattr(bodies, name)]
+    fields = {name for schema in own for name in schema.get("properties", {})}
+    assert len(fields) > 100
+    assert sorted(name for name in fields if f"`{name}`" not in ALL and f'"{name}"' not in ALL) == []
 
 
 def test_the_page_names_every_refusal(stub_server: Program) -> None:
@@ -93,12 +135,5 @@ def test_the_page_names_every_refusal(stub_server: Program) -> None:
         for status in operation["responses"]
         if status not in ("200", "default")
     }
-    table = PAGE[PAGE.index("## Refusals") :]
+    table = PAGES["native"][PAGES["native"].index("## Refusals") :]
     assert sorted(status for status in statuses if status not in table) == []
-
-
-def test_the_program_of_the_page_runs(stub_server: Program) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(program.replace(EXAMPLE_URL, stub_server.url), names)
-    assert images.decode(names["picture"], max_pixels=2**24).size == (512, 512)

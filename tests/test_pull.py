@@ -234,7 +234,7 @@ def test_a_cut_connection_goes_on_where_it_was_cut(setup: Setup) -> None:
 
 def test_another_process_goes_on_where_the_first_one_ended(setup: Setup) -> None:
     setup.hub.faults = ["cut:1000", *["cut:0"] * downloads.TRIES]
-    with pytest.raises(Unreachable, match=r"style.safetensors .*the same command goes on from there later"):
+    with pytest.raises(Unreachable, match=r"style.safetensors .*asked again later, it goes on from there"):
         setup.pull("org/style")
     assert [name for name in setup.files() if name.endswith(".part")]
     assert Library(setup.home, setup.home / "stable_diffusion" / "models").assets("lora") == []

@@ -127,15 +127,22 @@ def test_the_compiler_knows_the_fields(tsc: list[object], compiled: Path, tmp_pa
         assert (mistake in found) if mistake else not found, told
 
 
-def test_the_program_of_the_page_compiles_and_runs(server: Program, tsc: list[object], compiled: Path) -> None:
-    page = (ROOT / "docs" / "clients.md").read_text("utf-8")
-    (program,) = re.findall(r"```typescript\n(.*?)```", page, re.DOTALL)
+PAGE = (ROOT / "docs" / "clients.md").read_text("utf-8")
+SHOWN = (r"(\d+(\.\d+)?\n)+\d+ image/png 64\n", r"(\d+\n|\w+ \d+(\.\d+)?\n)+")
+
+
+@pytest.mark.parametrize(
+    ("program", "prints"), [*zip(re.findall(r"```typescript\n(.*?)```", PAGE, re.DOTALL), SHOWN, strict=True)]
+)
+def test_a_program_of_the_page_compiles_and_runs(
+    server: Program, tsc: list[object], compiled: Path, program: str, prints: str
+) -> None:
     (compiled / "page.ts").write_text(program.replace("http://127.0.0.1:8000", server.url))
     options = ("--strict", "--target", "ES2022", "--module", "ES2022", "--moduleResolution", "bundler")
     done = run(*tsc, *options, "page.ts", cwd=compiled)
     assert done.returncode == 0, done.stdout
     shown = run("node", "page.js", cwd=compiled)
-    assert re.fullmatch(r"(\d+(\.\d+)?\n)+\d+ image/png 64\n", shown.stdout), shown.stderr
+    assert re.fullmatch(prints, shown.stdout), shown.stderr
 
 
 PROGRAM = """
@@ -175,8 +182,29 @@ const shown = await fetch(new URL(done.image_url, process.argv[2]));
 said.shown = shown.headers.get("Content-Type");
 said.detail = (await client.getJobStatus(slow.job_id)).detail;
 said.samplers = (await client.getSamplingMethods()).sampling_methods.includes("Euler a");
+
+const told = await client.txt2img({ prompt: "stub:seconds=0.05", steps: 8, preview_every: 2, model: "small" });
+const events = [];
+for await (const event of client.events(told.job_id)) events.push(event);
+said.events = [[...new Set(events.map((event) => event.name))].sort(), events.at(-1).status.state];
+said.preview = atob(events.find((event) => event.name === "preview").preview).slice(6, 10);
+said.no_events = await caught(client.events("nobody").next());
+said.info = (await client.getImageInfo(await toBase64(picture))).parameters.Seed;
+const made = await client.reproduce(job.job_id);
+said.matched = (await client.result(made.job_id)).reproduces.matched;
+await client.pause();
+said.paused = (await client.getHealth()).queue.paused;
+await client.resume();
+said.loaded = await client.loadModel("SMALL");
+said.label = (await client.getModelAliases()).models.some((model) => model.label === "MeinaMix V11");
 console.log(JSON.stringify(said));
 """
+
+
+def test_the_page_names_every_method_of_the_client() -> None:
+    methods = set(re.findall(r"^  (?:async )?\*?(\w+)\(.*\{$", SOURCE, re.MULTILINE)) - {"constructor"}
+    assert len(methods) > 20
+    assert [name for name in methods if f"`{name}`" not in PAGE] == []
 
 
 def test_node_runs_the_client(server: Program, compiled: Path) -> None:
@@ -185,10 +213,13 @@ def test_node_runs_the_client(server: Program, compiled: Path) -> None:
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     refused, missing, failed = said.pop("refused"), said.pop("missing"), said.pop("failed")
+    assert said.pop("no_events")[1].endswith("(HTTP 404)")
     assert said == {
         **{"again": True, "seed": 7, "last": "done", "left_out": True, "picture": ["image/png", True], "drawn": "done"},
         **{"listed": [True, True], "cancelled": True, "models": ["small"], "upscaler": "Latent", "loras": 0},
         **{"samplers": True, "capable": ["small", "txt2img"], "shown": "image/png", "detail": "cancelled"},
+        **{"events": [["preview", "progress", "state"], "done"], "preview": "JFIF", "info": 8, "matched": True},
+        **{"paused": True, "loaded": "small", "label": True},
     }
     assert failed == ["JobFailed", failed[1]]
     assert failed[1].endswith("ended without a picture: cancelled")

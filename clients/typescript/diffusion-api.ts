@@ -38,6 +38,7 @@ export interface HiresConfig {
 export interface JobRequest {
   fileType?: "jpg" | "png" | "webp" | "avif" | "gif";
   jpeg_quality?: number;
+  lossless?: boolean;
   priority?: number;
   deadline?: number;
   webhook?: string;
@@ -78,12 +79,20 @@ export interface SamplingRequest extends JobRequest {
   refiner_checkpoint?: string | null;
   refiner_switch_at?: number;
   tiling?: boolean;
+  sigma_min?: number;
+  sigma_max?: number;
+  rho?: number;
+  /** Steps after which there is a small picture of what is drawn. */
+  preview_every?: number;
 }
 
 /** @openapi Txt2ImgBody */
 export interface Txt2ImgRequest extends SamplingRequest {
-  prompt: string;
+  /** May be left out where `image` or `infotext` says it. */
+  prompt?: string;
   hires?: HiresConfig;
+  /** A picture in base64 or as a data URL, whose infotext says all that is left out here. */
+  image?: string;
 }
 
 /** @openapi Img2ImgBody */
@@ -95,6 +104,8 @@ export interface Img2ImgRequest extends SamplingRequest {
   resize_mode?: "just resize" | "crop and resize" | "resize and fill" | "latent";
   resize_to?: { width?: number; height?: number };
   resize_by?: number | { width?: number; height?: number };
+  initial_noise_multiplier?: number;
+  apply_loras?: boolean;
 }
 
 /** @openapi Img2ImgBody */
@@ -144,6 +155,13 @@ export interface JobStatus {
   /** There, and true, once it was cancelled; `state` is "error" then. */
   cancelled?: boolean;
   warnings?: string[];
+  /** While it runs, with `preview_every`: a small JPEG in base64. */
+  preview?: string;
+  webhook?: Record<string, unknown>;
+  /** For a job that makes another one again. */
+  reproduces?: { job_id: string; matched: boolean | null; differences: string[] } | null;
+  loras_applied?: { name: string; scale: number; text_scale: number | null }[];
+  loras_skipped?: { name: string; reason: string }[];
   payload?: Record<string, unknown>;
   /** The file in base64; left out unless `image` was asked for. */
   image?: string | null;
@@ -161,6 +179,11 @@ export interface JobStatus {
   memory_before_mb?: number;
   memory_after_mb?: number;
   seed?: number | null;
+  memory_steps?: string[];
+  denoising_strength?: number;
+  resize_mode?: string;
+  resize_to?: { width?: number | null; height?: number | null } | null;
+  resize_by?: number | { width?: number; height?: number } | null;
 }
 
 /** @openapi JobRow */
@@ -203,6 +226,7 @@ export interface ModelInfo {
   type: "standard" | "sdxl";
   path: string;
   family: string;
+  pickled: boolean;
 }
 
 /** @openapi ModelsBody */
@@ -220,6 +244,7 @@ export interface LoRAInfo {
   trigger_words: string[];
   hash: string | null;
   autov2: string | null;
+  pickled: boolean;
 }
 
 /** @openapi LorasBody */
@@ -249,6 +274,8 @@ export interface UpscalerInfo {
   path: string;
   type: "internal" | "external";
   description: string;
+  size_mb: number;
+  pickled?: boolean;
 }
 
 /** @openapi UpscalersBody */
@@ -263,6 +290,53 @@ export interface SamplingMethodsResponse {
   sampling_methods: string[];
   scheduler_types: string[];
 }
+
+/** @openapi LabelBody */
+export interface ModelLabel {
+  name: string;
+  label: string;
+  installed: boolean;
+}
+
+/** @openapi LabelsBody */
+export interface ModelLabelsResponse {
+  status: "success";
+  models: ModelLabel[];
+  message: string;
+}
+
+/** @openapi InfoBody */
+export interface ImageInfo {
+  status: "success";
+  /** The infotext as it was written; empty when there is none. */
+  info: string;
+  items: Record<string, string>;
+  parameters: Record<string, unknown>;
+  format: string;
+  width: number;
+  height: number;
+}
+
+/** @openapi HealthBody */
+export interface Health {
+  status: "healthy" | "warning" | "error";
+  /** Epoch seconds. */
+  timestamp: number;
+  version?: string;
+  system?: Record<string, number>;
+  gpu?: { device_name: string; [fact: string]: unknown };
+  workers?: Record<string, unknown>[];
+  models?: { count: number; directory: string };
+  loras?: { count: number; directory: string };
+  queue?: { active_jobs: number | null; paused: boolean; directory: string };
+  outputs?: { available: boolean; free_space_gb: number; directory: string };
+  warnings?: string[];
+}
+
+/** What happened to a job. */
+export type JobEvent =
+  | { name: "state" | "progress"; status: JobStatus }
+  | { name: "preview"; /** A small JPEG in base64. */ preview: string };
 
 /** The service refused; `message` is its own text: the field, the value and the choices. */
 export class ApiError extends Error {
@@ -367,6 +441,66 @@ export class DiffusionAPIClient {
     return status;
   }
 
+  /**
+   * What happens to a job, from how it stands now to its end, as it happens. Throws when the connection breaks before that;
+   * asked again, it begins with how the job then stands.
+   */
+  async *events(jobId: string, signal?: AbortSignal): AsyncGenerator<JobEvent, void> {
+    const response = await this.#send("GET", "/queue/{job_id}/events", { params: { job_id: jobId }, signal });
+    const reader = response.body!.pipeThrough(new TextDecoderStream()).getReader();
+    try {
+      for (let text = ""; ; ) {
+        const { value, done } = await reader.read();
+        if (done) throw new Error(`the events of job ${jobId} broke off before its end`);
+        const blocks = (text + value).split("\n\n");
+        text = blocks.pop() ?? "";
+        for (const event of blocks.map(parsed)) {
+          if (event === undefined) continue;
+          yield event;
+          if (event.name === "state" && (event.status.state === "done" || event.status.state === "error")) return;
+        }
+      }
+    } finally {
+      await reader.cancel();
+    }
+  }
+
+  /** Makes the pictures of a done job again; `reproduces` in the new one's last status says whether they matched. */
+  reproduce(jobId: string, idempotencyKey: string = crypto.randomUUID()): Promise<SubmittedJob> {
+    const headers = { "Idempotency-Key": idempotencyKey };
+    return this.#json("POST", "/queue/{job_id}/reproduce", { params: { job_id: jobId }, headers });
+  }
+
+  /** What a picture in base64 says of itself. */
+  getImageInfo(image: string): Promise<ImageInfo> {
+    return this.#json("POST", "/img-info", { body: { image } });
+  }
+
+  /** Lets no job begin; only an admin may. */
+  async pause(): Promise<void> {
+    await this.#send("POST", "/queue/pause");
+  }
+
+  /** Lets jobs begin again; only an admin may. */
+  async resume(): Promise<void> {
+    await this.#send("POST", "/queue/resume");
+  }
+
+  /** Has a model loaded before a job asks for it, by any of its names; its own name. Only an admin may. */
+  async loadModel(model: string): Promise<string> {
+    return (await this.#json<{ model: string }>("POST", "/models/{name}/load", { params: { name: model } })).model;
+  }
+
+  /** How the service is. */
+  getHealth(): Promise<Health> {
+    return this.#json("GET", "/health");
+  }
+
+  /** The labels that may stand for names of models, installed or not. */
+  getModelAliases(): Promise<ModelLabelsResponse> {
+    return this.#json("GET", "/models/aliases");
+  }
+
   /** The file of a finished picture; `number` is which one of several, from 0. */
   async getImage(jobId: string, number = 0): Promise<Blob> {
     const params = { job_id: jobId, n: String(number) };
@@ -409,7 +543,7 @@ export class DiffusionAPIClient {
     return (await (await this.#send(method, path, call)).json()) as T;
   }
 
-  async #send(method: string, path: string, call: Call): Promise<Response> {
+  async #send(method: string, path: string, call: Call = {}): Promise<Response> {
     const filled = path.replace(/\{(\w+)\}/g, (_, name: string) => encodeURIComponent(call.params?.[name] ?? ""));
     const query = new URLSearchParams(call.query ?? []).toString();
     const headers: Record<string, string> = { ...call.headers };
@@ -439,6 +573,16 @@ export async function toBase64(picture: Blob | Uint8Array): Promise<string> {
     text += String.fromCharCode(...bytes.subarray(start, start + 0x8000));
   }
   return btoa(text);
+}
+
+/** An event from its text; undefined for a comment. */
+function parsed(block: string): JobEvent | undefined {
+  const lines = block.split("\n").map((line) => line.split(/: ?(.*)/s));
+  const field = (name: string) => lines.filter(([key]) => key === name).map(([, value]) => value).join("\n");
+  const name = field("event");
+  if (name === "state" || name === "progress") return { name, status: JSON.parse(field("data")) as JobStatus };
+  if (name === "preview") return { name, preview: (JSON.parse(field("data")) as { preview: string }).preview };
+  return undefined;
 }
 
 async function refusal(response: Response): Promise<ApiError> {

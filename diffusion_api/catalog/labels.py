@@ -28,6 +28,23 @@ LABELS = {
 
 SHIPPED = {"shapes": "Shapes (demo)"}
 
+BASE_MODELS = {
+    "SD 1.5": "runwayml/stable-diffusion-v1-5",
+    "SD 2.0": "stabilityai/stable-diffusion-2",
+    "SD 2.1": "stabilityai/stable-diffusion-2-1",
+    "SDXL 1.0": "stabilityai/stable-diffusion-xl-base-1.0",
+    "Flux.1 D": "black-forest-labs/FLUX.1-dev",
+}
+"""The base models of the configuration API: Civitai's word for each, and its name on the hub."""
+
+FAMILY_BASES = {
+    "sd1": BASE_MODELS["SD 1.5"],
+    "sd2": BASE_MODELS["SD 2.1"],
+    "sdxl": BASE_MODELS["SDXL 1.0"],
+    "flux": BASE_MODELS["Flux.1 D"],
+}
+"""The base model of each family."""
+
 
 def label(name: str) -> str:
     """The friendly name of a model; its own name when it has none."""

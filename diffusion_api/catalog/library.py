@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
-from diffusion_api.catalog import detect, pickles
+from diffusion_api import disk
+from diffusion_api.catalog import detect, lora_list, pickles
 from diffusion_api.catalog.hashes import Hashes
 from diffusion_api.catalog.kinds import family_of, kind_of
 from diffusion_api.catalog.labels import LABELS, Profile, label, loose, read_profiles, repository
@@ -55,7 +56,7 @@ CODE = (
 class Asset:
     """A file of weights; a folder only if it is a model. ``family`` is the one that it was made for, where that can be
     told; ``shown_path`` is for callers; ``stamp`` changes with the files, whose ``bytes`` are counted together.
-    ``told`` is what the file says of itself, of a LoRA.
+    ``told`` is what the file says of itself, of a LoRA, and ``listed`` what ``lora_list.json`` says of it.
     """
 
     kind: Kind
@@ -66,12 +67,18 @@ class Asset:
     stamp: int = 0
     bytes: int = 0
     told: Told = field(default_factory=Told)
+    listed: lora_list.Listed | None = None
     hashes: Hashes = field(default_factory=Hashes, repr=False, compare=False)
 
     @property
     def pickled(self) -> bool:
         """True for a format that can hold code: it is read as data only."""
         return self.path.is_file() and self.path.suffix.lower() != ".safetensors"
+
+    @property
+    def trigger_words(self) -> tuple[str, ...]:
+        """The words that call a LoRA: those that its maker published, else those in its file."""
+        return (self.listed.trigger_words if self.listed else ()) or self.told.trigger_words
 
     def hash_soon(self) -> None:
         """Have the hashes made on another thread, for one that may not wait."""
@@ -191,9 +198,11 @@ class Library:
         self._hashes = Hashes(home / "stable_diffusion" / ".hashes.json")
         self._lock = threading.Lock()
         self._scanned, self._took = float("-inf"), 0.0
+        self._seen: tuple[int, ...] = ()
         self._rows: dict[Kind, dict[str, Asset]] = {}
         self._recognised: dict[tuple[Path, Kind | None], tuple[int, _Facts | detect.Unrecognised | None]] = {}
         self._refused: dict[str, str] = {}
+        self._listed: dict[str, lora_list.Listed] = {}
         self._complaints: list[str] = []
         self._told: set[str] = set()
 
@@ -208,6 +217,16 @@ class Library:
     def find_asset(self, kind: Kind, name: str) -> Asset | None:
         """The file of that kind with that name, as callers write it: see :meth:`find`."""
         return _find(self.assets(kind), name)
+
+    def lora_list(self) -> dict[str, lora_list.Listed]:
+        """What is known of each LoRA by name: those of ``lora_list.json``, be their files here or not, and the other files."""
+        rows = self.assets("lora")
+        others = {
+            row.name: lora_list.Listed.of_file(row.shown_path, row.family, row.trigger_words)
+            for row in rows
+            if row.listed is None
+        }
+        return self._listed | others
 
     def styles_files(self) -> list[Path]:
         """The files of styles that A1111 would read: the home's before the others'."""
@@ -277,12 +296,20 @@ class Library:
 
     def _of(self, kind: Kind) -> list[Asset]:
         with self._lock:
-            started = time.monotonic()
-            if started - self._scanned > FRESH + LONG_SCAN * self._took:
-                self._rows = self._scan()
+            started, changed = time.monotonic(), self._changed()
+            if started - self._scanned > FRESH + LONG_SCAN * self._took or changed != self._seen:
+                self._rows, self._seen = self._scan(), changed
                 self._scanned = time.monotonic()
                 self._took = self._scanned - started
             return sorted(self._rows.get(kind, {}).values(), key=lambda row: row.name.lower())
+
+    def _changed(self) -> tuple[int, ...]:
+        """Something that is another once a file came into the home's own folders: such a one is found at once, by the
+        process that runs the jobs, too.
+        """
+        own = self._home / "stable_diffusion"
+        paths = (self._home / lora_list.NAME, *(own / name for name in OWN_FOLDERS))
+        return tuple(_modified(path) for path in paths)
 
     def _scan(self) -> dict[Kind, dict[str, Asset]]:
         rows: dict[Kind, dict[str, Asset]] = {}
@@ -298,6 +325,10 @@ class Library:
         for name, row in rows.get("model", {}).items():
             if isinstance(row, Model) and (profile := profiles.get(loose(name))):
                 rows["model"][name] = replace(row, profile=profile.over(row.profile))
+        self._listed = lora_list.read(self._home / lora_list.NAME, self._complain)
+        loras = rows.get("lora", {})
+        for name in loras.keys() & self._listed.keys():
+            loras[name] = replace(loras[name], listed=self._listed[name])
         return rows
 
     def _places(self) -> Iterable[Place]:
@@ -487,6 +518,14 @@ def _shown_as(roots: Iterable[Path]) -> list[tuple[Path, str]]:
 
 def _shown(folder: Path, home: Path) -> str:
     return folder.relative_to(home).as_posix()
+
+
+def _modified(path: Path) -> int:
+    """When something came to a folder or went from it; 0 without one."""
+    try:
+        return disk.modified(path)
+    except OSError:
+        return 0
 
 
 def _stamp(path: Path) -> tuple[int, int]:

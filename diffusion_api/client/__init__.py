@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -22,6 +23,7 @@ from diffusion_api.client.answers import (
     ApiError,
     BadRequest,
     Busy,
+    Event,
     JobCancelled,
     JobFailed,
     NotAllowed,
@@ -30,6 +32,7 @@ from diffusion_api.client.answers import (
     Status,
     Submitted,
     WrongState,
+    refusal,
 )
 from diffusion_api.client.flows import Ask, Flow, Kind, OnProgress, Pause
 from diffusion_api.errors import Unavailable
@@ -40,6 +43,7 @@ __all__ = [
     "BadRequest",
     "Busy",
     "Client",
+    "Event",
     "JobCancelled",
     "JobFailed",
     "Kind",
@@ -177,6 +181,57 @@ class Client:
         """
         return self._run(flows.save(job_id, to))
 
+    def events(self, job_id: str) -> Iterator[Event]:
+        """What happens to a job, from how it stands now to its end, as it happens.
+
+        Raises Unavailable when the connection breaks before that; asked again, it begins with how the job then stands.
+        """
+        reader = flows.Events()
+        try:
+            with self._http.stream("GET", f"{flows.path_of(job_id)}/events") as response:
+                if not response.is_success:
+                    response.read()
+                    raise refusal(response)
+                for line in response.iter_lines():
+                    if event := reader.read(line):
+                        yield event
+                        if event.last:
+                            return
+        except httpx.TransportError as error:
+            raise _silence(self._http.base_url, error) from error
+        raise Unavailable(f"the events of job {job_id} broke off before its end")
+
+    def reproduce(self, job_id: str, *, key: str | None = None) -> Submitted:
+        """Make the pictures of a done job again; ``reproduces`` in the new one's last status says whether they matched.
+
+        ``key`` is an Idempotency-Key of your own.
+        """
+        return self._run(flows.reproduce(job_id, key))
+
+    def img_info(self, image: Any) -> dict[str, Any]:
+        """What a picture says of itself; ``image`` may be base64, bytes or the path of a file."""
+        return self._run(flows.asked("/img-info", {"image": image}))
+
+    def pause(self) -> None:
+        """Let no job begin; only an admin may."""
+        self._run(flows.asked("/queue/pause"))
+
+    def resume(self) -> None:
+        """Let jobs begin again; only an admin may."""
+        self._run(flows.asked("/queue/resume"))
+
+    def load(self, model: str) -> str:
+        """Have a model loaded before a job asks for it, by any of its names; its own name. Only an admin may."""
+        return self._run(flows.load(model))
+
+    def ready(self) -> dict[str, Any]:
+        """Whether a job would be run now. Raises Busy with the reasons where it would not."""
+        return self._run(flows.told("/ready"))
+
+    def aliases(self) -> list[Row]:
+        """The labels that may stand for names of models, installed or not."""
+        return self._run(flows.rows("/models/aliases", "models"))
+
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
@@ -311,6 +366,51 @@ class AsyncClient:
         Raises OSError.
         """
         return await self._run(flows.save(job_id, to))
+
+    async def events(self, job_id: str) -> AsyncIterator[Event]:
+        """What happens to a job; see :meth:`Client.events`."""
+        reader = flows.Events()
+        try:
+            async with self._http.stream("GET", f"{flows.path_of(job_id)}/events") as response:
+                if not response.is_success:
+                    await response.aread()
+                    raise refusal(response)
+                async for line in response.aiter_lines():
+                    if event := reader.read(line):
+                        yield event
+                        if event.last:
+                            return
+        except httpx.TransportError as error:
+            raise _silence(self._http.base_url, error) from error
+        raise Unavailable(f"the events of job {job_id} broke off before its end")
+
+    async def reproduce(self, job_id: str, *, key: str | None = None) -> Submitted:
+        """Make the pictures of a done job again; see :meth:`Client.reproduce`."""
+        return await self._run(flows.reproduce(job_id, key))
+
+    async def img_info(self, image: Any) -> dict[str, Any]:
+        """What a picture says of itself; ``image`` may be base64, bytes or the path of a file."""
+        return await self._run(flows.asked("/img-info", {"image": image}))
+
+    async def pause(self) -> None:
+        """Let no job begin; only an admin may."""
+        await self._run(flows.asked("/queue/pause"))
+
+    async def resume(self) -> None:
+        """Let jobs begin again; only an admin may."""
+        await self._run(flows.asked("/queue/resume"))
+
+    async def load(self, model: str) -> str:
+        """Have a model loaded before a job asks for it, by any of its names; its own name. Only an admin may."""
+        return await self._run(flows.load(model))
+
+    async def ready(self) -> dict[str, Any]:
+        """Whether a job would be run now. Raises Busy with the reasons where it would not."""
+        return await self._run(flows.told("/ready"))
+
+    async def aliases(self) -> list[Row]:
+        """The labels that may stand for names of models, installed or not."""
+        return await self._run(flows.rows("/models/aliases", "models"))
 
     async def close(self) -> None:
         """Close the connections."""

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 import httpx
 
 from diffusion_api.errors import DiffusionApiError
+from diffusion_api.schema.job import State
 
 
 class ApiError(DiffusionApiError):
@@ -118,6 +119,21 @@ class Status(TypedDict, total=False):
     """While it waits or runs: seconds until it will probably have ended; None when that is not known."""
     cancelled: bool
     """There, and true, if it was cancelled: ``state`` is ``error`` then."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a job. ``name`` is ``state`` or ``progress``, and ``data`` then the status without pictures, or
+    ``preview``, with a small JPEG in base64 under that name.
+    """
+
+    name: str
+    data: dict[str, Any]
+
+    @property
+    def last(self) -> bool:
+        """Whether the job has ended."""
+        return self.name == "state" and State(self.data["state"]).terminal
 
 
 Row = dict[str, Any]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 import time
 import uuid
@@ -14,7 +15,18 @@ from urllib.parse import quote
 
 import httpx
 
-from diffusion_api.client.answers import JobCancelled, JobFailed, NotThere, Row, Status, Submitted, fields, refusal
+from diffusion_api.client.answers import (
+    ApiError,
+    Event,
+    JobCancelled,
+    JobFailed,
+    NotThere,
+    Row,
+    Status,
+    Submitted,
+    fields,
+    refusal,
+)
 from diffusion_api.errors import InvalidRequest
 from diffusion_api.schema.job import State
 
@@ -97,15 +109,36 @@ def rows(path: str, key: str) -> Flow[list[Row]]:
     return found
 
 
+def asked(path: str, body: Mapping[str, Any] | None = None) -> Flow[dict[str, Any]]:
+    """What a route answers to a POST that makes no job."""
+    return fields((yield Ask("POST", path, json=_sendable(body))))
+
+
+def load(model: str) -> Flow[str]:
+    """Have a model loaded, by any of its names; the name that it has at the service."""
+    name: str = (yield from asked(f"/models/{quote(model, safe='')}/load"))["model"]
+    return name
+
+
+def reproduce(job_id: str, key: str | None) -> Flow[Submitted]:
+    """Make the pictures of a job again."""
+    headers = {"Idempotency-Key": key or str(uuid.uuid4())}
+    return _submitted((yield Ask("POST", f"{path_of(job_id)}/reproduce", headers=headers)))
+
+
 def submit(kind: Kind, body: Mapping[str, Any], key: str | None) -> Flow[Submitted]:
     """Post a job under a key by which the service knows it again, so that it becomes one job however often it is sent.
 
     Raises InvalidRequest for a dry run, which is no job.
     """
     if body.get("dry_run"):
-        raise InvalidRequest("dry_run makes no job; POST it yourself, as docs/native.md shows", field="dry_run")
+        raise InvalidRequest("dry_run makes no job; POST it yourself, as docs/jobs.md shows", field="dry_run")
     headers = {"Idempotency-Key": key or str(uuid.uuid4())}
     response = yield Ask("POST", f"/{kind}", json=_sendable(body), headers=headers)
+    return _submitted(response)
+
+
+def _submitted(response: httpx.Response) -> Submitted:
     answer = fields(response)
     return Submitted(answer["job_id"], answer["status"], answer.get("seed"), tuple(answer.get("warnings", ())))
 
@@ -194,6 +227,29 @@ def save(job_id: str, to: Path) -> Flow[list[Path]]:
         path.write_bytes((yield from picture(job_id, number)))
         saved.append(path)
     return saved
+
+
+class Events:
+    """Reads the events of a job from the lines of a stream (HTML Living Standard, 9.2.6)."""
+
+    def __init__(self) -> None:
+        self._name, self._data = "", ""
+
+    def read(self, line: str) -> Event | None:
+        """The event that ends with this line, if one does. Raises ApiError for what is none of ours."""
+        name, _, text = line.partition(":")
+        if name == "event":
+            self._name = text.strip()
+        elif name == "data":
+            self._data += text.strip()
+        elif not line and self._data:
+            try:
+                event = Event(self._name, json.loads(self._data))
+            except ValueError as error:
+                raise ApiError(200, f"an event is no JSON: {self._data[:200]!r}") from error
+            self._data = ""
+            return event
+        return None
 
 
 def path_of(job_id: str) -> str:

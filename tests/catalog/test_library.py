@@ -253,12 +253,22 @@ def test_a_folder_that_is_no_model_is_told(
 def test_a_scan_is_believed_for_a_moment_and_then_made_again(
     models: Path, new_library: NewLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (models / "deep").mkdir()
     library = new_library()
     assert names(library) == []
-    diffusers_folder(models / "new")
+    diffusers_folder(models / "deep" / "new")
     assert names(library) == []
     monkeypatch.setattr(catalog, "FRESH", -1000)
     assert names(library) == ["new"]
+
+
+def test_what_comes_into_a_folder_of_the_home_is_found_at_once(models: Path, new_library: NewLibrary) -> None:
+    library = new_library()
+    assert library.find_asset("lora", "new") is None
+    checkpoint(models.with_name("loras") / "new.safetensors", fake_models.LORA_KEYS)
+    assert library.find_asset("lora", "new")
+    (models.with_name("loras") / "new.safetensors").unlink()
+    assert library.find_asset("lora", "new") is None
 
 
 # What a name means

@@ -83,7 +83,7 @@ def _lora_row(row: Asset) -> LoraRow:
         name=row.name,
         path=row.shown_path,
         family=row.family,
-        trigger_words=[*row.told.trigger_words],
+        trigger_words=[*row.trigger_words],
         hash=network,
         autov2=autov2,
         pickled=row.pickled,

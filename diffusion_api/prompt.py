@@ -24,12 +24,19 @@ GREATEST = 1e6
 STRONGER = 1.1
 """The weight of ``(x)``, and what ``[x]`` divides by."""
 
+MOST_SAID = 5
+"""Sentences about one prompt."""
+LONGEST = 60
+"""Characters of it that they show."""
+
 _COMMENT = re.compile(r"#[^\n]*")
 _NETWORK = re.compile(r"<(\w++):([^>]++)>")
 _AND = re.compile(r"\bAND\b")
 _BREAK = re.compile(r"\bBREAK\b\s*+")
 _NUMBER = r"[+-]?(?:[0-9]++\.?[0-9]*+|\.[0-9]++)"
 _WEIGHT = re.compile(rf":\s*+({_NUMBER})\s*+\Z")
+_LIKE_A_WEIGHT = re.compile(r":\s*+([^\s:()\[\]|<>]{1,60}+)\s*+\)")
+_LIKE_A_NUMBER = re.compile(r"[+-]?(?:[0-9.][0-9.,]*(?:[eE][+-]?[0-9]+)?|inf(?:inity)?|nan)", re.IGNORECASE)
 _WHEN = re.compile(rf"\s*+({_NUMBER}(?:[eE][+-]?[0-9]++)?)\s*+")
 _TOKEN = re.compile(r"\\.|[\[\]():|]|[^\\\[\]():|]++|\\")
 _ATTENTION = re.compile(rf"\\[()\[\]\\]|\\|[(\[]|:\s*+({_NUMBER})\s*+\)|[)\]]|[^\\()\[\]:]++|:")
@@ -220,6 +227,27 @@ def _each_network(replaced: Callable[[re.Match[str]], str], text: str) -> str:
     # What follows the last ">" would be searched again from each "<" in it.
     end = text.rfind(">") + 1
     return _NETWORK.sub(replaced, text[:end]) + text[end:]
+
+
+def misread(text: str) -> list[str]:
+    """What looks like a number in a prompt and is none: each as a sentence for its author, the first few of them."""
+    plain = uncommented(text)
+    found = [
+        f"prompt: {number!r} is no number for a weight, as 1.2 is one: it is read as words"
+        for number in _LIKE_A_WEIGHT.findall(plain)
+        if _LIKE_A_NUMBER.fullmatch(number) and not re.fullmatch(_NUMBER, number)
+    ]
+    for tag in _NETWORK.finditer(plain):
+        wrong = [part for part in _strengths(tag[2]) if not re.fullmatch(_NUMBER, part.strip())]
+        found += [f"prompt: {part[:LONGEST]!r} in {tag[0][:LONGEST]!r} is no number; 1 is used" for part in wrong]
+    return found[:MOST_SAID]
+
+
+def _strengths(content: str) -> list[str]:
+    """What a network says of its strengths, as written."""
+    arguments = content.split(":")
+    named = [part.partition("=")[2] for part in arguments if part.startswith(("te=", "unet="))]
+    return [part for part in arguments[1:3] if "=" not in part] + named
 
 
 def _network(kind: str, content: str) -> Network:

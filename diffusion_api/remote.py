@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,18 +22,31 @@ app = typer.Typer()
 
 HERE = "http://127.0.0.1:8000"
 PANEL = "Ask a service"
+UNFINISHED = ("queued", "loading", "processing")
 STOPPED = 130
 """Exit status of a command that Ctrl-C ended."""
 
 Url = Annotated[str, typer.Option(envvar="DIFFUSION_API_URL", help="The service.")]
 Key = Annotated[str | None, typer.Option(envvar="DIFFUSION_API_KEY", help="API key, if the service asks for one.")]
 Picture = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The picture to begin with.")]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Name or label of a model.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Name or label of a model.", autocompletion=lambda ctx: _names(ctx, "models", "name")
+    ),
+]
 Negative = Annotated[str | None, typer.Option(help="What should not be there.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="More take longer; up to a point they draw better.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed makes the same picture; -1 draws one.")]
 Count = Annotated[int | None, typer.Option("-n", min=1, help="How many pictures.")]
-Loras = Annotated[list[str] | None, typer.Option("--lora", help="NAME or NAME:STRENGTH; may be repeated.")]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        help="NAME or NAME:STRENGTH; may be repeated.",
+        autocompletion=lambda ctx: _names(ctx, "loras", "name"),
+    ),
+]
 Fields = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of the API, as --set sampler_name='Euler a'."),
@@ -98,7 +112,10 @@ def upscale(
     scale: Annotated[
         float | None, typer.Option(min=1, help="How many times as wide and as high; 2 when left out.")
     ] = None,
-    upscaler: Annotated[str | None, typer.Option(help="A name of GET /upscalers.")] = None,
+    upscaler: Annotated[
+        str | None,
+        typer.Option(help="A name of GET /upscalers.", autocompletion=lambda ctx: _names(ctx, "upscalers", "name")),
+    ] = None,
     fields: Fields = None,
     watch: Watch = False,
     output: Output = Path(),
@@ -147,7 +164,12 @@ def jobs(
 
 @app.command(rich_help_panel=PANEL)
 def cancel(
-    job_id: Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")],
+    job_id: Annotated[
+        str,
+        typer.Argument(
+            metavar="JOB", help="The job's id.", autocompletion=lambda ctx: _names(ctx, "jobs", "job_id", *UNFINISHED)
+        ),
+    ],
     partial: Annotated[bool, typer.Option("--partial", help="End it with the picture that it has so far.")] = False,
     url: Url = HERE,
     key: Key = None,
@@ -174,7 +196,11 @@ def loras(url: Url = HERE, key: Key = None) -> None:
     """List the LoRAs of a service."""
     with service(url, key) as client:
         found = client.loras()
-    _table([[row["name"], row["family"] or "?", row["path"]] for row in found], ("NAME", "FAMILY", "PATH"))
+    rows = [
+        [row["name"], row["family"] or "?", ", ".join(row["trigger_words"]), row["usage_rights"] or "?", row["path"]]
+        for row in found
+    ]
+    _table(rows, ("NAME", "FAMILY", "TRIGGER WORDS", "USAGE RIGHTS", "PATH"))
 
 
 @contextmanager
@@ -187,6 +213,20 @@ def service(url: str, key: str | None) -> Iterator[Client]:
             yield client
     except Unavailable as error:
         raise Unavailable(f"{error}; `diffusion-api serve` starts a service, --url names another") from error
+
+
+def _names(context: typer.Context, listed: str, key: str, *arguments: str) -> list[str]:
+    """What the shell completes: names that the service lists now; none when it does not answer within a second."""
+    from diffusion_api.client import Client
+    from diffusion_api.errors import DiffusionApiError
+
+    url = context.params.get("url") or os.environ.get("DIFFUSION_API_URL") or HERE
+    password = context.params.get("key") or os.environ.get("DIFFUSION_API_KEY")
+    try:
+        with Client(url, timeout=1, key=password, patience=0) as client:
+            return [row[key] for row in getattr(client, listed)(*arguments)]
+    except DiffusionApiError:
+        return []
 
 
 def _post(kind: Kind, body: dict[str, Any], watch: bool, output: Path, url: str, key: str | None) -> list[Path]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from fake_models import SD1_KEYS, checkpoint, diffusers_folder
-from serving import run
+from serving import PATIENCE, Program, command, environment, run
 
 from diffusion_api import __version__
 
@@ -188,3 +191,67 @@ def test_the_doctor_finds_the_device(home: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (device,) = (line for line in done.stdout.splitlines() if " device " in line)
     assert "float32" in device
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_is_told_how_to_complete(tmp_path: Path, shell: str) -> None:
+    done = subprocess.run(
+        command("--show-completion", shell),
+        cwd=tmp_path,
+        env=environment() | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert "_DIFFUSION_API_COMPLETE" in done.stdout
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=done.stdout, text=True, timeout=PATIENCE, check=True)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("diffusion-api txt", {"txt2img"}),
+        ("diffusion-api txt2img fog --mod", {"--model"}),
+        ("diffusion-api txt2img fog --model s", {"small", "stable-diffusion-v1-5"}),
+        ("diffusion-api txt2img fog --lora st", {"style"}),
+        ("diffusion-api upscale x.png --upscaler ES", {"ESRGAN_4x"}),
+    ],
+)
+def test_bash_completes_commands_options_and_what_the_service_has(
+    stub_server: Program, tmp_path: Path, line: str, completed: set[str]
+) -> None:
+    program = tmp_path / "diffusion-api"
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(command())} "$@"\n')
+    program.chmod(0o755)
+    words = shlex.split(line)
+    asked = f"""
+        eval "$(diffusion-api --show-completion bash)"
+        COMP_WORDS=({shlex.join(words)}) COMP_CWORD={len(words) - 1}
+        $(complete -p diffusion-api | sed 's/.*-F \\([^ ]*\\).*/\\1/') diffusion-api
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    found = environment() | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+        "DIFFUSION_API_URL": stub_server.url,
+    }
+    done = subprocess.run(
+        ["bash", "-c", asked], env=found, capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
+    assert {name for name in done.stdout.split() if name} == completed
+
+
+def test_a_service_that_does_not_answer_completes_nothing(tmp_path: Path) -> None:
+    asked = {
+        "_DIFFUSION_API_COMPLETE": "complete_bash",
+        "COMP_WORDS": "diffusion-api txt2img fog --model s",
+        "COMP_CWORD": "4",
+    }
+    found = environment(url="http://127.0.0.1:9") | asked
+    done = subprocess.run(
+        command(), cwd=tmp_path, env=found, capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
+    assert (done.stdout.strip(), done.stderr) == ("", "")

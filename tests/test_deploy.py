@@ -168,7 +168,9 @@ def test_its_command_and_its_check_work_for_a_user_with_no_home(home: Path, tmp_
         port = probe.getsockname()[1]
     image = dict(part.split("=", 1) for part in shlex.split(the_last("ENV")) if not part.startswith("PATH="))
     theirs = {"API_PORT": str(port), "LOG_LEVEL": "INFO", "API_KEY": "", "RATE_LIMIT_REQUESTS": "100", "WORKERS": "1"}
-    settings = environment(engine="stub") | image | theirs  # as a compose file has it that was written for another program
+    settings = (
+        environment(engine="stub") | image | theirs
+    )  # as a compose file has it that was written for another program
     settings |= {"DIFFUSION_API_HOME": str(home), "HOME": "/nonexistent"}
     assert json.loads(the_last("ENTRYPOINT")) == ["diffusion-api"]
     command = [sys.executable, "-m", "diffusion_api", *json.loads(the_last("CMD"))]

@@ -48,6 +48,12 @@ class Finder:
             found = found or self._made(rows, hashed, until)
         return found or named, found is not None
 
+    def hash_soon(self, kind: Kind) -> None:
+        """Have the hashes made that are not known of files of a kind, one after the other; waits for none."""
+        rows = [row for row in self._library.assets(kind) if row.path.is_file() and None in row.known_hashes()]
+        if rows:
+            self._make(rows)
+
     def _made(self, rows: Sequence[Asset], hashed: str, until: float) -> Asset | None:
         """The file with that hash among some whose hashes may have to be made first, if that is done in time."""
         making = self._make(rows)

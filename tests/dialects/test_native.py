@@ -25,7 +25,7 @@ from diffusion_api.schema.job import loads
 STATUS_KEYS = {"status", "job_id", "progress", "current_phase", "state", "error"}
 FINISHED_KEYS = {
     *("payload", "image", "image_url", "output_path", "width", "height", "file_type", "jpeg_quality"),
-    *("generation_time_sec", "memory_before_mb", "memory_after_mb", "seed"),
+    *("generation_time_sec", "memory_before_mb", "memory_after_mb", "seed", "safety"),
 }
 
 
@@ -603,8 +603,8 @@ def test_a_job_that_a_worker_holds_ready_still_waits(stub_server: Program) -> No
         ({"steps": []}, ["steps is []", "integer"]),
         ({"cfg_scale": -1}, ["cfg_scale is -1", "greater than or equal to 0"]),
         ({"cfg_scale": 101}, ["cfg_scale is 101", "less than or equal to 100"]),
-        ({"cfg_scale": float("nan")}, ["cfg_scale is nan", "finite"]),
-        ({"cfg_scale": float("inf")}, ["cfg_scale is inf", "finite"]),
+        ({"cfg_scale": float("nan")}, ["cfg_scale is NaN", "finite"]),
+        ({"cfg_scale": float("inf")}, ["cfg_scale is Infinity", "finite"]),
         ({"cfg_scale": "much"}, ["cfg_scale is 'much'", "number"]),
         ({"width": 0}, ["width is 0", "8 to"]),
         ({"width": 7}, ["width is 7", "8 to"]),
@@ -623,9 +623,9 @@ def test_a_job_that_a_worker_holds_ready_still_waits(stub_server: Program) -> No
         ({"priority": -10}, ["priority is -10", "greater than or equal to -9"]),
         ({"priority": "high"}, ["priority is 'high'", "integer"]),
         ({"deadline": 0}, ["deadline is 0", "greater than 0"]),
-        ({"deadline": float("inf")}, ["deadline is inf", "finite"]),
+        ({"deadline": float("inf")}, ["deadline is Infinity", "less than or equal to 604800"]),
         ({"prompt": 5}, ["prompt is 5", "string"]),
-        ({"prompt": ["a"]}, ["prompt is ['a']", "string"]),
+        ({"prompt": ["a"]}, ['prompt is ["a"]', "string"]),
         ({"prompt": "\ud800"}, ["not valid Unicode"]),
         ({"\ud800": 1}, ["unicode"]),
         ({"mystery": "\ud800"}, ["not valid Unicode"]),
@@ -635,23 +635,26 @@ def test_a_job_that_a_worker_holds_ready_still_waits(stub_server: Program) -> No
         ),
         ({"loras": [{"scale": 1}]}, ["loras.0.name is missing"]),
         ({"loras": ["one", 5]}, ["loras.1 is 5: it is a list of names, or of objects with name"]),
-        ({"loras": [["one"]]}, ["loras.0 is ['one']: it is a list of names"]),
+        ({"loras": [["one"]]}, ['loras.0 is ["one"]: it is a list of names']),
         (
             {"hires": True},
-            ['hires is True: it is an object, as {"enabled": true, "scale": 2}, with enabled, scale, width'],
+            ['hires is true: it is an object, as {"enabled": true, "scale": 2}, with enabled, scale, width'],
         ),
         ({"hires": 2}, ["hires is 2: it is an object"]),
         ({"sampler_name": "DPM++ 2M Karas"}, ["did you mean 'DPM++ 2M Karras'? One of Euler"]),
         ({"scheduler_type": "polyexp"}, ["did you mean 'polyexponential'? One of default"]),
         ({"loras": [{"name": "one", "scale": "x"}]}, ["loras.0.scale is 'x'", "number"]),
-        ({"hires": {"enabled": True, "upscaler": "4x"}}, ["External upscaler model not found: '4x'", "Lanczos"]),
+        (
+            {"hires": {"enabled": True, "upscaler": "4x"}},
+            ["hires.upscaler '4x' is not installed (External upscaler model not found)", "Lanczos"],
+        ),
         ({"hires": {"enabled": True, "denoising_strength": 2}}, ["hires.denoising_strength is 2"]),
         ({"hires": {"enabled": True, "scale": 8}, "width": 1024, "height": 1024}, ["hires makes 8192x8192"]),
         ({"hires": {"enabled": True, "steps": 999}}, ["hires.steps is 999"]),
         ({"hires": {"enabled": False, "scale": "x"}}, ["hires.scale is 'x'", "number"]),
-        ([{"prompt": "x"}], ["the body is [{'prompt': 'x'}]", "dictionary"]),
+        ([{"prompt": "x"}], ['the body is [{"prompt": "x"}]', "dictionary"]),
         ("prompt", ["the body is 'prompt'", "dictionary"]),
-        (None, ["the body is None"]),
+        (None, ["the body is null"]),
     ],
     ids=lambda value: json.dumps(value)[:50] if not isinstance(value, list) else "",
 )
@@ -744,6 +747,7 @@ def test_health_tells_real_numbers(stub_server: Program) -> None:
     health = stub_server.get("/health").json()
     assert health.keys() - {"warnings"} == {
         *("status", "timestamp", "version", "system", "gpu", "workers", "models", "loras", "queue", "outputs", "disk"),
+        "safety",
         *("timestamp_iso", "model_status", "service", "buffer_accessible", "model_loaded"),  # what other APIs ask here
     }
     assert health["status"] == ("warning" if "warnings" in health else "healthy")
@@ -816,7 +820,14 @@ def test_labels_are_those_of_the_readme_by_label(stub_server: Program) -> None:
 
 
 def test_loras_are_listed_with_the_scale_that_they_have_when_none_is_given(stub_server: Program) -> None:
-    assert stub_server.get("/loras").json() == {
+    def listed() -> dict[str, Any]:
+        found: dict[str, Any] = stub_server.get("/loras").json()
+        return found
+
+    style = (stub_server.home / "stable_diffusion" / "loras" / "style.safetensors").read_bytes()
+    tensors = style[8 + int.from_bytes(style[:8], "little") :]
+    eventually(lambda: listed()["loras"][0]["hash"], "the hashes, which are made when they were asked for")
+    assert listed() == {
         "status": "success",
         "loras": [
             {
@@ -825,8 +836,10 @@ def test_loras_are_listed_with_the_scale_that_they_have_when_none_is_given(stub_
                 "path": "stable_diffusion/loras/style.safetensors",
                 "family": "sd1",
                 "trigger_words": ["ink drawing"],
-                "hash": None,
-                "autov2": None,
+                "usage_rights": None,
+                "allow_no_mention": None,
+                "hash": hashlib.sha256(tensors).hexdigest()[:12],
+                "autov2": hashlib.sha256(style).hexdigest()[:10],
                 "pickled": False,
             }
         ],
@@ -850,9 +863,17 @@ def test_a_lora_is_listed_with_the_words_that_call_it_and_its_hashes_once_they_a
         assert [rows[name]["hash"] for name in ("plain", "trained", "written")] == [None, "0123456789ab", None]
         assert {row["autov2"] for row in rows.values()} == {None}
         whole = hashlib.sha256(plain.read_bytes()).hexdigest()
-        server.submit(infotext=f'a cat <lora:renamed:1>\nSteps: 1, Size: 64x64, Lora hashes: "renamed: {whole[:12]}"')
-        found = eventually(lambda: [row for row in server.get("/loras").json()["loras"] if row["autov2"]], "hashes")
+        found = eventually(lambda: all_known(server), "the hashes, which are made when they were asked for")
         assert (found[0]["name"], found[0]["autov2"]) == ("plain", whole[:10])
+        server.submit(infotext=f'a cat <lora:renamed:1>\nSteps: 1, Size: 64x64, Lora hashes: "renamed: {whole[:12]}"')
+    with serving(tmp_path) as server:
+        assert all_known(server) == found
+
+
+def all_known(server: Program) -> list[dict[str, Any]]:
+    """The LoRAs, once each has its hashes."""
+    rows: list[dict[str, Any]] = server.get("/loras").json()["loras"]
+    return rows if all(row["hash"] and row["autov2"] for row in rows) else []
 
 
 def test_samplers_and_schedules_are_listed_those_of_the_manual_first(stub_server: Program) -> None:

@@ -5,19 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
 from typing_extensions import TypeAliasType
 
 from diffusion_api.dialects._base import MAX_SIDE
 from diffusion_api.dialects._health import ModelHealthBody
 from diffusion_api.dialects.native import examples
-from diffusion_api.schema.job import LoraApplied, LoraSkipped
-from diffusion_api.schema.request import MAX_SEED, Emphasis, Fill, Format, ResizeMode, Source
+from diffusion_api.schema.job import LoraApplied, LoraSkipped, Safety
+from diffusion_api.schema.request import MAX_LORA_SCALE, MAX_SEED, Emphasis, Fill, Format, Policy, ResizeMode, Source
 
 MAX_UNKNOWN = 100
 """Fields of a body that are ignored with a warning each; looking for a near name takes its time."""
 
 PICTURE = "a PNG, JPEG, WebP, GIF or AVIF in base64, as a data URL, or at a URL of a host that the operator allows"
+
+MAX_DEADLINE = 7 * 24 * 3600
+"""Seconds."""
 
 RETRY_AFTER = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
 
@@ -35,6 +48,27 @@ def _like(*values: Any, more: bool = False) -> ConfigDict:
     """The configuration of a body that the documentation shows so; ``more`` if it may have fields that are not known."""
     shown = ConfigDict(json_schema_extra={"examples": [*values]})
     return shown | ConfigDict(extra="allow") if more else shown
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that an annotation is made of."""
+    parts = get_args(annotation)
+    return {annotation}.union(*map(_kinds, parts)) if parts else {annotation}
+
+
+class Sent(BaseModel):
+    """What a caller sends. What is not known in it is ignored with a warning; true and false are no numbers."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name:
+            kinds = _kinds(cls.model_fields[info.field_name].annotation)
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError("Input should be a valid number")
+        return value
 
 
 def _also(name: str, *others: str) -> AliasChoices:
@@ -63,27 +97,30 @@ def _or_empty(value: Any) -> Any:
     return "" if value is None else value
 
 
-class LoraBody(BaseModel):
+class LoraBody(Sent):
     """A LoRA by name, or by its path as the service shows it, with its strength."""
 
-    model_config = ConfigDict(extra="allow")
-
     name: str = Field(validation_alias=_also("name", "path"))
-    scale: float = Field(default=1.0, allow_inf_nan=False)
+    scale: float = Field(default=1.0, ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)
     text_scale: float | None = Field(
-        default=None, allow_inf_nan=False, description="strength on the text encoders; that of scale when left out"
+        default=None,
+        ge=-MAX_LORA_SCALE,
+        le=MAX_LORA_SCALE,
+        description="strength on the text encoders; that of scale when left out",
     )
 
 
-class HiresBody(BaseModel):
+class HiresBody(Sent):
     """A second pass at a larger size. What is left out is as in the first."""
-
-    model_config = ConfigDict(extra="allow")
 
     enabled: bool | None = None
     scale: float = Field(default=2.0, gt=0, le=8, allow_inf_nan=False, description="without width and height")
-    width: int | None = Field(default=None, description="pixels; with height, in place of scale")
-    height: int | None = Field(default=None, description="pixels; with width, in place of scale")
+    width: int | None = Field(
+        default=None, description="pixels, in place of scale; in proportion to height when left out"
+    )
+    height: int | None = Field(
+        default=None, description="pixels, in place of scale; in proportion to width when left out"
+    )
     upscaler: str = Field(default="Latent", description="a name of /upscalers")
     steps: int | None = Field(default=20, ge=0, description="0: as many as the first pass")
     denoising_strength: float = Field(default=0.4, ge=0, le=1, description="how much is drawn anew")
@@ -123,10 +160,8 @@ Lora = Annotated[
 ]
 
 
-class JobBody(BaseModel):
+class JobBody(Sent):
     """What a body says of its job, whatever that is. Fields that are not known are ignored with a warning."""
-
-    model_config = ConfigDict(extra="allow")
 
     fileType: str | None = Field(default=None, description="jpg, png, webp, avif or gif; jpg when left out")
     jpeg_quality: int | None = Field(
@@ -141,10 +176,14 @@ class JobBody(BaseModel):
     deadline: float | None = Field(
         default=None,
         gt=0,
-        allow_inf_nan=False,
+        le=MAX_DEADLINE,
         description="seconds that the job may run; the operator's when left out",
     )
     webhook: str | None = Field(default=None, description="URL that is told of the job's end")
+    safety_filter: bool | None = Field(
+        default=None,
+        description="true: have pictures blurred that the safety checker flags; the operator's policy, where it is stricter",
+    )
     dry_run: bool = Field(default=False, description="say what the job would be and take, and store nothing")
 
 
@@ -271,18 +310,27 @@ class Txt2ImgBody(SamplingBody):
     )
 
 
-class SizeBody(BaseModel):
+class SizeBody(Sent):
     """A size in pixels. A side that is left out keeps the proportions."""
 
     width: int | None = None
     height: int | None = None
 
 
-class FactorsBody(BaseModel):
+class FactorsBody(Sent):
     """How many times as wide and as high."""
 
     width: Factor = 1.0
     height: Factor = 1.0
+
+
+def _kind_of_factors(value: Any) -> str:
+    return "sides" if isinstance(value, dict | FactorsBody) else "both"
+
+
+Factors = Annotated[
+    Annotated[Factor, Tag("both")] | Annotated[FactorsBody, Tag("sides")], Discriminator(_kind_of_factors)
+]
 
 
 class Img2ImgBody(SamplingBody):
@@ -307,7 +355,7 @@ class Img2ImgBody(SamplingBody):
         default=None, description="how it is brought to the size; just resize when left out"
     )
     resize_to: SizeBody | None = Field(default=None, description="the size, before resize_by, width and height")
-    resize_by: Factor | FactorsBody | None = Field(
+    resize_by: Factors | None = Field(
         default=None,
         validation_alias=_also("resize_by", "resized_by"),
         description="the size as a factor of that of image, or one for each side; before width and height",
@@ -524,6 +572,9 @@ class StatusBody(BaseModel):
     memory_before_mb: float = Field(default=0, description="resident on a CPU, allocated on a GPU")
     memory_after_mb: float = 0
     seed: int | None = Field(default=0, description="null where nothing is drawn")
+    safety: Safety = Field(
+        default=Safety(), description="what was done about pictures that the safety checker flags, and which it flagged"
+    )
     denoising_strength: float = Field(default=0.75, description="of a job that brought a picture along, like the rest")
     resize_mode: ResizeMode = "just resize"
     resize_to: SizeBody | None = None
@@ -636,10 +687,15 @@ class LoraRow(BaseModel):
     path: str
     family: str | None = Field(description="the family of models that it is for; null where its file does not tell")
     trigger_words: list[str] = Field(
-        description="the phrase that its maker wrote into the file, else the tags that it was trained with most often"
+        description="those that its maker published, else the phrase in its file, else the tags that it was trained with "
+        "most often"
+    )
+    usage_rights: str | None = Field(description="what may be sold, in Civitai's words; null where that is not known")
+    allow_no_mention: bool | None = Field(
+        description="whether its maker need not be named; null where that is not known"
     )
     hash: str | None = Field(
-        description="12 hex digits by which A1111 knows it, as in an infotext; null until it was made, at the first use"
+        description="12 hex digits by which A1111 knows it, as in an infotext; null until made, soon after the first look"
     )
     autov2: str | None = Field(description="the first 10 hex digits of the file's SHA-256; null until it was made")
     pickled: bool
@@ -710,6 +766,13 @@ class ModelFacts(BaseModel):
     multiple: int = Field(description="what width and height are rounded to a multiple of")
 
 
+class SafetyFacts(BaseModel):
+    """What is done about pictures that a safety checker flags."""
+
+    policy: Policy = Field(description="the operator's, for every request")
+    checker: bool = Field(description="whether one is installed that looks at the pictures of this model")
+
+
 class CapabilitiesBody(BaseModel):
     """What may be asked of a model."""
 
@@ -718,6 +781,7 @@ class CapabilitiesBody(BaseModel):
     status: Literal["success"] = "success"
     model: ModelFacts
     features: list[str] = Field(description="those of txt2img, img2img, inpaint, hires and refiner that work with it")
+    safety: SafetyFacts
     limits: dict[str, float] = Field(description="the operator's, by setting; 0 is none")
     parameters: dict[str, dict[str, ParameterBody]] = Field(description="of the bodies of each route, by field")
     sampling_methods: list[str]

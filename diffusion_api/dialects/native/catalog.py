@@ -53,6 +53,7 @@ def add(router: APIRouter, service: Service) -> None:
 
     @router.get("/loras", tags=["catalog"], summary="Installed LoRAs", responses=LISTED)
     def loras() -> LorasBody:
+        service.hash_soon("lora")
         return LorasBody(loras=[_lora_row(row) for row in service.assets("lora")])
 
     @router.get("/upscalers", tags=["catalog"], summary="Upscalers, built in and installed", responses=LISTED)
@@ -84,6 +85,8 @@ def _lora_row(row: Asset) -> LoraRow:
         path=row.shown_path,
         family=row.family,
         trigger_words=[*row.trigger_words],
+        usage_rights=row.listed.usage_rights if row.listed else None,
+        allow_no_mention=row.listed.allow_no_mention if row.listed else None,
         hash=network,
         autov2=autov2,
         pickled=row.pickled,

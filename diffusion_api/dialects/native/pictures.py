@@ -15,6 +15,8 @@ from diffusion_api.dialects.native.requests import (
     given,
     output,
     rounded,
+    safety,
+    unfiltered,
     upscaler_name,
 )
 from diffusion_api.dialects.native.unknown import unknown_fields
@@ -32,6 +34,8 @@ Fetched: TypeAlias = "Mapping[str, Picture]"
 STRENGTH = 0.75
 SCALE = 2.0
 UPSCALER = "Lanczos"
+OF_THE_MASK = {"mask_blur": 4, "mask_invert": False, "mask_fill": "fill", "only_masked": False, "mask_padding": 32}
+"""What is said of a mask, with the values that say nothing: many programs send these always."""
 
 
 async def fetched(body: Img2ImgBody | UpscaleBody, service: Service) -> Fetched:
@@ -82,7 +86,9 @@ def inpaint(body: Img2ImgBody, service: Service, fetched: Fetched, *, needs_mask
             )
         return rounded(_wanted(body, picture), model)
 
-    body, fields, warnings = drawing(body, service, size_of)
+    warnings = _in_vain(body, mask)
+    body, fields, notes = drawing(body, service, size_of)
+    warnings += notes
     if body.image_guidance_scale is not None:
         warnings.append("image_guidance_scale has no effect: it is for models that are told how to edit a picture")
     asked = build(
@@ -106,7 +112,7 @@ def upscale(body: UpscaleBody, service: Service, fetched: Fetched) -> Meant[Upsc
             "whose names do not begin with Latent",
             field="upscaler",
         )
-    upscaler = upscaler_name(wanted, service, [name for name in INTERNAL if name not in LATENT])
+    upscaler = upscaler_name(wanted, service, "upscaler", [name for name in INTERNAL if name not in LATENT])
     if body.width or body.height:
         sides = _in_proportion(body.width, body.height, picture)
     else:
@@ -115,14 +121,33 @@ def upscale(body: UpscaleBody, service: Service, fetched: Fetched) -> Meant[Upsc
         if not 1 <= side <= MAX_SIDE:
             raise InvalidRequest(f"{name} would be {side} pixels; it may be 1 to {MAX_SIDE}", field=name)
     width, height = sides
-    asked = build(Upscale, image=picture.name, upscaler=upscaler, width=width, height=height, output=output(body))
-    return Meant(asked, unknown_fields(body), (picture,))
+    asked = build(
+        Upscale,
+        image=picture.name,
+        upscaler=upscaler,
+        width=width,
+        height=height,
+        safety=safety(body),
+        output=output(body),
+    )
+    return Meant(asked, unknown_fields(body) + unfiltered(body, service), (picture,))
 
 
 def _picture(text: str | None, field: str, service: Service) -> Picture:
     if not text:
         raise InvalidRequest(f"{field.capitalize()} field is required", field=field)
     return service.picture(text, field)
+
+
+def _in_vain(body: Img2ImgBody, mask: Picture | None) -> list[str]:
+    """What to tell the caller of fields that mean nothing without another one."""
+    warnings = []
+    said = [name for name, plain in OF_THE_MASK.items() if getattr(body, name) not in (None, plain)]
+    if said and mask is None:
+        warnings.append(f"{', '.join(said)}: ignored, as there is no mask")
+    if body.resize_to and not (body.resize_to.width or body.resize_to.height):
+        warnings.append("resize_to is ignored: it has neither width nor height")
+    return warnings
 
 
 def _mask(body: Img2ImgBody, mask: Picture) -> Mask:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffusion_api.catalog import samplers
+from diffusion_api.catalog.compatibility import advice
 from diffusion_api.catalog.upscalers import INTERNAL
 from diffusion_api.dialects._base import build, resolve_seed, round_size
 from diffusion_api.dialects._jobs import Meant
 from diffusion_api.dialects.native.bodies import HiresBody, JobBody, LoraBody, SamplingBody, Txt2ImgBody
-from diffusion_api.dialects.native.told import DEFAULT_SAMPLER, Drawn, filled, with_text_of_image
+from diffusion_api.dialects.native.told import DEFAULT_SAMPLER, Drawn, filled, told_by_infotext, with_text_of_image
 from diffusion_api.dialects.native.unknown import unknown_fields
-from diffusion_api.errors import InvalidRequest, UnknownModel
+from diffusion_api.errors import InvalidRequest, UnknownModel, UnknownSampler
 from diffusion_api.nearest import LONGEST_NAME, hint
-from diffusion_api.prompt import parse, uncommented
+from diffusion_api.prompt import Network, misread, parse, uncommented
 from diffusion_api.schema.job import lora_skipped
-from diffusion_api.schema.request import OWN_VAE, Format, Hires, LoraUse, Output, Refiner, Txt2Img
+from diffusion_api.schema.request import (
+    MAX_LORA_SCALE,
+    MAX_SEED,
+    OWN_VAE,
+    Format,
+    Hires,
+    LoraUse,
+    Output,
+    Policy,
+    Refiner,
+    Txt2Img,
+)
 
 if TYPE_CHECKING:
     from diffusion_api.catalog.library import Model
@@ -50,16 +63,21 @@ LORA = {"name", "scale", "text_scale"}
 
 def txt2img(body: Txt2ImgBody, service: Service) -> Meant[Txt2Img]:
     """The picture from words that a body means. Raises InvalidRequest."""
+    sent = body.model_fields_set
     body, fields, warnings = drawing(with_text_of_image(body, service), service, _own_size)
     first = build(Txt2Img, **fields)
-    if service.model(first.model).refines:
+    model = service.model(first.model)
+    if model.refines:
         warnings.append(
             f"model {first.model!r} is a refiner and draws no more than the end; name it as refiner_checkpoint"
         )
-    hires, notes = _hires(_hires_styled(body, service), first, service)
+    with told_by_infotext(body.model_fields_set - sent):
+        hires, notes = _hires(_hires_styled(body, service), first, service)
     if hires:
-        asked = [*(("lora", lora.name) for lora in first.loras), *_networks(first.prompt)]
-        notes += _absent([network for network in _networks(hires.prompt) if network not in asked], service)
+        known = {network.name for network in _networks(first.prompt)} | {lora.name for lora in first.loras}
+        own = [network for network in _networks(hires.prompt) if network.name not in known]
+        notes += _unfit(own, service.model(hires.model), service)
+        notes += misread(hires.prompt) if hires.prompt != first.prompt else []
     return Meant(first.model_copy(update={"hires": hires}), warnings + notes)
 
 
@@ -81,22 +99,36 @@ def drawing(
 
     Raises InvalidRequest.
     """
-    warnings = unknown_fields(body)
+    warnings, sent = unknown_fields(body), body.model_fields_set
     if body.infotext:
         body, notes = filled(body, service)
         warnings += notes
+    with told_by_infotext(body.model_fields_set - sent):
+        return _drawn(body, service, size_of, warnings)
+
+
+def _drawn(
+    body: Drawn, service: Service, size_of: Callable[[Drawn, Model], Size], warnings: list[str]
+) -> tuple[Drawn, dict[str, Any], list[str]]:
     prompt, negative_prompt, notes = _styled(body, service)
     warnings += notes
-    model, notes = service.chosen(body.model)
-    warnings += notes
+    model = service.model(body.model)
     body = _defaulted(body, model)
     sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
     width, height, notes = size_of(body, model)
     warnings += notes
     loras = tuple(_lora(lora) for lora in body.loras or [])
-    warnings += _absent([*(("lora", lora.name) for lora in loras), *_networks(prompt)], service)
+    warnings += _unfit([*map(_as_network, loras), *_networks(prompt)], model, service)
+    warnings += misread(prompt) + misread(negative_prompt)
     refiner, notes = _refiner(body, model, service)
     warnings += notes
+    seed, noise = resolve_seed(body.seed), _noise(body)
+    if not noise.get("variation_strength") and seed + given(body.n, 1) - 1 > MAX_SEED:
+        warnings.append(f"seeds go on from 0 after {MAX_SEED}")
+    if (body.variation_seed or 0) > 0 and not body.variation_strength:
+        warnings.append("variation_seed is ignored: variation_strength is 0")
+    if bool(body.seed_resize_width) != bool(body.seed_resize_height):
+        warnings.append("seed_resize_width and seed_resize_height are ignored: one is of no use without the other")
     return (
         body,
         dict(
@@ -109,16 +141,17 @@ def drawing(
             height=height,
             sampler=sampler.name,
             schedule=schedule.name,
-            seed=resolve_seed(body.seed),
+            seed=seed,
             count=given(body.n, 1),
             loras=loras,
             vae=_vae(body.vae, service),
             refiner=refiner,
-            **_noise(body),
+            **noise,
             **{name: value for name in OPTIONS if (value := getattr(body, name)) is not None},
+            safety=safety(body),
             output=output(body),
         ),
-        warnings,
+        warnings + unfiltered(body, service),
     )
 
 
@@ -132,6 +165,19 @@ def output(body: JobBody) -> Output:
             f"lossless is true, which {file_type} cannot be; one of {', '.join(LOSSLESS)}", field="lossless"
         )
     return Output(format=FILE_TYPES[file_type], quality=given(body.jpeg_quality, 85), lossless=bool(body.lossless))
+
+
+def safety(body: JobBody) -> Policy:
+    """What a body asks to be done about pictures that the safety checker flags."""
+    return "blur" if body.safety_filter else "off"
+
+
+def unfiltered(body: JobBody, service: Service) -> list[str]:
+    """What the caller should know of a filter that cannot be switched off."""
+    policy = service.settings.safety
+    if body.safety_filter is not False or policy == "off":
+        return []
+    return [f"safety_filter: false changes nothing, as the operator's policy is {policy}"]
 
 
 def _refiner(body: SamplingBody, model: Model, service: Service) -> tuple[Refiner | None, list[str]]:
@@ -154,19 +200,17 @@ def _hires(body: HiresBody | None, first: Txt2Img, service: Service) -> tuple[Hi
     if body is None or not body.enabled:
         forgotten = body is not None and body.enabled is None and body.model_fields_set
         return None, ['hires is left out: it is not enabled; add "enabled": true'] if forgotten else []
-    scaled = [round(side * body.scale) for side in (first.width, first.height)]
-    sides = [
-        given(wanted, side) for wanted, side in zip((body.width or None, body.height or None), scaled, strict=True)
-    ]
+    sides = _hires_sides(body, first)
     if sides[0] < first.width + 4 and sides[1] < first.height + 4:  # which the rounding to 8 would take away
         return None, [f"hires is left out: {sides[0]}x{sides[1]} is no larger than the first pass"]
     (width, one), (height, other) = (
         round_size(side, f"hires.{name}") for side, name in zip(sides, ("width", "height"), strict=True)
     )
-    notes = [note for note in (one, other) if note and sides != scaled]
+    notes = [note for note in (one, other) if note and (body.width or body.height)]
     model = first.model
     if body.model:
-        model = service.model(body.model).name
+        with _said_of("hires"):
+            model = service.model(body.model).name
     if service.model(model).whole:
         raise InvalidRequest(
             f"hires: model {model!r} is drawn by a pipeline of its own, in one pass; leave it out", field="hires"
@@ -174,11 +218,12 @@ def _hires(body: HiresBody | None, first: Txt2Img, service: Service) -> tuple[Hi
     sampler, schedule = first.sampler, first.schedule
     if body.sampler_name or body.scheduler_type:
         label = body.sampler_name or samplers.sampler(sampler).label
-        found = samplers.resolve(label, body.scheduler_type or schedule)
+        with _said_of("hires"):
+            found = samplers.resolve(label, body.scheduler_type or schedule)
         sampler, schedule = found[0].name, found[1].name
     return build(
         Hires,
-        upscaler=upscaler_name(body.upscaler, service),
+        upscaler=upscaler_name(body.upscaler, service, "hires.upscaler"),
         width=width,
         height=height,
         steps=body.steps or first.steps,
@@ -191,7 +236,29 @@ def _hires(body: HiresBody | None, first: Txt2Img, service: Service) -> tuple[Hi
     ), notes
 
 
-def upscaler_name(name: str, service: Service, built_in: Iterable[str] = INTERNAL) -> str:
+def _hires_sides(body: HiresBody, first: Txt2Img) -> tuple[int, int]:
+    """Width and height of the second pass; one alone keeps the proportions of the first."""
+    if not (body.width or body.height):
+        return round(first.width * body.scale), round(first.height * body.scale)
+    for name in ("width", "height"):
+        if side := getattr(body, name):
+            round_size(side, f"hires.{name}")  # may be refused
+    return (
+        body.width or round(first.width * given(body.height, 0) / first.height),
+        body.height or round(first.height * given(body.width, 0) / first.width),
+    )
+
+
+@contextmanager
+def _said_of(part: str) -> Iterator[None]:
+    """Say of a name that is not known in which part of the body it stands."""
+    try:
+        yield
+    except (UnknownModel, UnknownSampler) as error:
+        raise type(error)(f"{part}.{error}", field=part) from error
+
+
+def upscaler_name(name: str, service: Service, field: str, built_in: Iterable[str] = INTERNAL) -> str:
     """The upscaler that a body means, whatever its case. Raises InvalidRequest with the choices."""
     choices = [*built_in, *(row.name for row in service.assets("upscaler"))]
     found = next((known for known in choices if known.lower() == name.lower()), None)
@@ -199,8 +266,8 @@ def upscaler_name(name: str, service: Service, built_in: Iterable[str] = INTERNA
         found = row.name
     if found is None:
         raise InvalidRequest(
-            f"External upscaler model not found: {name!r} {service.absence(name)}; one of {', '.join(choices)}",
-            field="upscaler",
+            f"{field} {name!r} {service.absence(name)} (External upscaler model not found); one of {', '.join(choices)}",
+            field=field,
         )
     return found
 
@@ -246,18 +313,38 @@ def _lora(body: LoraBody | str) -> LoraUse:
     return LoraUse(name=body) if isinstance(body, str) else LoraUse(**body.model_dump(include=LORA))
 
 
-def _networks(prompt: str) -> list[tuple[str, str]]:
-    return [(network.kind, network.name) for network in parse(prompt).networks]
+def _as_network(lora: LoraUse) -> Network:
+    return Network("lora", lora.name, lora.on_text, lora.scale)
 
 
-def _absent(networks: list[tuple[str, str]], service: Service) -> list[str]:
-    """What to tell the caller of networks that no job will find. Whether a LoRA fits the model is seen when it runs."""
+def _networks(prompt: str) -> list[Network]:
+    """The networks that a prompt names. Raises InvalidRequest for a strength beyond all use."""
+    found = list(parse(prompt).networks)
+    for network in found:
+        strongest = max(network.unet, network.text_encoder, key=abs)
+        if abs(strongest) > MAX_LORA_SCALE:
+            raise InvalidRequest(
+                f"prompt: the strength of {network.kind} {network.name[:LONGEST_NAME]!r} is {strongest:g}; "
+                f"it may be -{MAX_LORA_SCALE} to {MAX_LORA_SCALE}",
+                field="prompt",
+            )
+    return found
+
+
+def _unfit(networks: list[Network], model: Model, service: Service) -> list[str]:
+    """What to tell the caller of networks that no job will find, and of LoRAs that say that they are for other models.
+
+    Whether a LoRA fits in the end is seen when it runs.
+    """
     warnings = []
-    for kind, name in dict.fromkeys(networks):
+    for kind, name in dict.fromkeys((network.kind, network.name) for network in networks):
+        row = service.asset("lora", name)
         if kind != "lora":
             warnings.append(f"<{kind}:{name}> was taken out of the prompt: no such kind of network is known; {KNOWN}")
-        elif service.asset("lora", name) is None:
+        elif row is None:
             warnings.append(lora_skipped(name, f"it {service.absence(name)}"))
+        elif row.family not in (None, model.family):
+            warnings.append(advice(name, model.name, made_for=row.family, family=model.family))
     return warnings
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusion_api import infotext
@@ -31,6 +33,17 @@ IN_BODY = {
 """What the body calls a field of the request, where the names differ."""
 
 
+@contextmanager
+def told_by_infotext(names: Container[str]) -> Iterator[None]:
+    """Say of a wrong value of one of these fields that it is the infotext's: its sender wrote no such field."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if (error.field or "").split(".")[0] not in names:
+            raise
+        raise type(error)(f"infotext: {error}", field="infotext") from error
+
+
 def filled(body: Drawn, service: Service) -> tuple[Drawn, list[str]]:
     """The body with what its infotext says of all that it leaves out, and what the caller should know of that.
 
@@ -47,7 +60,8 @@ def filled(body: Drawn, service: Service) -> tuple[Drawn, list[str]]:
     notes = [f"infotext: {', '.join(unused[:MAX_UNKNOWN])} is not used here"] if unused else []
     if isinstance(body, Txt2ImgBody) and "Denoising strength" in unused:
         notes.append("infotext: the picture began with another one, which is not in it; POST /img2img takes that")
-    full = build(type(body), **fields | said)
+    with told_by_infotext(fields):
+        full = build(type(body), **fields | said)
     try:
         samplers.resolve(full.sampler_name or DEFAULT_SAMPLER, full.scheduler_type)
     except UnknownSampler as error:

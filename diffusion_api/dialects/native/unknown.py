@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from diffusion_api.dialects.native.bodies import MAX_UNKNOWN, JobBody
+from diffusion_api.dialects.native.bodies import MAX_UNKNOWN, Img2ImgBody, JobBody, Txt2ImgBody, UpscaleBody
 from diffusion_api.errors import InvalidRequest
 from diffusion_api.nearest import LONGEST_NAME, hint
 
@@ -40,6 +40,8 @@ THEIRS = {
 }
 """What other programs call our fields: A1111, diffusers, hosted services."""
 
+OTHERS: dict[str, type[JobBody]] = {"/txt2img": Txt2ImgBody, "/img2img": Img2ImgBody, "/upscale": UpscaleBody}
+
 _OURS = {other: ours for ours, others in THEIRS.items() for other in others.split(", ")}
 
 
@@ -51,6 +53,10 @@ def unknown_fields(body: JobBody) -> list[str]:
     warnings = []
     for name, known in found:
         ours = _OURS.get(name.lower(), "")
+        elsewhere = [route for route, other in OTHERS.items() if name in other.model_fields]
+        if not ours and elsewhere:
+            warnings.append(f"{name!r} is a field of {' and '.join(elsewhere)}, and was ignored here")
+            continue
         meant = f"; did you mean {ours!r}?" if ours.split(".")[0] in type(body).model_fields else hint(name, known)
         shown = name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "..."
         warnings.append(f"unknown field {shown!r} was ignored{meant}")

@@ -502,9 +502,10 @@ def _show_link(settings: Settings, url: str) -> None:
 
     Raises Misconfigured, KeysUnreadable.
     """
-    query = {"prompt": "corgi", "steps": 20}
+    query: dict[str, str | int] = {"prompt": "corgi", "steps": 20}
     with contextlib.suppress(InvalidRequest):  # no model is the default: then the link does not name it either
-        query["model"] = build_library(settings).default().name
+        model = build_library(settings).default()
+        query |= {"model": model.name} | dict(zip(("width", "height"), model.default_size, strict=True))
     query["token"] = build_access(settings).starter_token()
     print(f"Try visiting {url}/txt2img?{urlencode(query)}", flush=True)
 

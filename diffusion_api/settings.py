@@ -391,7 +391,7 @@ def load(**flags: Any) -> Settings:
 def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
     """Where each setting came from: ``flag``, its environment variable, ``.env`` or ``default``."""
     environment, dotenv = EnvSettingsSource(Settings)(), DotEnvSettingsSource(Settings)()
-    variables = {name.upper() for name in os.environ}
+    variables = {name.upper(): name for name in os.environ}
     found = {}
     for name in Settings.model_fields:
         if flags.get(name) is not None:
@@ -401,13 +401,13 @@ def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
         if name in environment:
             found[name] = own
         elif own in environment:  # one that has the name of others too, such as HF_TOKEN
-            found[name] = next(each for each in _names(name) if each in variables)
+            found[name] = next(variables[each] for each in names_of(name) if each in variables)
         else:
             found[name] = ".env" if {name, own} & set(dotenv) else "default"
     return found
 
 
-def _names(name: str) -> list[str]:
+def names_of(name: str) -> list[str]:
     """The variables that may hold a setting, first the one that counts."""
     alias = Settings.model_fields[name].validation_alias
     return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [PREFIX + name.upper()]

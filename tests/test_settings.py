@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from serving import ROOT
 
 from diffusion_api import settings
 from diffusion_api.errors import Misconfigured
@@ -254,3 +256,46 @@ def test_any_other_word_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -
     with pytest.raises(ValidationError) as caught:
         settings.load()
     assert caught.value.errors()[0]["loc"] == ("require_auth",)
+
+
+@pytest.mark.parametrize(
+    ("text", "on"),
+    [(None, False), ("", False), *((yes, True) for yes in ("1", "true", "yes", "on")), ("0", False), ("off", False)],
+)
+def test_a_switch_of_the_task_api_is_on_when_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, on: bool
+) -> None:
+    for name in ("ENABLE_PUBLIC_ACCESS", "ENABLE_SIGNUP", "PRINT_LINK_WITH_TOKEN"):
+        if text is not None:
+            monkeypatch.setenv(name, text)
+    found = settings.load()
+    assert [found.enable_public_access, found.enable_signup, found.print_link_with_token] == [on] * 3
+
+
+def test_every_name_in_the_example_is_a_setting_and_the_example_can_be_used() -> None:
+    text = (ROOT / ".env.example").read_text("utf-8")
+    named = re.findall(r"^(\w+)=", text, re.MULTILINE)
+    known = {name for field in settings.Settings.model_fields for name in settings.names_of(field)}
+    assert named
+    assert [name for name in named if name not in known] == []
+    for name in (
+        "ENABLE_PUBLIC_ACCESS",
+        "ENABLE_SIGNUP",
+        "BASE_URL",
+        "SECRET_KEY",
+        "PRINT_LINK_WITH_TOKEN",
+        "HUGGINGFACE_TOKEN",
+    ):
+        assert name in named
+    Path(".env").write_text(text)
+    found = settings.load()
+    assert (found.print_link_with_token, found.enable_public_access, found.public_url) == (True, False, "")
+
+
+def test_a_setting_with_several_names_says_which_one_it_came_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BASE_URL", "https://box.example")
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_x")
+    found = settings.load()
+    assert (found.public_url, found.hf_token.get_secret_value()) == ("https://box.example", "hf_x")
+    assert settings.sources(found, {})["public_url"] == "BASE_URL"
+    assert settings.sources(found, {})["hf_token"] == "HUGGINGFACE_TOKEN"

@@ -23,12 +23,14 @@ from diffusion_api import disk
 from diffusion_api.errors import Forbidden, KeysUnreadable, Misconfigured, NoAdminKey, Unauthenticated
 from diffusion_api.quotas import Minutes
 from diffusion_api.schema.caller import Caller, Role
+from diffusion_api.users import EVERYBODY
 
 if TYPE_CHECKING:
     from jwt.types import Options
 
     from diffusion_api.keys import Keyring
     from diffusion_api.settings import Settings
+    from diffusion_api.users import Users
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,14 @@ POLICY: tuple[tuple[str, str, Role], ...] = (
 
 _RULES = tuple((methods.split(), re.compile(rf"(/compat/\w+)?({path})"), role) for methods, path, role in POLICY)
 
-TOKEN_IN_QUERY = re.compile(r"(/compat/\w+)?/(txt2img|img2img|inpaint|events|task(/[^/]+)?)")
+_TASKS = "(/compat/tasks)?"
+TASK_API = re.compile(rf"GET {_TASKS}/(txt2img|img2img|inpaint|events)|(POST|GET|DELETE) {_TASKS}/task(/[^/]+)?")
+"""Where a token is asked for even if nothing else here asks for a credential, unless ``enable_public_access``."""
+
+PUBLIC = re.compile(rf"(?!.*/events)({TASK_API.pattern}|POST {_TASKS}/blob)")
+"""What everybody may do then. Who has no token has nothing to listen to."""
+
+TOKEN_IN_QUERY = re.compile(rf"{_TASKS}/(txt2img|img2img|inpaint|events|blob|task(/[^/]+)?)")
 """Where ``?token=`` may stand for the header: the task API has links that people open in a browser."""
 
 MISSING = "Missing API key. Provide X-API-Key header."
@@ -57,9 +66,15 @@ INVALID = "Invalid API key"
 INVALID_ADMIN = "Invalid admin API key. Admin access required."
 NO_ADMIN = "Admin API key not configured on server"
 NO_CREDENTIALS = "Could not validate credentials"
+NO_PUBLIC_TOKEN = "Public token is disabled"  # noqa: S105 - a message
+NO_SIGNUP = "Signup is disabled"
+WRONG_PASSWORD = "Incorrect username or password"  # noqa: S105 - a message
 
 WRONG_A_MINUTE = 30
 """Wrong credentials of one address, after which it is told to wait: each costs the service a slow hash."""
+
+SIGNUPS_A_MINUTE = 30
+"""New accounts of one address, after which it is told to wait."""
 
 TOKEN_SECONDS = 240 * 60
 ALGORITHM = "HS256"
@@ -86,6 +101,15 @@ def needed(method: str, path: str) -> Role:
     return next((role for methods, rule, role in _RULES if method in methods and rule.fullmatch(path)), Role.USER)
 
 
+def asks_for_token(method: str, path: str) -> bool:
+    """Whether a route is one of those that speak the task API, and have its rule of who may call."""
+    return TASK_API.fullmatch(_line(method, path)) is not None
+
+
+def _line(method: str, path: str) -> str:
+    return f"{'GET' if method == 'HEAD' else method} {path}"
+
+
 def is_loopback(host: str) -> bool:
     """True for an address or a name that only this machine reaches."""
     try:
@@ -100,16 +124,21 @@ class Access:
     Without any key, and on loopback, everybody is let in to everything: whoever can call there has an account on this
     machine. ``require_auth=False`` does the same for every address, and where there are keys it lets those without one do
     what a user may.
+
+    The routes of the task API want a token or a key even then, unless ``require_auth=False`` or ``enable_public_access``.
     """
 
-    def __init__(self, settings: Settings, keyring: Keyring) -> None:
+    def __init__(self, settings: Settings, keyring: Keyring, users: Users) -> None:
         self.keyring = keyring
+        self._users = users
+        self._public, self._signup = settings.enable_public_access, settings.enable_signup
         self._required = settings.require_auth
         self._loopback = is_loopback(settings.host)
         self._told_secret = settings.secret_key.get_secret_value()
         self._secret_path = settings.access_dir / "secret"
         self._requests = Minutes(settings.requests_per_minute, "requests")
         self._wrong = Minutes(WRONG_A_MINUTE, "wrong credentials")
+        self._signups = Minutes(SIGNUPS_A_MINUTE, "new accounts")
         self._hashing = anyio.CapacityLimiter(1)
         self._warned = False
 
@@ -129,14 +158,15 @@ class Access:
 
         Raises Unauthenticated, Forbidden, NoAdminKey, RateLimited, KeysUnreadable.
         """
-        need = needed(connection.scope.get("method", "GET"), path)
+        method = connection.scope.get("method", "GET")
+        need = needed(method, path)
         address = connection.client.host if connection.client else ""
-        caller = await self._caller(connection, path, need, address)
+        caller = await self._caller(connection, method, path, need, address)
         if need is not Role.NOBODY:
             self._requests.take(caller.id)
         return caller
 
-    async def _caller(self, connection: HTTPConnection, path: str, need: Role, address: str) -> Caller:
+    async def _caller(self, connection: HTTPConnection, method: str, path: str, need: Role, address: str) -> Caller:
         credential = credential_of(connection, path)
         if need is Role.NOBODY:
             with suppress(KeysUnreadable):
@@ -145,19 +175,27 @@ class Access:
                 if credential and (known := self._known(credential)):
                     return known
             return Caller(id=address, role=Role.NOBODY)
-        if self._lets_in_all(connection, address):
+        if self._public and credential is None and PUBLIC.fullmatch(_line(method, path)):
+            return EVERYBODY.model_copy(update={"token": secrets.token_hex(8)})
+        strict = self._required and asks_for_token(method, path)
+        if not strict and self._lets_in_all(connection, address):
             return Caller(id=address, role=Role.ADMIN)
         if credential is None and not self._required:
             caller = Caller(id=address, role=Role.USER)
         elif credential is None:
-            if not len(self.keyring):
-                self._warn("%s was refused, and there are no keys: `diffusion-api keys add NAME` makes one", address)
-            raise Unauthenticated(MISSING_ADMIN if need is Role.ADMIN else MISSING, scheme=Scheme.KEY)
+            raise self._nothing_sent(need, address, strict=strict)
         else:
             caller = await self._identify(credential, need, address)
         if need is Role.ADMIN and not caller.admin:
             raise Forbidden(INVALID_ADMIN) if self.keyring.has_admin else NoAdminKey(NO_ADMIN)
         return caller
+
+    def _nothing_sent(self, need: Role, address: str, *, strict: bool) -> Unauthenticated:
+        if strict:
+            return Unauthenticated(NO_CREDENTIALS, scheme=Scheme.BEARER)
+        if not len(self.keyring):
+            self._warn("%s was refused, and there are no keys: `diffusion-api keys add NAME` makes one", address)
+        return Unauthenticated(MISSING_ADMIN if need is Role.ADMIN else MISSING, scheme=Scheme.KEY)
 
     def _lets_in_all(self, connection: HTTPConnection, address: str) -> bool:
         if not self.open or (self._required and not _is_local(connection)):
@@ -221,10 +259,53 @@ class Access:
         try:
             required: Options = {"require": ["sub", "role", "exp"]}
             claims: dict[str, Any] = jwt.decode(credential.text, self.secret, algorithms=[ALGORITHM], options=required)
-            caller = Caller(id=claims["sub"], role=claims["role"], name=claims.get("name", ""))
+            caller = Caller(
+                id=claims["sub"], role=claims["role"], name=claims.get("name", ""), token=claims.get("jti", "")
+            )
         except (jwt.InvalidTokenError, ValueError):
             return None
-        return self.keyring.holder(caller.id) if caller.id.startswith("key:") else caller
+        return caller if self._exists(caller) else None
+
+    def _exists(self, caller: Caller) -> bool:
+        """Whether whom a token was made for may still call."""
+        kind, _, name = caller.id.partition(":")
+        if caller.id == EVERYBODY.id:
+            return self._public
+        if kind == "user":
+            return self._users.find(name) is not None
+        return kind != "key" or self.keyring.holder(caller.id) is not None
+
+    def public_token(self) -> str:
+        """A token of everybody, with events of its own. Raises Forbidden, Misconfigured."""
+        if not self._public:
+            raise Forbidden(NO_PUBLIC_TOKEN)
+        return self.token(EVERYBODY)
+
+    def starter_token(self) -> str:
+        """A token for the link of the start. Raises Misconfigured, KeysUnreadable."""
+        return self.token(self._users.starter())
+
+    # accounts
+
+    async def log_in(self, name: str, password: str, address: str) -> str:
+        """A token for who has that name and password. Raises Unauthenticated, RateLimited, Misconfigured, KeysUnreadable."""
+        return self.token(await anyio.to_thread.run_sync(self._log_in, name, password, address, limiter=self._hashing))
+
+    def _log_in(self, name: str, password: str, address: str) -> Caller:
+        self._wrong.check(address)
+        caller = self._users.verify(name, password)
+        if caller is None:
+            self._wrong.take(address)
+            log.warning("%s: a wrong password", address)
+            raise Unauthenticated(WRONG_PASSWORD, scheme=Scheme.BEARER)
+        return caller
+
+    async def sign_up(self, name: str, password: str, address: str) -> Caller:
+        """A new account. Raises Forbidden, Conflict, InvalidRequest, RateLimited, Misconfigured, KeysUnreadable."""
+        if not self._signup:
+            raise Forbidden(NO_SIGNUP)
+        self._signups.take(address)
+        return await anyio.to_thread.run_sync(self._users.add, name, password, limiter=self._hashing)
 
     @cached_property
     def secret(self) -> str:

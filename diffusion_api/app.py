@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.routing import Match
 
 from diffusion_api import __version__, door
-from diffusion_api.dialects import backend, config, native
+from diffusion_api.dialects import backend, config, native, tasks, unidiffuser
 from diffusion_api.dialects._base import error_body
 from diffusion_api.documentation import completed
 from diffusion_api.metrics import METHODS, Metrics
@@ -50,6 +50,8 @@ def create_app(
     native.mount(app, service)
     backend.mount(app, service, metrics.render)
     config.mount(app, service)
+    tasks.mount(app, service, access)
+    unidiffuser.mount(app, service)
 
     @app.get("/", include_in_schema=False)
     def root(request: Request) -> RedirectResponse:

@@ -85,11 +85,20 @@ class Connection(H11Protocol):
 
     def _has_too_many(self) -> bool:
         most, host = self.settings.max_connections_per_client, self._host
-        theirs = sum(isinstance(other, Connection) and other._host == host for other in self.connections)
+        clients = (
+            getattr(other, "client", None) for other in self.connections
+        )  # those of WebSockets are of another class
+        theirs = sum(client is not None and client[0] == host for client in clients)
         if not most or theirs <= most or is_proxy(host, self.settings.trusted_proxies):
             return False
         log.warning("%s: a connection was refused: %d are open", host, theirs - 1)
         return True
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Hand the connection over to uvicorn's WebSockets, which end those that answer no ping."""
+        if self._timer:
+            self._timer.cancel()
+        super().handle_websocket_upgrade(event)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The end of it."""

@@ -45,6 +45,7 @@ def examine(settings: Settings) -> int:
         _memory(),
         *_folders(settings),
         *_models(settings),
+        _safety(settings),
         _device(settings),
         _workers(settings),
         _access(settings),
@@ -113,6 +114,19 @@ def _models(settings: Settings) -> list[Finding]:
     except DiffusionApiError as error:
         found.append(Finding("default", str(error), "correct DIFFUSION_API_MODEL"))
     return found
+
+
+def _safety(settings: Settings) -> Finding:
+    """What is done about pictures that a safety checker flags, and whether there is one for every model."""
+    library = build_library(settings)
+    shared = library.checker()
+    without = [] if shared else [model.name for model in library.models() if library.checker(model.name) is None]
+    found = f"policy {settings.safety}; checker: {shared.shown if shared else 'none for all models'}"
+    if settings.safety == "off" or not without:
+        return Finding("safety", found)
+    then = "their jobs are refused" if settings.safety == "required" else "their pictures are not checked"
+    fix = f"{', '.join(without)}: no safety checker is installed, so {then}; docs/safety.md has the line that installs one"
+    return Finding("safety", found, fix)
 
 
 def _workers(settings: Settings) -> Finding:

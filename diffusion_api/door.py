@@ -19,8 +19,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diffusion_api import logs
-from diffusion_api.access import needed
-from diffusion_api.dialects._base import error_body, refusal
+from diffusion_api.access import TOKEN_IN_QUERY, asks_for_token, needed
+from diffusion_api.dialects._base import detail, error_body, refusal
 from diffusion_api.errors import DiffusionApiError
 from diffusion_api.schema.caller import Role
 
@@ -236,10 +236,18 @@ class Reception:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
+        if TOKEN_IN_QUERY.fullmatch(
+            route_path(scope)
+        ):  # a link as the task API's document prints it: ...&steps=5?token=...
+            scope["query_string"] = scope["query_string"].replace(b"?token=", b"&token=")
         try:
             caller = await self._access.admit(HTTPConnection(scope), route_path(scope))
         except DiffusionApiError as error:
-            await (_closed(send) if scope["type"] == "websocket" else refusal(error)(scope, receive, send))
+            if scope["type"] == "websocket":
+                await _closed(send)
+            else:
+                tasks = asks_for_token(scope["method"], route_path(scope))
+                await refusal(error, detail if tasks else error_body)(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send)

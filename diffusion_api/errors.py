@@ -17,11 +17,14 @@
     │   ├── Forbidden               a credential, but not one for this
     │   ├── RateLimited             this caller has had its share for now
     │   ├── OutOfMemory             the job needs more memory than there is
-    │   └── NotFinite               the model's numbers overflowed: there is no picture
+    │   ├── NotFinite               the model's numbers overflowed: there is no picture
+    │   └── UnsafePicture           the safety checker flagged a picture, and the operator refuses those
     ├── OperatorError           the person who runs the box must act
     │   ├── Misconfigured           a setting or a folder is wrong; the service does not start
     │   ├── DeviceUnusable          a GPU is there but cannot be used
     │   ├── ModelUnreadable         a file under the model folders is broken or of no known kind
+    │   ├── NoChecker               pictures must be checked, and there is no safety checker
+    │   ├── NotInstalled            what a route needs is not there
     │   ├── Gated                   the owner of a model wants terms accepted, or a token
     │   ├── NoAdminKey              only an admin may do this, and there is none
     │   ├── KeysUnreadable          the file of the keys is broken: nobody can be let in
@@ -130,6 +133,10 @@ class NotFinite(CallerError):
     """The model's numbers overflowed into NaN or infinity: there is no picture in them."""
 
 
+class UnsafePicture(CallerError):
+    """The safety checker flagged a picture, and the operator refuses such."""
+
+
 class OperatorError(DiffusionApiError):
     """The person who runs the box must act."""
 
@@ -144,6 +151,14 @@ class DeviceUnusable(OperatorError):
 
 class ModelUnreadable(OperatorError):
     """A file under the model folders is broken or of no known kind."""
+
+
+class NoChecker(OperatorError):
+    """The operator requires that pictures are checked, and there is no safety checker."""
+
+
+class NotInstalled(OperatorError):
+    """What a route cannot do without is not there: the message says how to get it."""
 
 
 class Gated(OperatorError):

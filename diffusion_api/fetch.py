@@ -110,6 +110,20 @@ def origins(text: str) -> tuple[Origin, ...]:
     return tuple(origin for entry in text.split(",") if entry.strip() for origin in _entry(entry.strip()))
 
 
+def origin_of(url: str) -> Origin:
+    """Where the operator's own URL leads. It may have any name, for it is to be called by a fetcher that is ``trusted``.
+
+    Raises Misconfigured.
+    """
+    try:
+        origin = _origin(httpx.URL(url))
+    except httpx.InvalidURL as error:
+        raise Misconfigured(f"{url!r} is no URL: {error}") from error
+    if origin.scheme not in PORTS or not origin.host:
+        raise Misconfigured(f"{url!r} leads nowhere: write http://host:port")
+    return origin
+
+
 def closed(address: Address) -> str | None:
     """Why an address is not called: its kind, None for a public one."""
     if address in _NAT64:
@@ -138,7 +152,8 @@ def system_addresses(host: str, port: int) -> list[str]:
 
 class Fetcher:
     """Sends requests to the origins in ``allowed``, with ``public`` also by https to any name whose addresses are public.
-    Certificates are checked against Mozilla's list unless ``tls`` is given.
+    Certificates are checked against Mozilla's list unless ``tls`` is given. With ``trusted`` names may lead to any address:
+    those of ``allowed`` are the operator's own hosts.
 
     ``connect`` and ``total`` are seconds, see :data:`CONNECT` and :data:`TOTAL`. ``proxy`` is the URL of one, ``setting`` where
     the operator allows more.
@@ -149,6 +164,7 @@ class Fetcher:
         allowed: Sequence[Origin],
         *,
         public: bool = False,
+        trusted: bool = False,
         proxy: str | None = None,
         setting: str | None = None,
         resolve: Resolver = system_addresses,
@@ -156,7 +172,7 @@ class Fetcher:
         connect: float = CONNECT,
         total: float = TOTAL,
     ) -> None:
-        self._allowed, self._public = allowed, public
+        self._allowed, self._public, self._trusted = allowed, public, trusted
         self._proxy, self._setting = proxy, setting
         self._resolve = resolve
         self._tls = tls or httpx.create_ssl_context(trust_env=False)
@@ -187,14 +203,21 @@ class Fetcher:
 
     @contextlib.asynccontextmanager
     async def get(
-        self, url: str, headers: Mapping[str, str], *, field: str, secrets: Mapping[str, str] | None = None
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        *,
+        field: str,
+        secrets: Mapping[str, str] | None = None,
+        longest: int = MAX_URL,
     ) -> AsyncIterator[httpx.Response]:
         """The answer to a GET, whose body is still to be read as it comes (``aiter_raw``): a pause of ``total`` seconds ends
-        it. Redirects are followed, each checked like the first; ``secrets`` are headers for the first origin alone.
+        it. Redirects are followed, each checked like the first; ``secrets`` are headers for the first origin alone, ``longest``
+        the characters that the URL may have.
 
         Raises UrlRefused, and Unreachable, also while the body is read.
         """
-        target = _read(url, field=field)
+        target = _read(url, field=field, longest=longest)
         first = _origin(target)
         async with self._client(field) as client, contextlib.AsyncExitStack() as opened:
             for _ in range(REDIRECTS + 1):
@@ -250,7 +273,7 @@ class Fetcher:
             found = await _in_thread(lambda: self._resolve(origin.host, origin.port))
         except OSError as error:
             raise Unreachable("its name cannot be looked up") from error
-        for text in found:
+        for text in found if not self._trusted else ():
             address = _literal(text)
             kind = closed(address) if address else "no address"
             if kind:

@@ -137,6 +137,11 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
     return plain
 
 
+def media_type(data: bytes) -> str:
+    """The media type of a picture that can be decoded. Raises InvalidImage, TooLarge."""
+    return f"image/{_FORMATS[str(_open(data).format)]}"
+
+
 @dataclass(frozen=True)
 class Metadata:
     """What a file says beside its pixels: the infotext, if it has one, all other texts by keyword, the format, and the size

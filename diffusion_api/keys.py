@@ -8,28 +8,23 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from diffusion_api import disk
-from diffusion_api.errors import KeysUnreadable, Misconfigured
+from diffusion_api.errors import Misconfigured
+from diffusion_api.ledger import Ledger, Page
 from diffusion_api.schema.caller import Caller, Role
 from diffusion_api.schema.request import Frozen
 
 if TYPE_CHECKING:
     from argon2 import PasswordHasher
 
-VERSION = 1
-MAX_FILE = 2**22
 FORM = re.compile(r"dapi_([0-9a-f]{8})_[A-Za-z0-9_-]{43}")
 NAME = re.compile(r"[\w@.+-][\w @.+-]{0,63}")
-PATIENCE, LOOK_EVERY = 10.0, 0.02
-"""Seconds to wait for another command that changes the keys."""
 
 
 class Key(Frozen):
@@ -47,8 +42,7 @@ class Key(Frozen):
         return Caller(id=f"key:{self.id}", role=self.role, name=self.name)
 
 
-class _File(Frozen):
-    version: int = VERSION
+class _File(Page):
     keys: tuple[Key, ...] = ()
 
 
@@ -60,9 +54,15 @@ class Keyring:
     """
 
     def __init__(self, folder: Path, listed: Iterable[tuple[Role, str]] = ()) -> None:
-        self._path = folder / "keys.json"
+        self._ledger = Ledger(
+            folder / "keys.json",
+            _File,
+            what="the keys",
+            unreadable="remove it and make new keys",
+            unwritable=", or list keys in ADMIN_API_KEY and API_KEY",
+        )
         self._listed = tuple((_digest(text), _listed_caller(role, text)) for role, text in listed)
-        self._seen: tuple[int, int, int] | None = None
+        self._file = _File()
         self._keys: dict[str, Key] = {}
         self._right: dict[bytes, Key] = {}
         self._turn = threading.Lock()
@@ -77,19 +77,12 @@ class Keyring:
 
     def kept(self) -> tuple[Key, ...]:
         """The keys in the file, oldest first. Raises KeysUnreadable."""
+        file = self._ledger.read()
         with self._turn:
-            try:
-                seen = disk.version(self._path)
-            except FileNotFoundError:
-                self._seen, self._keys = None, {}
-                return ()
-            except OSError as error:
-                raise self._unreadable() from error
-            if seen != self._seen:
-                self._keys = {key.id: key for key in self._read().keys}
+            if file is not self._file:
+                self._file, self._keys = file, {key.id: key for key in file.keys}
                 self._right = {digest: key for digest, key in self._right.items() if self._keys.get(key.id) == key}
-                self._seen = seen
-            return tuple(self._keys.values())
+        return file.keys
 
     def holder(self, caller_id: str) -> Caller | None:
         """The caller with that id, while the key is valid. Raises KeysUnreadable."""
@@ -109,7 +102,7 @@ class Keyring:
         """Whose key this is, by its hash, which takes tens of milliseconds; None for nobody's. Raises KeysUnreadable."""
         form = FORM.fullmatch(text)
         key = next((key for key in self.kept() if form and key.id == form[1]), None)
-        if key is None or not _matches(self._hasher, key.hash, text):
+        if key is None or not matches(key.hash, text):
             return None
         with self._turn:
             if self._keys.get(key.id) == key:
@@ -122,83 +115,50 @@ class Keyring:
             raise Misconfigured(
                 f"a key's name is {name[:80]!r}; letters, digits, spaces and _ @ . + - are allowed, 1 to 64"
             )
-        with self._changing():
+        with self._ledger.changing():
             if any(key.name == name for key in self.kept()):
                 raise Misconfigured(f"there is a key named {name!r} already: revoke it first, or take another name")
             key_id = secrets.token_hex(4)
             text = f"dapi_{key_id}_{secrets.token_urlsafe(32)}"
-            key = Key(id=key_id, name=name, role=role, hash=self._hasher.hash(text))
-            self._write((*self.kept(), key))
+            key = Key(id=key_id, name=name, role=role, hash=hashed(text))
+            self._ledger.write(_File(keys=(*self.kept(), key)))
         return text
 
     def revoke(self, name: str) -> Key:
         """Take away the key of that name or id; it opens nothing from now on. Raises Misconfigured, KeysUnreadable."""
-        with self._changing():
+        with self._ledger.changing():
             kept = self.kept()
             found = [key for key in kept if name in (key.name, key.id)]
             if not found:
                 names = ", ".join(repr(key.name) for key in kept) or "there is none"
                 raise Misconfigured(f"no key is named {name[:80]!r}; the keys are: {names}")
-            self._write(tuple(key for key in kept if key is not found[0]))
+            self._ledger.write(_File(keys=tuple(key for key in kept if key is not found[0])))
         return found[0]
 
     def _callers(self) -> list[Caller]:
         return [*(caller for _, caller in self._listed), *(key.caller for key in self.kept())]
 
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """One at a time, among all processes. Raises Misconfigured."""
-        deadline = time.monotonic() + PATIENCE
-        try:
-            disk.make_folder(self._path.parent)
-            while (held := disk.lock(self._path.with_suffix(".lock"))) is None:
-                if time.monotonic() > deadline:
-                    raise Misconfigured("another command is changing the keys, and does not end")
-                time.sleep(LOOK_EVERY)
-            try:
-                yield
-            finally:
-                disk.unlock(held)
-        except OSError as error:
-            raise Misconfigured(
-                f"the keys cannot be written to {self._path.parent}: {error.strerror}; "
-                "make that folder writable, or list keys in ADMIN_API_KEY and API_KEY"
-            ) from error
 
-    def _read(self) -> _File:
-        try:
-            data = disk.read_regular(self._path, MAX_FILE)
-            found = _File.model_validate_json(data)
-        except (OSError, disk.Unusable, ValidationError) as error:
-            raise self._unreadable() from error
-        if found.version > VERSION:
-            raise KeysUnreadable("access/keys.json was written by a newer release, so this one can let nobody in")
-        return found
-
-    def _unreadable(self) -> KeysUnreadable:
-        return KeysUnreadable(
-            "access/keys.json cannot be read, so nobody can be let in: the operator may restore it, or remove it and make "
-            "new keys"
-        )
-
-    def _write(self, keys: tuple[Key, ...]) -> None:
-        data = _File(keys=keys).model_dump_json(indent=1).encode()
-        disk.write_whole(self._path, data, tmp=self._path.parent)
-
-    @cached_property
-    def _hasher(self) -> PasswordHasher:
-        from argon2 import PasswordHasher  # not for those who have no keys
-
-        return PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)  # OWASP's least; keys are random
+def hashed(text: str) -> str:
+    """The hash by which a key or a password is known again; takes tens of milliseconds."""
+    return _hasher().hash(text)
 
 
-def _matches(hasher: PasswordHasher, hashed: str, text: str) -> bool:
+def matches(hash: str, text: str) -> bool:
+    """Whether it is the hash of that text; takes as long."""
     from argon2.exceptions import InvalidHashError, VerificationError
 
     try:
-        return hasher.verify(hashed, text)
+        return _hasher().verify(hash, text)
     except (VerificationError, InvalidHashError):
         return False
+
+
+@cache
+def _hasher() -> PasswordHasher:
+    from argon2 import PasswordHasher  # not for those who have no keys
+
+    return PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)  # OWASP's least
 
 
 def _digest(text: str) -> bytes:

@@ -374,7 +374,8 @@ def _verify(path: Path, name: str | None = None) -> Kind | None:
         return kind_of(detect.safetensors_header(path))
     except detect.Unrecognised as error:
         disk.remove(path)
-        raise BrokenDownload(f"{name or path.name}: {error}; what came was removed") from error
+        reason = str(error).removeprefix(f"{path.parent.name}/{path.name} ")
+        raise BrokenDownload(f"{name or path.name} {reason}; what came was removed") from error
 
 
 def _sha256(path: Path) -> str:

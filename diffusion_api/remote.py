@@ -196,7 +196,11 @@ def loras(url: Url = HERE, key: Key = None) -> None:
     """List the LoRAs of a service."""
     with service(url, key) as client:
         found = client.loras()
-    _table([[row["name"], row["family"] or "?", row["path"]] for row in found], ("NAME", "FAMILY", "PATH"))
+    rows = [
+        [row["name"], row["family"] or "?", ", ".join(row["trigger_words"]), row["usage_rights"] or "?", row["path"]]
+        for row in found
+    ]
+    _table(rows, ("NAME", "FAMILY", "TRIGGER WORDS", "USAGE RIGHTS", "PATH"))
 
 
 @contextmanager

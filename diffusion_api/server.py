@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import uvicorn
 
@@ -25,7 +25,7 @@ from diffusion_api.catalog.library import Library
 from diffusion_api.dialects import native
 from diffusion_api.engine.base import Engine, Pictures
 from diffusion_api.engine.executor import Budget, Executor
-from diffusion_api.errors import Misconfigured, QueueUnusable
+from diffusion_api.errors import InvalidRequest, Misconfigured, QueueUnusable
 from diffusion_api.keys import Keyring
 from diffusion_api.links import Links
 from diffusion_api.outputs import Outputs
@@ -39,6 +39,7 @@ from diffusion_api.service import Service
 from diffusion_api.settings import DATA, Settings
 from diffusion_api.supervisor import Supervisor, die_with_supervisor
 from diffusion_api.sweeper import Sweeper
+from diffusion_api.users import Users
 from diffusion_api.worker import HUNG, Worker
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from diffusion_api.downloads import Downloads
+    from diffusion_api.llm import Llm
     from diffusion_api.lora_shop import LoraShop
     from diffusion_api.pull import Puller
     from diffusion_api.remote_pictures import RemotePictures
@@ -85,14 +87,21 @@ def build_engine(settings: Settings, library: Library, queue: Queue) -> Engine:
     if settings.engine == "stub":
         from diffusion_api.engine.stub import StubEngine
 
-        return StubEngine(pictures)
+        return StubEngine(pictures, policy=settings.safety, checker=library.checker)
     budget = Budget(
         max_vram=int(settings.max_vram * GIB) or None,
         max_ram=int(settings.max_ram * GIB) or None,
         idle=settings.idle_unload * 60 or None,
         warm_up=tuple(name.strip() for name in settings.warm_up.split(",") if name.strip()),
     )
-    return Executor(library, device=settings.device, tokenizer=DATA / "clip", budget=budget, picture=pictures)
+    return Executor(
+        library,
+        device=settings.device,
+        tokenizer=DATA / "clip",
+        budget=budget,
+        picture=pictures,
+        policy=settings.safety,
+    )
 
 
 def build_pictures(settings: Settings, queue: Queue) -> Pictures:
@@ -143,6 +152,15 @@ def build_webhooks(settings: Settings, queue: Queue) -> Webhooks | None:
         )
     fetcher = Fetcher(origins(settings.webhook_hosts))
     return Webhooks(settings.queue_dir / "hooks", queue, fetcher, secret=secret, describe=native.ended)
+
+
+def build_llm(settings: Settings) -> Llm | None:
+    """The language model that others run, None when the operator names none. Raises Misconfigured."""
+    if not settings.llm_host:
+        return None
+    from diffusion_api.llm import Llm  # httpx: a tenth of a second until the service answers
+
+    return Llm(settings.llm_url, seconds=settings.llm_seconds)
 
 
 def build_remote_pictures(settings: Settings) -> RemotePictures | None:
@@ -229,11 +247,13 @@ def build_keyring(settings: Settings) -> Keyring:
 
 def build_access(settings: Settings) -> Access:
     """What lets callers in."""
-    return Access(settings, build_keyring(settings))
+    return Access(settings, build_keyring(settings), Users(settings.access_dir))
 
 
 def build_app(settings: Settings, *, worker: bool = True) -> App:
     """The whole service as one ASGI app; its worker starts and stops with the app."""
+    if settings.print_link_with_token:
+        _show_link(settings, settings.public_url.rstrip("/") or f"http://localhost:{settings.port}")
     return build(settings, worker=worker, handover=None).app
 
 
@@ -261,7 +281,7 @@ def build(settings: Settings, *, worker: bool, handover: Handover | None) -> Ser
     links = Links(lambda: access.secret)
     service = Service(
         settings, library, queue, outputs, engine, pace=pace, webhooks=webhooks, links=links,
-        remote=build_remote_pictures(settings), shop=partial(build_lora_shop, settings, library),
+        remote=build_remote_pictures(settings), shop=partial(build_lora_shop, settings, library), llm=build_llm(settings),
     )  # fmt: skip
     hand: Worker | Supervisor | None = None
     if engine:
@@ -326,6 +346,7 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
     config = uvicorn.Config(
         serving.app,
         http=connections.protocol(settings),
+        ws_max_size=door.MAX_HEADER_BYTES,
         h11_max_incomplete_event_size=door.MAX_HEADER_BYTES,
         log_config=None,
         access_log=False,
@@ -337,6 +358,8 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
     )
     _load(config)
     log.info("it listens on %s", here)
+    if settings.print_link_with_token:
+        _show_link(settings, url)
     greeting = _greeting(url, open_to_all=build_access(settings).open, model=settings.model)
     Server(config, drain=serving.drain, greeting=greeting).run(sockets=[listener])
     if serving.engine:
@@ -471,6 +494,18 @@ def _show_first_key(settings: Settings, url: str) -> None:
             "Make others with `diffusion-api keys add NAME`; end this one with `diffusion-api keys revoke first`.",
             flush=True,
         )
+
+
+def _show_link(settings: Settings, url: str) -> None:
+    """Print what makes a picture when it is opened in a browser, with a token that is good for four hours.
+
+    Raises Misconfigured, KeysUnreadable.
+    """
+    query = {"prompt": "corgi", "steps": 20}
+    with contextlib.suppress(InvalidRequest):  # no model is the default: then the link does not name it either
+        query["model"] = build_library(settings).default().name
+    query["token"] = build_access(settings).starter_token()
+    print(f"Try visiting {url}/txt2img?{urlencode(query)}", flush=True)
 
 
 def _greeting(url: str, *, open_to_all: bool, model: str | None) -> str:

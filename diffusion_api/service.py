@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -22,20 +23,37 @@ from diffusion_api.catalog.finder import Finder
 from diffusion_api.engine.estimate import Estimate, estimate
 from diffusion_api.errors import (
     Conflict,
+    Gone,
+    InputLost,
     InvalidImage,
     InvalidRequest,
+    Misconfigured,
+    NoChecker,
     NotFound,
     QueueUnusable,
     ShuttingDown,
     TooLarge,
     UnknownModel,
+    Unreachable,
     UrlRefused,
 )
+from diffusion_api.links import FOREVER, NO_BLOB
 from diffusion_api.pace import Forecast
 from diffusion_api.quotas import Minutes
 from diffusion_api.schema.caller import Caller
 from diffusion_api.schema.job import Earlier, File, Image, Job, State
-from diffusion_api.schema.request import Caption, Embed, Img2Img, Reading, Request, Sampling, Txt2Img, Upscale
+from diffusion_api.schema.request import (
+    Caption,
+    Embed,
+    Img2Img,
+    Reading,
+    Request,
+    Sampling,
+    Txt2Img,
+    Upscale,
+    model_of,
+    policy_for,
+)
 from diffusion_api.storage import Storage
 from diffusion_api.usage import Usage, Use
 from diffusion_api.waiters import Waiters
@@ -47,6 +65,7 @@ if TYPE_CHECKING:
     from diffusion_api.catalog.styles import Style
     from diffusion_api.engine.base import Engine
     from diffusion_api.links import Links
+    from diffusion_api.llm import Llm
     from diffusion_api.lora_shop import LoraShop
     from diffusion_api.outputs import Outputs
     from diffusion_api.pace import Pace
@@ -71,6 +90,10 @@ MAX_TEXTS = 200_000
 DECODED_AT_ONCE = 2
 """Pictures that are being looked at; each may take ten bytes for a pixel."""
 
+NO_CHECKER = (
+    "the operator requires that every picture is checked, and no safety checker is installed; the operator can install one: "
+    "the files of CompVis/stable-diffusion-safety-checker in stable_diffusion/safety_checker/ (docs/safety.md)"
+)
 SHUTTING_DOWN = "the service is shutting down"
 
 
@@ -130,10 +153,11 @@ class Service:
         links: Links | None = None,
         remote: RemotePictures | None = None,
         shop: Callable[[], LoraShop] | None = None,
+        llm: Llm | None = None,
     ) -> None:
         self.settings = settings
         self._links = links
-        self._remote = remote
+        self._remote, self._llm = remote, llm
         self._build_shop = shop
         self._shop: LoraShop | None = None
         self._opening = threading.Lock()
@@ -153,12 +177,13 @@ class Service:
         """Store a new job, and the ``pictures`` that it brings along before it; when this returns it is on disk. The job as
         stored: without the pictures in its payload, and with the operator's deadline if it had none. It is an earlier job,
         with another id, if its caller sent that with the same ``key``. Raises InvalidRequest, TooLarge, OutOfMemory,
-        KeyReused, RateLimited, ShuttingDown, DiskFull, QueueUnusable.
+        NoChecker, KeyReused, RateLimited, ShuttingDown, DiskFull, QueueUnusable.
         """
         from diffusion_api.images import sanitized
 
         if self._draining:
             raise ShuttingDown(SHUTTING_DOWN)
+        job = job.model_copy(update={"request": self._guarded(job.request)})
         self.check(job.request)
         self._fits(job.request)
         self._pixels.take(job.caller, _pixels(job.request))
@@ -167,7 +192,9 @@ class Service:
             for picture in pictures:
                 self._queue.store_input(picture.data)
             kept = self._queue.enqueue(stored, key=key)
-        if kept.id == stored.id:
+        if kept.id == stored.id and kept.error:
+            log.info("job %s ended before it began: %s", kept.id, kept.error.message)
+        elif kept.id == stored.id:
             self._log_queued(kept)
         else:
             self._repeated(stored, kept)
@@ -208,13 +235,17 @@ class Service:
         return Picture(name_of(data), data, *image.size)
 
     async def picture_at(self, url: str, field: str) -> Picture:
-        """The same of a picture at a URL of a host that the operator listed. No thread is held while it is fetched. Raises
-        UrlRefused, Unreachable, InvalidImage and TooLarge of that field.
+        """The same of a picture at a URL: a blob of ours, under whatever name we are called, or what lies on a host that the
+        operator listed. No thread is held while it is fetched. Raises UrlRefused, Unreachable, InvalidImage and TooLarge of
+        that field.
         """
+        with suppress(NotFound):
+            data = await anyio.to_thread.run_sync(self.blob, url.partition("?")[0].rpartition("/blob/")[2])
+            return await anyio.to_thread.run_sync(self.picture_of, data, field)
         if self._remote is None:
             raise UrlRefused(
                 f"{field} is a URL, and the operator of this service allows no hosts (setting picture_hosts); "
-                "send the picture itself, in base64",
+                "send the picture itself, in base64, or upload it to /blob",
                 field=field,
             )
         data = await self._remote.fetch(url, field)
@@ -329,9 +360,52 @@ class Service:
         job_id, number = self._links.opened(link)
         return self._found(job_id, self._queue.get(job_id)), number
 
+    def upload(self, data: bytes, field: str) -> str:
+        """Keep a picture for later requests; the path of its blob. Raises InvalidImage and TooLarge of that field, QueueFull,
+        DiskFull, QueueUnusable, Misconfigured.
+        """
+        name = self._queue.store_input(self.picture_of(data, field).data)
+        return self._blob(name, time.time())
+
+    def blob_of(self, job: Job) -> str:
+        """The path of the blob that is the first picture of a job that is done; always the same. Raises Misconfigured."""
+        return self._blob(f"{job.id}.0", job.finished or job.created)
+
+    def blob(self, text: str) -> bytes:
+        """The picture that the end of such a path opens. Raises NotFound, Misconfigured."""
+        if self._links is None:
+            raise NotFound(NO_BLOB)
+        name, _, number = self._links.blob_opened(text).partition(".")
+        try:
+            data = self._made(name, int(number)) if number else self._queue.read_input(name)
+        except (Gone, InputLost):
+            data = None
+        if data is None:
+            raise NotFound(NO_BLOB)
+        return data
+
+    def _made(self, job_id: str, number: int) -> bytes | None:
+        snapshot = self._queue.get(job_id)
+        images = snapshot.job.result.images if snapshot and snapshot.job.result else ()
+        return self.image(images[number]) if number < len(images) else None
+
+    def _blob(self, name: str, since: float) -> str:
+        if self._links is None:
+            raise Misconfigured("this service makes no links")
+        hours = self.settings.keep_blobs_hours
+        return self._links.blob(name, int(since + hours * 3600) if hours else FOREVER)
+
     def webhook(self, job: Job) -> dict[str, Any] | None:
         """Where the end of this job is told and how that went, None for a job that asked for nothing of the kind."""
         return self._webhooks.report(job) if self._webhooks and job.webhook else None
+
+    async def ask(self, path: str, question: Mapping[str, str]) -> str:
+        """What the operator's language model answers there. Raises Unreachable, also where there is none, BrokenDownload and
+        UrlRefused.
+        """
+        if self._llm is None:
+            raise Unreachable("the operator has named none: DIFFUSION_API_LLM_HOST")
+        return await self._llm.ask(path, question)
 
     def counts(self) -> dict[State, int]:
         """How many jobs are in each state. Raises QueueUnusable."""
@@ -568,6 +642,16 @@ class Service:
         reports = [self._engine.report()] if self._engine else [worker.device for worker in self._workers()]
         return max((r.room for r in reports if r and r.room), key=lambda room: room.device, default=None)
 
+    def checks(self, model: str | None) -> bool:
+        """Whether a safety checker is installed for pictures of that model; None: for those of any."""
+        return self._library.checker(model) is not None
+
+    def _guarded(self, request: Request) -> Request:
+        """The request under the operator's policy about pictures, where that is stricter than what it asks for itself."""
+        if isinstance(request, Reading):
+            return request
+        return request.model_copy(update={"safety": policy_for(request, self.settings.safety)})
+
     def _fits(self, request: Request) -> None:
         """Refuse what can never fit. What cannot be known is left to the worker. Raises OutOfMemory."""
         if isinstance(request, Upscale):
@@ -579,12 +663,14 @@ class Service:
                     estimate(model, request, room)
 
     def check(self, request: Request) -> None:
-        """The operator's limits and the format's, before anything is written. Raises InvalidRequest, TooLarge."""
+        """The operator's limits and the format's, before anything is written. Raises InvalidRequest, TooLarge, NoChecker."""
         limits = self.settings
         if isinstance(request, Reading):
             self._check_teller(request)
             return
         self._check_format(request)
+        if policy_for(request, limits.safety) == "required" and not self.checks(model_of(request)):
+            raise NoChecker(NO_CHECKER)
         if isinstance(request, Upscale):
             if request.width * request.height > limits.max_upscaled_pixels:
                 raise InvalidRequest(

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, Secre
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from diffusion_api.errors import Misconfigured
+from diffusion_api.schema.request import Policy
 
 DATA = Path(__file__).parent / "data"
 PREFIX = "DIFFUSION_API_"
@@ -32,12 +33,18 @@ def _device(name: str) -> str:
     return name
 
 
+def _empty_is_off(value: Any) -> Any:
+    """A switch whose variable is there without a value, as in ``.env.example``."""
+    return False if value == "" else value
+
+
 def _adapter(path: str) -> str:
     """The name that the library gives to a LoRA which lies there: its folder's, where its file has the name of any LoRA."""
     place = Path(path)
     return place.parent.name if place.stem == "pytorch_lora_weights" else place.name
 
 
+Switch: TypeAlias = Annotated[bool, BeforeValidator(_empty_is_off)]
 Paths: TypeAlias = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)]
 
 
@@ -45,12 +52,22 @@ class Settings(BaseSettings):
     """The settings of one installation. Sizes in pixels or bytes, times in seconds."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, populate_by_name=True
+        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, populate_by_name=True, loc_by_alias=False
     )
 
     home: Path = Field(default=Path("."), description="folder that holds stable_diffusion/, queue/ and outputs/")
-    host: str = Field(default="127.0.0.1", description="address to listen on")
-    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    host: str = Field(
+        default="127.0.0.1",
+        validation_alias=AliasChoices(PREFIX + "HOST", "SD_HOST"),
+        description="address to listen on",
+    )
+    port: int = Field(
+        default=8000,
+        ge=0,
+        le=65535,
+        validation_alias=AliasChoices(PREFIX + "PORT", "SD_PORT"),
+        description="port to listen on; 0 takes a free one",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="how much is logged")
     log_format: Literal["plain", "json"] = Field(default="plain", description="form of a log line")
     log_prompts: bool = Field(default=False, description="let prompts into the log")
@@ -69,6 +86,7 @@ class Settings(BaseSettings):
     public_url: str = Field(
         default="",
         pattern=r"^(https?://[^/?#\s]+(/[^?#\s]*)?)?$",
+        validation_alias=AliasChoices(PREFIX + "PUBLIC_URL", "BASE_URL"),
         description="URL under which callers reach the service, where a proxy is before it",
     )
     trusted_proxies: str = Field(
@@ -107,6 +125,21 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices(PREFIX + "SECRET_KEY", "SECRET_KEY"),
         description="what tokens are signed with; empty: one that is made and kept in access/",
     )
+    enable_public_access: Switch = Field(
+        default=False,
+        validation_alias=AliasChoices(PREFIX + "ENABLE_PUBLIC_ACCESS", "ENABLE_PUBLIC_ACCESS"),
+        description="let everybody use the task API without a token, and get one at /token/all",
+    )
+    enable_signup: Switch = Field(
+        default=False,
+        validation_alias=AliasChoices(PREFIX + "ENABLE_SIGNUP", "ENABLE_SIGNUP"),
+        description="let everybody make an account of the task API at /user",
+    )
+    print_link_with_token: Switch = Field(
+        default=False,
+        validation_alias=AliasChoices(PREFIX + "PRINT_LINK_WITH_TOKEN", "PRINT_LINK_WITH_TOKEN"),
+        description="print a link at the start that makes a picture when it is opened in a browser",
+    )
     requests_per_minute: int = Field(default=0, ge=0, description="requests of one caller in a minute; 0 is no limit")
     pixels_per_minute: int = Field(
         default=0, ge=0, description="pixels that one caller may ask for in a minute; 0 is no limit"
@@ -123,7 +156,11 @@ class Settings(BaseSettings):
         default=10, ge=0, description="minutes without a job after which models leave the memory; 0 is never"
     )
     warm_up: str = Field(default="", description="models that are loaded at the start, with commas")
-    model: str | None = Field(default=None, description="model of requests that name none")
+    model: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices(PREFIX + "MODEL", "DEFAULT_SD_MODEL"),
+        description="model of requests that name none",
+    )
     model_fallback: Literal["", "default"] = Field(
         default="", description="what a model that is not installed is replaced by, with a warning: default, or nothing"
     )
@@ -165,6 +202,9 @@ class Settings(BaseSettings):
     keep_results_hours: float = Field(default=168, ge=0, description="hours that results are kept; 0 is for ever")
     keep_results: int = Field(default=10_000, ge=0, description="results that are kept; 0 is all")
     delete_after_read: bool = Field(default=False, description="a result can be fetched once")
+    keep_blobs_hours: float = Field(
+        default=168, ge=0, description="hours that a blob's URL opens it, if it is kept as long; 0 is for ever"
+    )
     keep_outputs_days: float = Field(default=0, ge=0, description="days that pictures are kept; 0 is for ever")
     keep_outputs: int = Field(default=0, ge=0, description="pictures that are kept; 0 is all")
     keep_outputs_mb: float = Field(default=0, ge=0, description="MiB of pictures that are kept; 0 is all")
@@ -183,8 +223,18 @@ class Settings(BaseSettings):
     max_seconds: float = Field(default=0, ge=0, description="seconds that one job may run; 0 is no limit")
     max_work: float = Field(default=1000, gt=0, description="width x height x steps x n of one job, in megapixel-steps")
     max_prompt: int = Field(default=20_000, ge=1, description="characters of a prompt")
-    max_body: int = Field(default=64 * 2**20, ge=1024, description="bytes of a request body")
+    max_body: int = Field(
+        default=64 * 2**20,
+        ge=1024,
+        validation_alias=AliasChoices(PREFIX + "MAX_BODY", "MAX_UPLOAD_SIZE"),
+        description="bytes of a request body",
+    )
 
+    safety: Policy = Field(
+        default="off",
+        description="what becomes of pictures that the safety checker flags: off, blur, refuse, or required: as refuse, and "
+        "no job without a checker",
+    )
     picture_hosts: str = Field(
         default="", description="hosts that pictures in requests may be fetched from, separated by commas; empty: none"
     )
@@ -201,7 +251,7 @@ class Settings(BaseSettings):
     )
     hf_token: SecretStr = Field(
         default=SecretStr(""),
-        validation_alias=AliasChoices(PREFIX + "HF_TOKEN", "HF_TOKEN"),
+        validation_alias=AliasChoices(PREFIX + "HF_TOKEN", "HF_TOKEN", "HUGGINGFACE_TOKEN"),
         description="what opens gated and private models of the hub",
     )
     civitai_url: str = Field(
@@ -221,6 +271,33 @@ class Settings(BaseSettings):
         description="hosts that `pull` may be led to beside public ones, separated by commas: private mirrors",
     )
     pull_proxy: str = Field(default="", description="URL of the HTTP proxy that `pull` goes through; empty: none")
+
+    llm_host: str = Field(
+        default="",
+        pattern=r"^((https?://)?[^/?#\s@]+/?)?$",
+        validation_alias=AliasChoices(PREFIX + "LLM_HOST", "LLM_MIXTRAL_HOST", "OLLAMA_HOST"),
+        description="where /llm_interface and /llm_prompt_assistance forward to; empty: nowhere",
+    )
+    llm_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        validation_alias=AliasChoices(PREFIX + "LLM_PORT", "LLM_MIXTRAL_PORT", "OLLAMA_PORT"),
+        description="port there; 0: as llm_host says",
+    )
+    llm_seconds: float = Field(
+        default=300,
+        gt=0,
+        validation_alias=AliasChoices(PREFIX + "LLM_SECONDS", "REQUEST_TIMEOUT"),
+        description="seconds that an answer from there may take",
+    )
+
+    @property
+    def llm_url(self) -> str:
+        """The URL that ``llm_host`` and ``llm_port`` mean."""
+        host = self.llm_host.rstrip("/")
+        host = host if "://" in host else f"http://{host}"
+        return f"{host}:{self.llm_port}" if self.llm_port else host
 
     @property
     def root_path(self) -> str:
@@ -290,6 +367,7 @@ def load(**flags: Any) -> Settings:
 def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
     """Where each setting came from: ``flag``, its environment variable, ``.env`` or ``default``."""
     environment, dotenv = EnvSettingsSource(Settings)(), DotEnvSettingsSource(Settings)()
+    variables = {name.upper() for name in os.environ}
     found = {}
     for name in Settings.model_fields:
         if flags.get(name) is not None:
@@ -299,7 +377,13 @@ def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
         if name in environment:
             found[name] = own
         elif own in environment:  # one that has the name of others too, such as HF_TOKEN
-            found[name] = own if own in os.environ else name.upper()
+            found[name] = next(each for each in _names(name) if each in variables)
         else:
             found[name] = ".env" if {name, own} & set(dotenv) else "default"
     return found
+
+
+def _names(name: str) -> list[str]:
+    """The variables that may hold a setting, first the one that counts."""
+    alias = Settings.model_fields[name].validation_alias
+    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [PREFIX + name.upper()]

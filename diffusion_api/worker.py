@@ -289,6 +289,7 @@ class Worker:
                 began = hand.heard
             if isinstance(event, Finished):
                 hand.leaves()  # now, as it is free for the next job while this one is saved
+                self._presence.look()  # before the caller hears of the end, and asks what is in memory
                 if self._pace and first and event.partial is None:
                     self._pace.learn(hand.job.request, hand.heard - first[0], share=1 - first[1])
                 result = self._result(hand.job, event, began)
@@ -347,6 +348,7 @@ class Worker:
             loras_skipped=finished.loras_skipped,
             memory_steps=finished.memory_steps,
             made_with=self._made_with(),
+            safety=finished.safety,
         )
 
     def _made_with(self) -> dict[str, str]:

@@ -17,11 +17,12 @@ from fake_models import diffusers_folder
 from serving import Program, eventually, serving
 from starlette.routing import BaseRoute, Mount
 
-from diffusion_api.access import Access
+from diffusion_api.access import Access, asks_for_token
 from diffusion_api.keys import Keyring
 from diffusion_api.schema.caller import Caller, Role
 from diffusion_api.server import build_app
 from diffusion_api.settings import Settings
+from diffusion_api.users import Users
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
@@ -35,6 +36,7 @@ OPEN = {
     "/health",
     "/ready",
     "/image/{link}",
+    "/blob/{token}",
 }
 """What answers GET without a key, beside the files of the documentation."""
 
@@ -118,7 +120,14 @@ def test_no_route_answers_without_a_key_but_the_named_ones(keyed: Keyed, paths: 
             if method in ("GET", "HEAD") and (shared in OPEN or path.startswith("/static-offline-docs/")):
                 assert answer.status_code not in (401, 403), where
                 continue
+            if re.fullmatch(r"/(token|user)(/.+)?", shared) and method in ("GET", "HEAD", "POST"):
+                assert answer.status_code in (403, 405, 422, 415), where  # their own switches and passwords
+                continue
             assert answer.status_code == 401, where
+            if asks_for_token(method, url):
+                assert answer.headers["WWW-Authenticate"] == "Bearer", where
+                assert method == "HEAD" or answer.json() == {"detail": "Could not validate credentials"}, where
+                continue
             assert answer.headers["WWW-Authenticate"] == "ApiKey", where
             if method != "HEAD":
                 assert answer.json()["detail"].startswith("Missing"), where
@@ -263,7 +272,11 @@ def test_a_key_made_or_taken_away_counts_at_once(keyed: Keyed) -> None:
 
 
 def access(keyed: Keyed, secret: str = "s" * 64) -> Access:
-    return Access(Settings(home=keyed.server.home, secret_key=secret), Keyring(keyed.server.home / "access"))
+    return access_of(Settings(home=keyed.server.home, secret_key=secret))
+
+
+def access_of(settings: Settings) -> Access:
+    return Access(settings, Keyring(settings.access_dir), Users(settings.access_dir))
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -288,13 +301,13 @@ def test_a_token_stands_for_its_caller_until_it_ends_and_no_longer_than_the_key(
 
 
 def test_a_token_of_somebody_without_a_key_is_no_more_than_it_says(keyed: Keyed) -> None:
-    token = access(keyed).token(Caller(id="user:eve", role=Role.USER, name="eve"))
+    token = access(keyed).token(Users(keyed.server.home / "access").add("eve", "pw"))
     assert keyed.ask("GET", "/models", headers=bearer(token)).status_code == 200
     assert keyed.ask("POST", "/queue/pause", headers=bearer(token)).status_code == 403
 
 
 def test_a_token_may_stand_in_an_address_where_links_are_made_for_people(keyed: Keyed) -> None:
-    token = access(keyed).token(Caller(id="user:eve", role=Role.USER))
+    token = access(keyed).token(Users(keyed.server.home / "access").add("ida", "pw"))
     assert keyed.ask("GET", "/txt2img", params={"token": token}).status_code not in (401, 403)
     assert keyed.ask("GET", "/txt2img", params={"token": token}, headers={"X-API-Key": "x"}).status_code == 403
     assert keyed.ask("GET", "/models", params={"token": token}).status_code == 401
@@ -303,7 +316,7 @@ def test_a_token_may_stand_in_an_address_where_links_are_made_for_people(keyed: 
 
 def test_what_tokens_are_signed_with_is_made_and_kept_for_this_user_only(tmp_path: Path) -> None:
     caller = Caller(id="user:eve", role=Role.USER)
-    tokens = [Access(Settings(home=tmp_path), Keyring(tmp_path / "access")).token(caller) for _ in range(2)]
+    tokens = [access_of(Settings(home=tmp_path)).token(caller) for _ in range(2)]
     secret = tmp_path / "access" / "secret"
     assert len(secret.read_text()) == 64
     assert secret.stat().st_mode & 0o777 == 0o600

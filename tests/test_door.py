@@ -24,6 +24,7 @@ from diffusion_api.keys import Keyring
 from diffusion_api.metrics import Metrics
 from diffusion_api.schema.caller import Role
 from diffusion_api.settings import Settings
+from diffusion_api.users import Users
 
 MIB = 2**20
 JSON = {"Content-Type": "application/json"}
@@ -281,7 +282,9 @@ async def knock(**said: str) -> list[str]:
         await send({"type": "websocket.accept"})
 
     app: Any = events
-    for layer in reversed(door.middleware(settings, Metrics(dict, list), Access(settings, keyring))):
+    for layer in reversed(
+        door.middleware(settings, Metrics(dict, list), Access(settings, keyring, Users(Path("nowhere"))))
+    ):
         app = layer.cls(app, *layer.args, **layer.kwargs)
 
     async def send(message: Any) -> None:
@@ -308,7 +311,7 @@ def test_a_websocket_passes_the_same_door() -> None:
 
 @pytest.mark.parametrize(
     ("path", "methods"),
-    [("/queue/x", "GET, DELETE"), ("/queue/pause", "GET, POST, DELETE"), ("/txt2img", "POST"), ("/hello", "GET")],
+    [("/queue/x", "GET, DELETE"), ("/queue/pause", "GET, POST, DELETE"), ("/txt2img", "GET, POST"), ("/hello", "GET")],
 )
 def test_a_refused_method_is_told_those_that_are_allowed(server: Program, path: str, methods: str) -> None:
     answer = server.request("PATCH", path)

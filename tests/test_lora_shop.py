@@ -433,13 +433,15 @@ def test_two_different_ones_come_beside_each_other(shop: Shop, tmp_path: Path) -
 
 def test_who_hangs_up_leaves_the_download_running(shop: Shop) -> None:
     async def hang_up() -> None:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(shop.shop.add("7"), 0.5)
+        waiting = asyncio.create_task(shop.shop.add("7"))
+        await asyncio.to_thread(eventually, shop.civitai.large.ranges, "the download")
+        waiting.cancel()
+        await asyncio.wait([waiting])
 
-    shop.civitai.large.faults = ["slow:1.5"]
+    shop.civitai.large.faults = ["slow:60"]
     asyncio.run(hang_up())
-    eventually(lambda: (shop.home / "lora_list.json").exists(), "the LoRA that nobody waits for")
-    assert shop.files() == THERE
+    shop.civitai.large.stopped.set()
+    eventually(lambda: shop.files() == THERE, "the LoRA that nobody waits for")
     assert shop.civitai.large.ranges() == [""]
 
 
@@ -496,10 +498,12 @@ def test_what_people_write_into_the_list_stays_as_it_is(shop: Shop) -> None:
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
-        (b'{"a": ', "it is no JSON: Expecting value"),
-        (b"\xff\xfe", "it is no JSON: 'utf-8' codec"),
+        (b'{"a": ', "it is no JSON: EOF while parsing a value"),
+        (b"\xff\xfe", "it is no JSON: expected value"),
+        (b'{"a": {"note": NaN}}', "it is no JSON: expected value"),
+        (b'{"a": {"note": "\\ud800"}}', "it is no JSON: unexpected end of hex escape"),
         (b"[]", "it is no JSON object with a name for each LoRA"),
-        (b"[" * 100_000, "it is nested too deeply"),
+        (b"[" * 100_000, "it is no JSON: recursion limit exceeded"),
     ],
 )
 def test_a_broken_list_is_told_and_kept_aside(
@@ -518,7 +522,18 @@ def test_a_broken_list_is_told_and_kept_aside(
     assert any("it is kept as lora_list.json.broken-1, and a new one was begun" in each for each in caplog.messages)
 
 
-def test_a_list_that_is_a_link_or_a_folder_is_told(shop: Shop) -> None:
+def test_a_list_of_an_editor_that_marks_its_files_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "lora_list.json"
+    path.write_text('{"ink": {"trigger words": ["\u58a8"]}}', "utf-8-sig")
+    lora_list.put(path, "other", Listed(model_id=3), print)
+    assert {name: each.trigger_words for name, each in lora_list.read(path, print).items()} == {
+        "ink": ("\u58a8",),
+        "other": (),
+    }
+    assert "\u58a8" in path.read_text("utf-8")
+
+
+def test_a_list_that_is_a_folder_is_told(shop: Shop) -> None:
     (shop.home / "lora_list.json").mkdir(parents=True)
     assert shop.library.lora_list() == {}
     assert shop.library.complaints() == ["lora_list.json is not used: not a regular file"]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_civitai import civitai
 from fake_models import diffusers_folder
 from serving import PATIENCE, Program, environment, serving
 
@@ -25,12 +26,17 @@ KEY = "the-key-of-an-admin"  # without which no route answers that the document 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Program]:
-    """A service whose limits let no job take long."""
+    """A service whose limits let no job take long, and whose LoRAs come from this machine."""
     home = tmp_path / "home"
-    diffusers_folder(home / "stable_diffusion" / "models" / "small", sample_size=8)
-    with serving(home, max_pixels=64 * 64, max_batch=2, max_queue=0, max_seconds=5, admin_api_key=KEY) as program:
-        program.key = KEY
-        yield program
+    models = home / "stable_diffusion" / "models"
+    diffusers_folder(models / "small", sample_size=8)
+    diffusers_folder(models / "unidiffuser", sample_size=8, pipeline="UniDiffuserPipeline")
+    limits = {"max_pixels": 64 * 64, "max_batch": 2, "max_queue": 0, "max_seconds": 5}
+    with civitai() as market:
+        shop = {"civitai_url": market.url, "pull_hosts": market.large.cdn}
+        with serving(home, model="small", admin_api_key=KEY, **limits, **shop) as program:
+            program.key = KEY
+            yield program
 
 
 @pytest.mark.parametrize("examples", [8, pytest.param(300, marks=[pytest.mark.chaos, pytest.mark.timeout(3600)])])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,12 @@ import pytest
 from asking import plain
 
 from diffusion_api import __version__, images, infotext
-from diffusion_api.engine.base import Finished
+from diffusion_api.engine.base import Embeddings, Finished
 from diffusion_api.errors import DiskFull, OutputsUnusable
 from diffusion_api.outputs import Outputs
 from diffusion_api.retention import Limits
 from diffusion_api.schema.job import Image, Job
-from diffusion_api.schema.request import Output
+from diffusion_api.schema.request import Embed, Output
 
 
 def new_job(**fields: Any) -> Job:
@@ -67,6 +69,20 @@ def test_a_job_run_again_writes_over_its_own_picture(tmp_path: Path) -> None:
     outputs, job = Outputs(tmp_path / "outputs"), new_job()
     assert outputs.save(job, pictures(job)) == outputs.save(job, pictures(job))
     assert [path.name for path in outputs.folder.iterdir() if path.is_file()] == [f"{job.id}.png"]
+
+
+def test_numbers_of_a_picture_are_a_file_of_their_job(tmp_path: Path) -> None:
+    outputs = Outputs(tmp_path / "outputs")
+    job = Job(request=Embed(model="m", image="0", width=512, height=512, seed=0))
+    numbers = Embeddings(clip=np.float32([0.1, -2]), vae=np.zeros((1, 2, 2), np.float32))
+    stored = outputs.save_embeddings(job, numbers)
+    assert stored == outputs.save_embeddings(job, numbers)
+    data = outputs.read(stored) or b""
+    assert json.loads(data) == {"CLIP_embeddings": [np.float32(0.1), -2.0], "vae_emb": [[[0.0, 0.0], [0.0, 0.0]]]}
+    assert (stored.path, stored.sha256) == (f"outputs/{job.id}.json", hashlib.sha256(data).hexdigest())
+    assert [path.name for path in outputs.folder.iterdir() if path.is_file()] == [f"{job.id}.json"]
+    outputs.sweep(Limits(seconds=0), now=time.time() + 1, in_use=set)
+    assert outputs.read(stored) is None
 
 
 def test_a_picture_that_was_deleted_is_none(tmp_path: Path) -> None:

@@ -318,7 +318,7 @@ def test_a_web_page_in_place_of_a_file_is_told(setup: Setup, kind: str) -> None:
 
 def test_a_file_that_is_no_safetensors_file_never_comes_into_place(setup: Setup) -> None:
     setup.hub.repositories["org/bad"] = Repository({"bad.safetensors": b"PK\3\4 a pickle, renamed"})
-    with pytest.raises(BrokenDownload, match=r"bad.safetensors: .* is no safetensors file.*; what came was removed"):
+    with pytest.raises(BrokenDownload, match=r"bad.safetensors is no safetensors file.*; what came was removed"):
         setup.pull("org/bad")
     assert [name for name in setup.files() if name.endswith("safetensors")] == []
 

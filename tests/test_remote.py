@@ -102,7 +102,7 @@ def test_what_is_installed_is_listed(server: Program, tmp_path: Path) -> None:
     models = said(server, "models", cwd=tmp_path)
     assert models.splitlines()[1].split() == ["small", "small", "sd1", "stable_diffusion/models/small"]
     loras = said(server, "loras", "--url", server.url, cwd=tmp_path)
-    assert loras.splitlines()[1].split() == ["style", "sd1", "stable_diffusion/loras/style.safetensors"]
+    assert loras.splitlines()[1].split() == ["style", "sd1", "?", "stable_diffusion/loras/style.safetensors"]
 
 
 @pytest.mark.parametrize(

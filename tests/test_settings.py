@@ -127,3 +127,75 @@ def test_a_public_url_is_one(url: str) -> None:
 def test_a_public_url_says_where_pages_are_and_what_stands_before_paths(url: str, origin: str, path: str) -> None:
     found = settings.load(public_url=url)
     assert (found.public_origin, found.root_path) == (origin, path)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "field", "meant"),
+    [
+        ("DEFAULT_SD_MODEL", "stabilityai/stable-diffusion-2-1", "model", "stabilityai/stable-diffusion-2-1"),
+        ("SD_HOST", "0.0.0.0", "host", "0.0.0.0"),
+        ("SD_PORT", "1234", "port", 1234),
+        ("MAX_UPLOAD_SIZE", "104857600", "max_body", 104857600),
+        ("REQUEST_TIMEOUT", "12.5", "llm_seconds", 12.5),
+        ("LLM_MIXTRAL_HOST", "box", "llm_host", "box"),
+        ("LLM_MIXTRAL_PORT", "8001", "llm_port", 8001),
+        ("OLLAMA_HOST", "http://10.0.0.2:9/", "llm_host", "http://10.0.0.2:9/"),
+    ],
+)
+@pytest.mark.parametrize("file", [False, True])
+def test_settings_have_the_names_of_the_configuration_api_too(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, field: str, meant: object, file: bool
+) -> None:
+    if file:
+        Path(".env").write_text(f"{variable}={value}\n")
+    else:
+        monkeypatch.setenv(variable, value)
+    found = settings.load()
+    assert getattr(found, field) == meant
+    assert settings.sources(found, {})[field] == (".env" if file else variable)
+    monkeypatch.setenv(settings.PREFIX + field.upper(), "7777")
+    assert str(getattr(settings.load(), field)).removesuffix(".0") == "7777", "our own name goes first"
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "hf_token"])
+def test_a_token_may_be_written_in_small_letters(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv(name, "hf_x")
+    found = settings.load()
+    assert found.hf_token.get_secret_value() == "hf_x"
+    assert settings.sources(found, {})["hf_token"] == name
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "url"),
+    [
+        ("box", 8001, "http://box:8001"),
+        ("10.0.0.2:9", 0, "http://10.0.0.2:9"),
+        ("https://llm.example/", 0, "https://llm.example"),
+        ("http://box", 80, "http://box:80"),
+    ],
+)
+def test_host_and_port_of_a_language_model_make_a_url(host: str, port: int, url: str) -> None:
+    assert settings.load(llm_host=host, llm_port=port).llm_url == url
+
+
+@pytest.mark.parametrize("host", ["box/path", "a@b", "a b", "ftp://box"])
+def test_a_language_model_is_a_host(host: str) -> None:
+    with pytest.raises(ValidationError):
+        settings.load(llm_host=host)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("True", True), ("true", True), ("1", True), ("yes", True), ("False", False), ("0", False)]
+)
+def test_a_switch_is_a_word_for_yes_or_no(monkeypatch: pytest.MonkeyPatch, text: str, meant: bool) -> None:
+    monkeypatch.setenv("REQUIRE_AUTH", text)
+    assert settings.load().require_auth is meant
+
+
+@pytest.mark.parametrize("text", ["perhaps", "2", "tru"])
+def test_any_other_word_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("REQUIRE_AUTH", text)
+    with pytest.raises(ValidationError) as caught:
+        settings.load()
+    assert caught.value.errors()[0]["loc"] == ("require_auth",)

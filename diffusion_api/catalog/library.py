@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
 from diffusion_api import disk
-from diffusion_api.catalog import detect, lora_list, pickles
+from diffusion_api.catalog import checkers, detect, lora_list, pickles
+from diffusion_api.catalog.checkers import CheckerFiles
 from diffusion_api.catalog.hashes import Hashes
 from diffusion_api.catalog.kinds import family_of, kind_of
 from diffusion_api.catalog.labels import LABELS, Profile, label, loose, read_profiles, repository
@@ -45,6 +46,9 @@ OWN_FOLDERS: dict[str, Kind] = {
 
 REPOSITORY = re.compile(r"(models--\w[\w.]*(-[\w.]+)*--|\w[\w.-]*/)(?P<name>\w[\w.-]*)")
 """A model of the hub as org/name, or as the hub's cache writes that."""
+
+SAFETY_CHECKER = "safety_checker"
+"""The folder of the one for all models."""
 
 CODE = (
     "{} files can run code when loaded; convert it to .safetensors, or allow them, as data "
@@ -227,6 +231,14 @@ class Library:
             if row.listed is None
         }
         return self._listed | others
+
+    def checker(self, model: str | None = None) -> CheckerFiles | None:
+        """The safety checker for pictures of that model: its own, else that of the installation. The disk is looked at."""
+        row = self.find(model) if model else None
+        own = checkers.beside_model(row.path, row.shown_path) if row else None
+        return own or checkers.alone(
+            self._home / "stable_diffusion" / SAFETY_CHECKER, f"stable_diffusion/{SAFETY_CHECKER}"
+        )
 
     def styles_files(self) -> list[Path]:
         """The files of styles that A1111 would read: the home's before the others'."""

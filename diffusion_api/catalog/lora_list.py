@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import time
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from diffusion_api import disk
 from diffusion_api.catalog.labels import FAMILY_BASES
@@ -57,7 +59,7 @@ def read(file: Path, tell: Callable[[str], None]) -> dict[str, Listed]:
     try:
         entries = _entries(file)
     except (OSError, ValueError) as error:
-        tell(f"{file.name} is not used: {_reason(error)}")
+        tell(f"{file.name} is not used: {getattr(error, 'strerror', error)}")
         return {}
     found = {}
     for name, entry in entries.items():
@@ -81,9 +83,7 @@ def put(file: Path, name: str, listed: Listed, tell: Callable[[str], None]) -> N
                 entries = _entries(file)
             except ValueError as error:
                 aside = _keep_aside(file)
-                tell(
-                    f"{file.name} could not be read ({_reason(error)}); it is kept as {aside.name}, and a new one was begun"
-                )
+                tell(f"{file.name} could not be read ({error}); it is kept as {aside.name}, and a new one was begun")
                 entries = {}
             text = json.dumps(entries | {name: listed.dump()}, indent=2, ensure_ascii=False)
             disk.write_whole(file, text.encode() + b"\n", tmp=file.parent)
@@ -94,11 +94,13 @@ def put(file: Path, name: str, listed: Listed, tell: Callable[[str], None]) -> N
 def _entries(file: Path) -> dict[str, Any]:
     """What the file holds; nothing where there is none. Raises ValueError for one that is no list of LoRAs, and OSError."""
     try:
-        content = json.loads(disk.read_regular(file, MAX_BYTES).decode("utf-8-sig"))
+        data = disk.read_regular(file, MAX_BYTES)
     except FileNotFoundError:
         return {}
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    try:
+        content = from_json(data.removeprefix(BOM_UTF8), allow_inf_nan=False)
+    except ValueError as error:
+        raise ValueError(f"it is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError("it is no JSON object with a name for each LoRA")
     return content
@@ -122,9 +124,3 @@ def _locked(path: Path) -> Iterator[None]:
         disk.remove(path)
     finally:
         disk.unlock(held)
-
-
-def _reason(error: OSError | ValueError) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return f"it is no JSON: {error}" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else str(error)

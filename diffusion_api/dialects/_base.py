@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
+from starlette.requests import HTTPConnection
 
 from diffusion_api import errors, wire
 from diffusion_api.schema.caller import Caller
@@ -42,8 +43,10 @@ STATUS: tuple[tuple[type[errors.DiffusionApiError], int], ...] = (
     (errors.DiskFull, 507),
     (errors.Unavailable, 503),
     (errors.QueueUnusable, 503),
+    (errors.NotInstalled, 503),
     (errors.KeysUnreadable, 503),
     (errors.NoAdminKey, 501),
+    (errors.NoChecker, 503),
     (errors.DiffusionApiError, 500),
 )
 """HTTP status of each error; the first row that fits."""
@@ -57,6 +60,11 @@ def status_of(error: errors.DiffusionApiError) -> int:
 def error_body(message: str) -> dict[str, str]:
     """The body of every refusal: ``detail`` and ``error`` say the same, as the two READMEs name it differently."""
     return {"status": "error", "detail": message, "error": message}
+
+
+def detail(message: str) -> dict[str, str]:
+    """The body of a refusal as FastAPI has it."""
+    return {"detail": message}
 
 
 def refusal(error: errors.DiffusionApiError, body: Callable[[str], Any] = error_body) -> JSONResponse:
@@ -131,6 +139,10 @@ class ErrorRoute(APIRoute):
         """One of pydantic's errors in a sentence."""
         return explain(error, body)
 
+    def refused(self, error: errors.DiffusionApiError) -> Response:
+        """The answer to a request that ended in this error."""
+        return refusal(error, self.told)
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, with the project's errors turned into answers."""
         handler = super().get_route_handler()
@@ -143,7 +155,7 @@ class ErrorRoute(APIRoute):
             except HTTPException as error:
                 return JSONResponse(self.told(error.detail), error.status_code, error.headers)
             except errors.DiffusionApiError as error:
-                return refusal(error, self.told)
+                return self.refused(error)
 
         return answer
 
@@ -159,9 +171,9 @@ def offer(app: FastAPI, name: str, router: APIRouter, own: APIRouter | None = No
         app.include_router(alone, prefix=f"/compat/{name}", include_in_schema=False)
 
 
-def caller_of(request: Request) -> Caller:
+def caller_of(connection: HTTPConnection) -> Caller:
     """Who asks; the door has found that out."""
-    caller: Caller = request.state.caller
+    caller: Caller = connection.state.caller
     return caller
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import HTTPException, Request, Response
 from fastapi.encoders import jsonable_encoder
@@ -29,16 +29,12 @@ PNG: dict[int | str, dict[str, Any]] = {
         "description": "All pictures in one, up to four in a row",
     }
 }
-FORM = {
-    "requestBody": {
-        "description": "a picture to begin with; what its part says of its type does not matter",
-        "content": {
-            "multipart/form-data": {
-                "schema": {"type": "object", "properties": {"image": {"type": "string", "format": "binary"}}}
-            }
-        },
-    }
-}
+PROMPT = "Ein weiter Sandstrand am Meer bei Sonnenuntergang"
+"""What is drawn where nothing else is asked for."""
+TorchDtype = Annotated[
+    Literal["float16", "bfloat16", "float32", "float64"],
+    Field(description="checked, and without effect: numbers have the type that suits the device"),
+]
 
 
 class FaultBody(BaseModel):
@@ -87,6 +83,14 @@ def in_own_words() -> Iterator[None]:
             message = name + message.removeprefix(error.field)
         where = ("body" if name == "image" else "query", name)
         raise RequestValidationError([{"loc": where, "msg": message, "type": "value_error"}]) from error
+
+
+def form(description: str, *, required: bool = False) -> dict[str, Any]:
+    """A form with a picture, for the documentation of a route."""
+    image = {"type": "string", "format": "binary", "description": "what its part says of its type does not matter"}
+    schema = {"type": "object", "properties": {"image": image}} | ({"required": ["image"]} if required else {})
+    content = {"multipart/form-data": {"schema": schema}}
+    return {"requestBody": {"description": description, "content": content, "required": required}}
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator
 
 from diffusion_api import errors
 from diffusion_api.dialects._base import build, caller_of, hears
-from diffusion_api.errors import Conflict, ShuttingDown
+from diffusion_api.errors import Conflict, DiffusionApiError, ShuttingDown
 from diffusion_api.queues.base import Key, Snapshot
 from diffusion_api.schema import request
 from diffusion_api.schema.job import Job, Result, State
@@ -77,10 +77,12 @@ def store(
     sent: dict[str, Any],
     shown: dict[str, Any] | None = None,
     key: str | None = None,
+    flaw: DiffusionApiError | None = None,
     **fields: Any,
 ) -> Stored:
     """Store the job that a body means; blocks on the disk. ``sent`` is the body as it came, which the ``key`` stands for, and
-    ``shown`` what the record keeps of it, where that is not all. ``fields`` are further ones of :class:`Job`.
+    ``shown`` what the record keeps of it, where that is not all. A job with a ``flaw`` has ended with that already, for those
+    who look at it later. ``fields`` are further ones of :class:`Job`.
 
     Raises what :meth:`Service.submit` raises.
     """
@@ -92,6 +94,8 @@ def store(
         caller=caller_of(http).id,
         **fields,
     )
+    if flaw:
+        job = job.failed(type(flaw).__name__, str(flaw))
     kept = service.submit(job, key=None if key is None else Key.of(key, sent), pictures=meant.pictures)
     return Stored(kept, kept.id != job.id)
 

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from diffusion_api.errors import InputLost, Interrupted, OutOfMemory
-from diffusion_api.schema.job import LoraApplied, LoraSkipped, Progress
+from diffusion_api.schema.job import LoraApplied, LoraSkipped, Progress, Safety
 from diffusion_api.schema.report import DeviceReport, HeldModel
 from diffusion_api.schema.request import Reading, Request, Upscale
 
@@ -102,6 +102,7 @@ class Finished:
     memory_steps: tuple[str, ...] = ()
     loras_applied: tuple[LoraApplied, ...] = ()
     loras_skipped: tuple[LoraSkipped, ...] = ()
+    safety: Safety = field(default_factory=Safety)
     infotext: Mapping[str, str] = field(default_factory=dict)
     """What only the engine knows of how the pictures were made, by A1111's keys."""
 
@@ -176,8 +177,8 @@ class Engine(Protocol):
 
         The first event says that the device is this job's; no device work happens before the second is asked for, so that
         the caller can charge the attempt in between. ``stop`` is asked at every step. Raises Interrupted when the job was
-        told to stop and has no picture to show; OutOfMemory, NotFinite, ModelUnreadable, UnknownModel for this job alone;
-        DeviceLost when no job will work until the process starts again.
+        told to stop and has no picture to show; OutOfMemory, NotFinite, ModelUnreadable, UnknownModel, UnsafePicture and
+        NoChecker for this job alone; DeviceLost when no job will work until the process starts again.
         """
 
     def warm_up(self, model: str) -> None:

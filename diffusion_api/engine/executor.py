@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from diffusion_api.errors import DeviceLost, DeviceUnusable, DiffusionApiError, 
 from diffusion_api.prompt import parse
 from diffusion_api.schema.job import Progress, State
 from diffusion_api.schema.report import DeviceReport, HeldModel
-from diffusion_api.schema.request import Request, Sampling, Txt2Img
+from diffusion_api.schema.request import Policy, Request, Sampling, Txt2Img, model_of, policy_for
 from diffusion_api.settings import keep_offline
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from diffusion_api.engine.estimate import Measures
     from diffusion_api.engine.extras import Extras
     from diffusion_api.engine.ladder import Ladder
+    from diffusion_api.engine.safety import Checker
     from diffusion_api.engine.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -94,8 +96,9 @@ class Executor:
         tokenizer: Path,
         budget: Budget = UNLIMITED,
         picture: Pictures = no_pictures,
+        policy: Policy = "off",
     ) -> None:
-        self._picture = picture
+        self._picture, self._policy = picture, policy
         self._library, self._wanted, self._tokenizer, self._budget = library, device, tokenizer, budget
         self._tasks: queue.SimpleQueue[Task | str | None] = queue.SimpleQueue()
         """Jobs, and names of models that are to be loaded."""
@@ -235,7 +238,7 @@ class Executor:
         """The next job; None at the end. While there is none, models leave the memory when their time is over."""
         while True:
             try:
-                return self._tasks.get(timeout=self._budget.idle if weights.report else None)
+                return self._tasks.get(timeout=self._budget.idle if weights.occupied else None)
             except queue.Empty:
                 log.info("no job for %g s: models leave the memory", self._budget.idle)
                 weights.unload()
@@ -249,7 +252,13 @@ class Executor:
         asks = job(
             task.request,
             task.canvas,
-            loaders=Loaders(model=ladder.load, upscaler=weights.upscaler, attach=extras.attach),
+            loaders=Loaders(
+                model=ladder.load,
+                upscaler=weights.upscaler,
+                attach=extras.attach,
+                checker=partial(self._checker, task.request, weights),
+            ),
+            policy=policy_for(task.request, self._policy),
             memory=lambda: device.memory_mb,
             report=task.events.put,
             stop=task.stop,
@@ -267,6 +276,11 @@ class Executor:
         if isinstance(outcome, OutOfMemory):
             device.free()
         task.events.put(outcome)
+
+    def _checker(self, request: Request, weights: Weights) -> Checker | None:
+        """The safety checker for a job's pictures, None where none is installed. Raises ModelUnreadable, OutOfMemory."""
+        files = self._library.checker(model_of(request))
+        return weights.checker(files) if files else None
 
     def _explained(self, error: Exception, request: Request, device: Device) -> Exception:
         """The error in the words of the tree, where it is one of the device's."""

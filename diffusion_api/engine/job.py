@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from operator import or_
 from typing import Any
@@ -30,13 +30,15 @@ from diffusion_api.engine.denoise import (
     denoised,
     progress_of,
 )
+from diffusion_api.engine.guard import NONE_INSTALLED, Applied, enforced, shown, unseen
 from diffusion_api.engine.noise import streams
 from diffusion_api.engine.pixels import OVERFLOWED, developed, finite, to_mask, to_pixels, to_tensor
 from diffusion_api.engine.plan import Pass, plan
+from diffusion_api.engine.safety import Checker
 from diffusion_api.engine.upscalers import Upscaler, enlarged
-from diffusion_api.errors import Interrupted, InvalidRequest, NotFinite
-from diffusion_api.schema.job import Progress, State
-from diffusion_api.schema.request import Caption, Embed, Img2Img, Reading, Request, Sampling, Upscale
+from diffusion_api.errors import Interrupted, InvalidRequest, NoChecker, NotFinite
+from diffusion_api.schema.job import Progress, Safety, State
+from diffusion_api.schema.request import Caption, Embed, Img2Img, Policy, Reading, Request, Sampling, Upscale
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Loaders:
     model: Callable[[str], Lane | Painter]
     upscaler: Callable[[str], Upscaler]
     attach: Callable[[Loaded, Sampling], Attached]
+    checker: Callable[[], Checker | None]
+    """The safety checker, where one is installed."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Picture:
 
     image: Pixels
     infotext: Mapping[str, str] = field(default_factory=dict)
+    flagged: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,10 @@ def job(
     memory: Callable[[], float],
     report: Report,
     stop: StopAsked,
+    policy: Policy = "off",
 ) -> Asks:
-    """The whole of one job; its value is Finished. Raises Interrupted, NotFinite, InvalidRequest and what the loaders raise.
+    """The whole of one job; its value is Finished. Raises Interrupted, NotFinite, InvalidRequest, UnsafePicture, NoChecker and
+    what the loaders raise.
 
     ``canvas`` is what the request brings along. Of ``stop`` only WITH_PICTURE is looked at here; who drives the job ends it at
     NOW.
@@ -94,21 +101,24 @@ def job(
     before = memory()
     report(Progress(state=State.LOADING, phase="loading"))
     shared = _Job(canvas, loaders, report, stop)
+    applied, notes = yield Run(partial(enforced, policy, loaders.checker), Point.LOAD)
+    drawn, more = unseen(request, applied)
+    shared.warnings += notes + more
     made: list[Picture] = []
     broken_off: int | None = None
     told = Told()
     if isinstance(request, Upscale):
-        made.append((yield from _upscaled(request, shared)))
+        made.append((yield from _shown((yield from _upscaled(request, shared)), applied, loaders)))
     elif isinstance(request, Reading):
         told = yield from _told(request, shared)
     latents: Tensor | None = None
-    for stage in plan(request):
+    for stage in plan(drawn):
         if stop() is Stop.WITH_PICTURE and latents is None:
             broken_off = 0
             break
         latents, broken_off, picture = yield from _passed(stage, latents, shared)
         if picture:
-            made.append(picture)
+            made.append((yield from _shown(picture, applied, loaders)))
         if broken_off is not None:
             break
     if not made and told == Told():
@@ -125,8 +135,24 @@ def job(
         warnings=tuple(dict.fromkeys([*attached.warnings, *shared.warnings])),
         loras_applied=attached.applied,
         loras_skipped=attached.skipped,
+        safety=Safety(applied=applied, flagged=tuple(one.flagged for one in made) if applied != "off" else ()),
         infotext=reduce(or_, (dict(one.infotext) for one in made), attached.infotext),
     )
+
+
+def _shown(picture: Picture, applied: Applied, loaders: Loaders) -> Generator[Run, Any, Picture]:
+    """A picture as it may be seen. Raises UnsafePicture, and NoChecker where that was taken away meanwhile."""
+    if applied == "off":
+        return picture
+
+    def looked_at() -> bool:
+        checker = loaders.checker()  # again, as it may have made room for the model
+        if checker is None:
+            raise NoChecker(NONE_INSTALLED)
+        return checker.flags(picture.image)
+
+    flagged: bool = yield Run(looked_at)
+    return replace(picture, image=shown(picture.image, flagged, applied), flagged=flagged)
 
 
 def _passed(

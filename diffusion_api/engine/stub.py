@@ -13,6 +13,7 @@ if nothing had happened. ``k`` is the step in which it happens, 1 to ``steps``; 
     stub:segfault=k  crash the process in C code
     stub:gil=s       hold the interpreter's lock for s seconds, in the step in the middle
     stub:memory=m    use m MiB of memory while the job runs
+    stub:unsafe=n    make a picture n, 1 to ``count``, that a safety checker flags, if one is installed; without ``=n``: each
 
 A job that is stopped with a picture gets the one that it would have made with so many steps.
 """
@@ -27,6 +28,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from typing import NoReturn
 
 import numpy as np
@@ -44,10 +46,21 @@ from diffusion_api.engine.base import (
     no_pictures,
     out_of_memory,
 )
+from diffusion_api.engine.guard import Applied, enforced, shown, unseen
 from diffusion_api.errors import DeviceLost, Interrupted, NotFinite
-from diffusion_api.schema.job import Progress, State
+from diffusion_api.schema.job import Progress, Safety, State
 from diffusion_api.schema.report import DeviceReport, HeldModel
-from diffusion_api.schema.request import Caption, Embed, Reading, Request, Txt2Img, Upscale
+from diffusion_api.schema.request import (
+    Caption,
+    Embed,
+    Policy,
+    Reading,
+    Request,
+    Txt2Img,
+    Upscale,
+    model_of,
+    policy_for,
+)
 
 HOOK = re.compile(r"stub:(\w+)(?:=([\w.]+))?")
 
@@ -55,8 +68,14 @@ HOOK = re.compile(r"stub:(\w+)(?:=([\w.]+))?")
 class StubEngine:
     """Satisfies :class:`diffusion_api.engine.base.Engine`."""
 
-    def __init__(self, picture: Pictures = no_pictures) -> None:
-        self._picture = picture
+    def __init__(
+        self,
+        picture: Pictures = no_pictures,
+        *,
+        policy: Policy = "off",
+        checker: Callable[[str | None], object | None] = lambda model: None,
+    ) -> None:
+        self._picture, self._policy, self._checker = picture, policy, checker
         self._admission = Admission()
         self._lost = False
 
@@ -91,7 +110,10 @@ class StubEngine:
             if self._lost:
                 _lose(request)
             try:
-                finished = yield from _job(request, stop)
+                policy = policy_for(request, self._policy)
+                applied, warnings = enforced(policy, lambda: self._checker(model_of(request)))
+                drawn, more = unseen(request, applied)
+                finished = _guarded((yield from _job(drawn, stop)), drawn, applied, warnings + more)
             except DeviceLost:
                 self._lost = True
                 raise
@@ -169,6 +191,18 @@ def _told(request: Caption | Embed, stop: StopAsked) -> Generator[Event, None, F
     )
 
 
+def _guarded(finished: Finished, request: Request, applied: Applied, warnings: tuple[str, ...]) -> Finished:
+    """What a job made, as it may be seen. Raises UnsafePicture."""
+    if applied == "off":
+        return replace(finished, warnings=warnings)
+    hooks = dict(HOOK.findall("".join(request.prompts)))
+    flagged = tuple(
+        "unsafe" in hooks and hooks["unsafe"] in ("", str(number + 1)) for number in range(len(finished.images))
+    )
+    images = tuple(shown(*both, applied) for both in zip(finished.images, flagged, strict=True))
+    return replace(finished, images=images, warnings=warnings, safety=Safety(applied=applied, flagged=flagged))
+
+
 def _fail(request: Request) -> NoReturn:
     raise RuntimeError("the stub engine was told to fail")
 
@@ -218,7 +252,7 @@ def _hold_the_interpreter(seconds: float) -> None:
 
 
 def _picture(asked: Request, width: int, height: int) -> Pixels:
-    digest = hashlib.sha256(asked.model_dump_json(exclude={"output"}).encode()).digest()
+    digest = hashlib.sha256(asked.model_dump_json(exclude={"output", "safety"}).encode()).digest()
     generator = np.random.default_rng(int.from_bytes(digest, "big"))
     coarse = generator.integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
     return coarse.repeat(8, 0).repeat(8, 1)[:height, :width]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffusion_api.catalog.checkers import CheckerFiles
 from diffusion_api.catalog.detect import UNIDIFFUSER, Unrecognised, is_pipeline
 from diffusion_api.catalog.footprint import footprint
 from diffusion_api.catalog.library import Library, Model
@@ -22,6 +24,7 @@ from diffusion_api.engine.families.sd2 import SD2
 from diffusion_api.engine.families.sdxl import SDXL, SDXLRefiner
 from diffusion_api.engine.loras import Patches, Step, Weight
 from diffusion_api.engine.plan import plan
+from diffusion_api.engine.safety import Checker, size_of
 from diffusion_api.engine.upscalers import Upscaler
 from diffusion_api.errors import InvalidRequest, ModelUnreadable, OutOfMemory, UnknownModel
 from diffusion_api.schema.report import HeldModel
@@ -67,6 +70,7 @@ class Weights:
         self._held: dict[str, Held] = {}  # the last used is the last
         self._used: set[str] = set()
         self._upscaler: tuple[tuple[Path, int], Upscaler] | None = None
+        self._checker: tuple[CheckerFiles, Checker] | None = None
         self.hit = False
         """Whether the model that was asked for last was in memory already."""
         self.measures = Measures()
@@ -111,15 +115,26 @@ class Weights:
             self._upscaler = key, Upscaler.read(row.path, self._device)
         return self._upscaler[1]
 
+    def checker(self, files: CheckerFiles) -> Checker:
+        """The safety checker in these files; the last one is kept while there is room. It is on the device if it fits there
+        beside the models, else in RAM. Raises ModelUnreadable, OutOfMemory.
+        """
+        if self._checker is None or self._checker[0] != files:
+            self._checker = None
+            self._checker = files, self._read_checker(files)
+        return self._checker[1]
+
+    @property
+    def occupied(self) -> bool:
+        """Whether anything is in memory."""
+        return bool(self._held or self._upscaler or self._checker)
+
     def patch(self, patches: Patches, steps: Mapping[Weight, Sequence[Step]], label: Any) -> None:
         """Attach patches to a model of this job, after models that it does not use have made room in RAM for what they keep.
         Raises what :meth:`Patches.attach` raises.
         """
-        size, memory = patches.size_with(steps) - patches.size, self._device.host or self._device.memory
-        others = [held for name, held in self._held.items() if name not in self._used and self._in_ram(held)]
-        while others and size > 0 and self._on_host() + size > memory.now():
-            self._drop(others.pop(0))
-            self._device.free()
+        if (size := patches.size_with(steps) - patches.size) > 0:
+            self._spare(size)
         patches.attach(steps, label)
         self._tell()
 
@@ -129,7 +144,8 @@ class Weights:
             self._keep(self._placed(held, measures))
 
     def free(self) -> None:
-        """Let go of all that the job at hand does not use."""
+        """Let go of all that the job at hand does not use, or can read again."""
+        self._checker = None
         for held in [held for name, held in self._held.items() if name not in self._used]:
             self._drop(held)
         self._tell()
@@ -137,7 +153,7 @@ class Weights:
 
     def unload(self) -> None:
         """Let go of every model."""
-        self._held, self._used, self._upscaler = {}, set(), None
+        self._held, self._used, self._upscaler, self._checker = {}, set(), None, None
         self._tell()
         self._device.free()
 
@@ -176,6 +192,18 @@ class Weights:
                 self._to_host(held)
             self._device.free()
 
+        if self._aboard and self._on_device(without=model) + size > self._device.memory.now():
+            self._checker = None
+            self._device.free()
+
+    def _spare(self, size: int) -> None:
+        """Drop models that this job does not use until there is RAM for so many bytes."""
+        memory = self._device.host or self._device.memory
+        others = [held for name, held in self._held.items() if name not in self._used and self._in_ram(held)]
+        while others and self._on_host() + size > memory.now():
+            self._drop(others.pop(0))
+            self._device.free()
+
     def _to_host(self, held: Held) -> None:
         """Have a model wait in RAM; those that wait there longest make room, and if that is not enough it is dropped."""
         assert self._device.host
@@ -191,12 +219,18 @@ class Weights:
         self._held[held.model.name] = replace(held, measures=None)
         log.info("model %s waits in RAM", held.model.name)
 
-    def _on_device(self, *, without: Model) -> int:
+    def _on_device(self, *, without: Model | None = None) -> int:
         size = sum(held.placed.size for held in self._held.values() if held.whole and held.model != without)
-        return size if self._device.host else size + self._kept()
+        return self._aboard + (size if self._device.host else size + self._kept())
 
     def _on_host(self) -> int:
-        return self._kept() + sum(held.placed.size for held in self._held.values() if self._in_ram(held))
+        checker = self._checker[1].size if self._checker and self._checker[1].place == HOST else 0
+        return checker + self._kept() + sum(held.placed.size for held in self._held.values() if self._in_ram(held))
+
+    @property
+    def _aboard(self) -> int:
+        """Bytes that the safety checker has of the device."""
+        return self._checker[1].size if self._checker and self._checker[1].place == self._device.place else 0
 
     def _kept(self) -> int:
         return sum(held.kept for held in self._held.values())
@@ -244,16 +278,32 @@ class Weights:
         return self._placed(Held(model, lane, placed, Measures() if whole else None, now, now), measures)
 
     def _opened(self, model: Model, device: Device) -> Lane | Painter:
-        try:
+        with self._explaining(f"model {model.name!r}", model.path, model.name, instead="; ask for a smaller one"):
             return self._open(model, device)
+
+    def _read_checker(self, files: CheckerFiles) -> Checker:
+        started = time.monotonic()
+        with self._explaining(f"safety checker {files.shown}", files.folder, files.shown):
+            size, place = size_of(files), self._device.place
+            if self._device.host and self._on_device() + size > self._device.memory.now():
+                place = HOST
+            if place == HOST:
+                self._spare(size)
+            found = Checker.read(files, place)
+        log.info("loaded safety checker %s on %s in %.1f s", files.shown, place, time.monotonic() - started)
+        return found
+
+    @contextmanager
+    def _explaining(self, what: str, path: Path, shown: str, *, instead: str = "") -> Iterator[None]:
+        """Within, files are read. Raises OutOfMemory, and ModelUnreadable for whatever else is wrong with them."""
+        try:
+            yield
         except Exception as error:  # transformers, diffusers and tokenizers raise anything for a file that is damaged
             if is_out_of_memory(error):
-                raise OutOfMemory(
-                    f"out of memory while model {model.name!r} was loaded; ask for a smaller one"
-                ) from error
+                raise OutOfMemory(f"out of memory while {what} was loaded{instead}") from error
             if self._device.lost(error):
                 raise
-            raise ModelUnreadable(f"model {model.name!r} cannot be read: {_reason(error, model)}") from error
+            raise ModelUnreadable(f"{what} cannot be read: {_reason(error, path, shown)}") from error
 
     def _open(self, model: Model, device: Device) -> Lane | Painter:
         if is_pipeline(model.family):
@@ -268,12 +318,12 @@ class Weights:
         return family.from_checkpoint(model.path, self._tokenizer, device, schedule)
 
 
-def _reason(error: Exception, model: Model) -> str:
+def _reason(error: Exception, path: Path, shown: str) -> str:
     """One line for callers, with no path of the host."""
     if isinstance(error, KeyError):
         return f"it lacks {error}"
     if isinstance(error, OSError) and error.filename:
-        path = Path(str(error.filename))
-        return f"{path.parent.name}/{path.name}: {error.strerror}"
-    text = " ".join(str(error).replace(str(model.path), model.name).split())
+        file = Path(str(error.filename))
+        return f"{file.parent.name}/{file.name}: {error.strerror}"
+    text = " ".join(str(error).replace(str(path), shown).split())
     return text[:LONGEST_REASON] or type(error).__name__

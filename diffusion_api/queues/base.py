@@ -175,8 +175,8 @@ class Queue(ABC):
     def enqueue(self, job: Job, *, key: Key | None = None) -> Job:
         """Store the job durably; when this returns, it will not be lost. The job that is stored now.
 
-        That is the earlier one, with its own id, if its caller sent the same ``key`` within a day. Raises KeyReused,
-        QueueFull, DiskFull, QueueUnusable.
+        That is the earlier one, with its own id, if its caller sent the same ``key`` within a day. A job that has ended
+        already is kept as it ended. Raises KeyReused, QueueFull, DiskFull, QueueUnusable.
         """
 
     @abstractmethod

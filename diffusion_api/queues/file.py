@@ -134,6 +134,10 @@ class FileQueue(Queue):
     def _store(self, job: Job) -> Job:
         record = storable(job)
         self._places.check_room(self._reserve)
+        if job.state.terminal:
+            self._places.write(self._places.ended_path(job.state, job.id), record)
+            self._announce()
+            return job
         with self._places.waiting.place_for(job, at_most=self._max_waiting, each=self._max_waiting_each) as name:
             self._places.write_waiting(name, record)
         self._announce(arrival=True)

@@ -16,19 +16,27 @@ class Role(StrEnum):
 
 
 class Caller(Frozen):
-    """Who asks. Jobs are kept, counted and limited under ``id``: ``key:<id>`` for a key, for others their address.
+    """Who asks. Jobs are kept, counted and limited under ``id``: ``key:<id>`` for a key, ``user:<name>`` for an account,
+    for others their address.
 
-    ``name`` is the key's, empty for those without one.
+    ``name`` is that of the key or the account, empty for those without one. ``token`` tells one token of a caller from
+    another, empty where none was sent.
     """
 
     id: str
     role: Role
     name: str = ""
+    token: str = ""
 
     @property
     def admin(self) -> bool:
         """True for one who may see and do all."""
         return self.role is Role.ADMIN
+
+    @property
+    def session(self) -> str:
+        """What events are sent to: those of one token go to those who listen with it."""
+        return self.token or self.id
 
     def may_see(self, owner: str) -> bool:
         """Whether the jobs of the caller with the id ``owner`` are this one's matter."""

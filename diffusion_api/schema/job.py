@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -85,6 +85,20 @@ class LoraSkipped(Frozen):
     reason: str
 
 
+class Safety(Frozen):
+    """What was done about pictures that a safety checker flags, and which of them it ``flagged``: of each picture whether, or
+    nothing at all where none was looked at, which is ``off``.
+    """
+
+    applied: Literal["off", "blur", "refuse"] = "off"
+    flagged: tuple[bool, ...] = ()
+
+    @property
+    def on(self) -> bool:
+        """Whether the pictures were checked."""
+        return self.applied != "off"
+
+
 class Result(Frozen):
     """What a finished job made: pictures, a ``caption``, or a file of ``embeddings``. Times in seconds, memory in MiB (resident
     on a CPU, allocated on a GPU); ``memory_steps`` is what was done so that it fitted. ``made_with`` are the device and the
@@ -101,6 +115,7 @@ class Result(Frozen):
     loras_skipped: tuple[LoraSkipped, ...] = ()
     memory_steps: tuple[str, ...] = ()
     made_with: dict[str, str] = Field(default_factory=dict)
+    safety: Safety = Safety()
 
     def same_as(self, other: Result) -> bool:
         """Whether both made the same: the same pixels, words and numbers."""
@@ -129,9 +144,10 @@ class Failure(Frozen):
 class Job(Frozen):
     """One job. ``payload`` is the body as the client sent it (pictures replaced); times are epoch seconds.
 
-    ``deadline`` is the seconds that it may run, ``webhook`` the URL that is told of its end. ``boot`` is the boot of the
-    machine in which it was ``started``; a ``suspect`` had begun when its worker died, so it runs alone, and ``shared`` of
-    its attempts ended so when others had begun as well. ``reproduces`` is the job that it makes again.
+    ``session`` is what its events are sent to, where the dialect has such. ``deadline`` is the seconds that it may run,
+    ``webhook`` the URL that is told of its end. ``boot`` is the boot of the machine in which it was ``started``; a
+    ``suspect`` had begun when its worker died, so it runs alone, and ``shared`` of its attempts ended so when others had
+    begun as well. ``reproduces`` is the job that it makes again.
     """
 
     version: int = VERSION
@@ -141,6 +157,7 @@ class Job(Frozen):
     payload: dict[str, Any] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     caller: str = ""
+    session: str = ""
     priority: int = Field(default=0, ge=-9, le=9)
     deadline: float | None = Field(default=None, gt=0)
     webhook: str | None = None

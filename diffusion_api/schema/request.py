@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -17,6 +17,16 @@ Source = Literal["nv", "cpu"]
 Emphasis = Literal["original", "no norm", "ignore", "none"]
 Fill = Literal["fill", "original", "latent noise", "latent nothing"]
 ResizeMode = Literal["just resize", "crop and resize", "resize and fill", "latent"]
+
+Policy = Literal["off", "blur", "refuse", "required"]
+"""What is done about pictures that a safety checker flags, from the mildest. ``required`` is ``refuse`` that does without no
+checker.
+"""
+
+
+def strictest(*policies: Policy) -> Policy:
+    """The one of several policies that holds."""
+    return max(policies, key=get_args(Policy).index)
 
 
 class Frozen(BaseModel):
@@ -88,6 +98,8 @@ class Sampling(Frozen):
     ``loras`` are asked for beside those that the prompt names. ``vae`` is a name, ``"None"`` for the model's own; None for
     the one that is named like the model, where there is one.
 
+    ``safety`` is what was asked for at least; the policy of the worker that runs the job may be stricter.
+
     ``refiner`` takes over in the last pass of each picture. With ``tiling`` the edges of a picture fit each other. After
     every ``preview_every`` steps there is a small picture of what is drawn; 0 for none.
     """
@@ -131,6 +143,7 @@ class Sampling(Frozen):
     refiner: Refiner | None = None
     tiling: bool = False
     preview_every: int = Field(default=0, ge=0)
+    safety: Policy = "off"
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -253,7 +266,7 @@ class Img2Img(Sampling):
 class Upscale(Frozen):
     """A picture, ``image``, the name of a stored one, with other pixels, ``width`` x ``height``.
 
-    ``upscaler`` is one of the catalog's that enlarges no latents.
+    ``upscaler`` is one of the catalog's that enlarges no latents; ``safety`` as in :class:`Sampling`.
     """
 
     kind: Literal["upscale"] = "upscale"
@@ -262,6 +275,7 @@ class Upscale(Frozen):
     width: int = Field(ge=1)
     height: int = Field(ge=1)
     output: Output
+    safety: Policy = "off"
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -329,3 +343,13 @@ class Embed(Reading):
 Request = Txt2Img | Img2Img | Upscale | Caption | Embed
 AnyRequest = Annotated[Request, Field(discriminator="kind")]
 """For fields of records: the kind says which one it is."""
+
+
+def model_of(request: Request) -> str | None:
+    """The model that draws, by name; None where none does."""
+    return request.model if isinstance(request, Sampling) else None
+
+
+def policy_for(request: Request, operator: Policy) -> Policy:
+    """What is done about the pictures of a request: the stricter of what it asks for and of the operator's policy."""
+    return "off" if isinstance(request, Reading) else strictest(request.safety, operator)

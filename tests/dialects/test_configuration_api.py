@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
 from fake_models import LORA_KEYS, checkpoint, diffusers_folder
 from PIL import Image
-from serving import PATIENCE, Program, serving
+from serving import PATIENCE, ROOT, Program, serving
 
 from diffusion_api import images
 
@@ -24,8 +33,56 @@ SD1, SD21, SDXL = (
 )
 
 
+@dataclass
+class LanguageModel:
+    """A service that answers a text with what it says, see ``ANSWERS``; it remembers what it was asked."""
+
+    port: int = 0
+    asked: list[tuple[str, dict[str, list[str]]]] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def answer(self, text: str) -> tuple[int, bytes]:
+        """Status and body."""
+        if text == "wait":
+            self.over.wait(PATIENCE)
+        answers = {"plain": (200, b"no JSON"), "object": (200, b'{"a": 1}'), "refuse": (500, b"oops")}
+        answers |= {"endless": (200, bytes(2 * 2**20)), "elsewhere": (302, b"")}
+        return answers.get(text, (200, json.dumps(f"You said: {text}").encode()))
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+def model() -> Iterator[LanguageModel]:
+    """The language model that the server's operator runs."""
+    model = LanguageModel()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            url = urlsplit(self.path)
+            query = parse_qs(url.query, keep_blank_values=True)
+            model.asked.append((url.path, query))
+            status, body = model.answer(query["text"][0])
+            with suppress(OSError):  # nobody listens any more
+                self.send_response(status)
+                self.send_header("Location", "http://127.0.0.1:9/")
+                self.end_headers()
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    service = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    model.port = service.server_address[1]
+    thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield model
+    model.over.set()
+    service.shutdown()
+    service.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, model: LanguageModel) -> Iterator[Program]:
     """A service with the stub engine and the models of the original's examples; callers need keys."""
     home = tmp_path_factory.mktemp("config")
     models = home / "stable_diffusion" / "models"
@@ -33,7 +90,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     diffusers_folder(models / "stable-diffusion-2-1", unet={"cross_attention_dim": 1024})
     diffusers_folder(models / "stable-diffusion-xl-base-1.0", pipeline="StableDiffusionXLPipeline", sample_size=128)
     checkpoint(home / "stable_diffusion" / "loras" / "pixel_art_style" / "lora.safetensors", LORA_KEYS)
-    with serving(home, api_key=f" {USER} ,another", admin_api_key=ADMIN) as program:
+    asks = {"llm_host": "localhost", "llm_port": model.port, "llm_seconds": 1}
+    with serving(home, api_key=f" {USER} ,another", admin_api_key=ADMIN, **asks) as program:
         program.key = USER
         yield program
 
@@ -134,6 +192,35 @@ def test_the_lora_example_works_as_printed(server: Program) -> None:
     )
     assert drawn(response).size == (512, 512)
     assert [lora["name"] for lora in request_of(server, response)["loras"]] == ["pixel_art_style"]
+
+
+# Our own manual
+
+PAGE = (ROOT / "docs" / "configuration-api.md").read_text("utf-8")
+EXAMPLES = re.findall(r"```bash\n(.*?)\n```(?:\n\n```json\n(.*?)\n```)?", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize(("command", "documented"), EXAMPLES, ids=[command[-60:] for command, _ in EXAMPLES])
+def test_an_example_of_our_page_is_answered_as_it_says(
+    server: Program, tmp_path: Path, command: str, documented: str
+) -> None:
+    (tmp_path / "input.jpg").write_bytes(png(64, 64))
+    called = command.replace("curl", "curl -f", 1).replace("http://localhost:8000", server.url)
+    done = subprocess.run(
+        ["bash", "-euc", called],
+        cwd=tmp_path,
+        env={"KEY": USER, "PATH": os.environ["PATH"]},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    drawn_files = [*tmp_path.glob("*.png")]
+    assert len(drawn_files) == command.count(" -o ")
+    for file in drawn_files:
+        assert Image.open(file).format == "PNG"
+    if documented:
+        answer, shown = json.loads(done.stdout), json.loads(documented)
+        assert (answer.keys() == shown.keys()) if "buffer_status" in command else (answer == shown)
 
 
 # Parameters
@@ -375,6 +462,50 @@ def test_a_prompt_is_shown_as_the_tokens_that_clip_reads(server: Program) -> Non
     answer = server.get("/get_model_embedding", params={"prompt": "A (photorealistic:1.4) Lighthouse, 42"})
     assert answer.json() == ["a", "photo", "realistic", "lighthouse", ",", "4", "2"]
     assert server.get("/get_model_embedding").json()[0] == "ein"
+
+
+# The language model
+
+
+@pytest.mark.parametrize("path", ["/llm_interface", "/llm_prompt_assistance"])
+@pytest.mark.parametrize("text", ["a dog", "100% & more? #1 +/=", "Größe: 日本 🙂", "x" * 3000, ""])
+def test_a_text_goes_to_the_language_model_as_it_is(
+    server: Program, model: LanguageModel, path: str, text: str
+) -> None:
+    answer = server.get(path, params={"text": text})
+    assert (answer.status_code, answer.json()) == (200, f"You said: {text}")
+    assert model.asked[-1] == (path, {"text": [text]})
+
+
+def test_the_role_goes_with_it(server: Program, model: LanguageModel) -> None:
+    server.get("/llm_interface", params={"text": "hello", "role": "a poet & a cook"})
+    assert model.asked[-1][1] == {"text": ["hello"], "role": ["a poet & a cook"]}
+
+
+@pytest.mark.parametrize(("text", "said"), [("plain", "no JSON"), ("object", '{"a": 1}')])
+def test_what_is_no_json_text_comes_back_as_it_is(server: Program, text: str, said: str) -> None:
+    assert server.get("/llm_interface", params={"text": text}).json() == said
+
+
+@pytest.mark.parametrize("text", ["refuse", "endless", "elsewhere"])
+def test_a_language_model_that_answers_badly_could_not_be_reached(server: Program, text: str) -> None:
+    answer = server.get("/llm_interface", params={"text": text})
+    assert (answer.status_code, answer.json()) == (200, "could not reach LLM")
+
+
+def test_a_language_model_that_takes_long_holds_up_nobody(server: Program) -> None:
+    with ThreadPoolExecutor(50) as pool:
+        waiting = [pool.submit(server.get, "/llm_interface", params={"text": "wait"}) for _ in range(50)]
+        assert server.get("/hello").status_code == 200
+        assert drawn(config(server, width=64, height=64)).size == (64, 64)
+        answers = [each.result().json() for each in waiting]
+    assert answers == ["could not reach LLM"] * 50
+
+
+def test_without_a_language_model_nobody_waits(stub_server: Program) -> None:
+    assert stub_server.get("/llm_interface", params={"text": "hello"}).json() == "could not reach LLM"
+    assert "DIFFUSION_API_LLM_HOST" in stub_server.log
+    assert told(stub_server.get("/llm_interface")) == "query.text: Field required"
 
 
 # The place where the dialect is alone

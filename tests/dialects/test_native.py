@@ -25,7 +25,7 @@ from diffusion_api.schema.job import loads
 STATUS_KEYS = {"status", "job_id", "progress", "current_phase", "state", "error"}
 FINISHED_KEYS = {
     *("payload", "image", "image_url", "output_path", "width", "height", "file_type", "jpeg_quality"),
-    *("generation_time_sec", "memory_before_mb", "memory_after_mb", "seed"),
+    *("generation_time_sec", "memory_before_mb", "memory_after_mb", "seed", "safety"),
 }
 
 
@@ -747,6 +747,7 @@ def test_health_tells_real_numbers(stub_server: Program) -> None:
     health = stub_server.get("/health").json()
     assert health.keys() - {"warnings"} == {
         *("status", "timestamp", "version", "system", "gpu", "workers", "models", "loras", "queue", "outputs", "disk"),
+        "safety",
         *("timestamp_iso", "model_status", "service", "buffer_accessible", "model_loaded"),  # what other APIs ask here
     }
     assert health["status"] == ("warning" if "warnings" in health else "healthy")
@@ -835,6 +836,8 @@ def test_loras_are_listed_with_the_scale_that_they_have_when_none_is_given(stub_
                 "path": "stable_diffusion/loras/style.safetensors",
                 "family": "sd1",
                 "trigger_words": ["ink drawing"],
+                "usage_rights": None,
+                "allow_no_mention": None,
                 "hash": hashlib.sha256(tensors).hexdigest()[:12],
                 "autov2": hashlib.sha256(style).hexdigest()[:10],
                 "pickled": False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from asking import events, finished, request
 from diffusers import UniDiffuserPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from serving import ROOT
 
 from diffusion_api.canvas import resized
 from diffusion_api.catalog.library import Library
@@ -190,6 +192,23 @@ def test_a_decoder_that_is_stored_with_one_of_its_two_equal_layers_is_whole(
     save_file(tensors, file)
     engine._library._scanned = float("-inf")
     assert finished(engine, caption(model=other.name)).caption == finished(engine, caption()).caption
+
+
+def test_the_program_of_the_manual_makes_safetensors_of_a_model_in_bin_files(
+    engine: Executor, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "stable_diffusion" / "models" / NAME
+    shutil.copytree(folder, other)
+    for file in other.glob("*/*.safetensors"):
+        name = "pytorch_model" if file.stem == "model" else file.stem
+        torch.save(load_file(file), file.with_name(f"{name}.bin"))
+        file.unlink()
+    program = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "unidiffuser.md").read_text("utf-8"), re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    other.rename(folder.with_name("converted"))
+    engine._library._scanned = float("-inf")
+    assert finished(engine, caption(model="converted")).caption == finished(engine, caption()).caption
 
 
 def test_other_sizes_are_refused_and_the_negative_prompt_is_not_used(engine: Executor) -> None:

@@ -22,7 +22,7 @@ from diffusion_api.queues.base import Control, Key
 from diffusion_api.queues.file import FileQueue
 from diffusion_api.retention import Limits
 from diffusion_api.schema.job import Image, Job, Progress, Result, State
-from diffusion_api.schema.request import Img2Img, Mask, Output, Txt2Img, Upscale
+from diffusion_api.schema.request import Caption, Embed, Img2Img, Mask, Output, Txt2Img, Upscale
 
 NOW = 1_800_000_000.0
 BOOT = "00000000-0000-0000-0000-000000000000"
@@ -115,6 +115,9 @@ def write(root: Path) -> None:
     queue.enqueue(new_job("painted", request=painted))
     upscaled = Upscale(image=image, upscaler="Lanczos", width=512, height=384, output=Output())
     queue.enqueue(new_job("upscaled", request=upscaled))
+    seen = {"model": "unidiffuser-v1", "image": image, "width": 512, "height": 512, "seed": 7}
+    queue.enqueue(new_job("captioned", request=Caption(**seen, steps=20, guidance_scale=7.5)))
+    queue.enqueue(new_job("embedded", request=Embed(**seen)))
     queue.close()
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, FastAPI
 
 from diffusion_api.dialects._base import offer
 from diffusion_api.dialects._forms import DetailRoute, refusals
-from diffusion_api.dialects.config import buffer, generate, lists
+from diffusion_api.dialects.config import buffer, generate, lists, llm, shop
 
 if TYPE_CHECKING:
     from diffusion_api.service import Service
@@ -19,6 +19,6 @@ __all__ = ["mount"]
 def mount(app: FastAPI, service: Service) -> None:
     """Add the routes of this dialect."""
     router = APIRouter(route_class=DetailRoute, responses=refusals(), tags=["configuration"])
-    for part in (generate, lists, buffer):
+    for part in (generate, lists, buffer, shop, llm):
         part.add(router, service)
     offer(app, "sd", router)

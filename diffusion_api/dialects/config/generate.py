@@ -10,7 +10,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from diffusion_api.catalog import samplers
 from diffusion_api.dialects._base import build, resolve_seed
-from diffusion_api.dialects._forms import FORM, PNG, in_own_words, picture_of, picture_sent, refusals, sheet
+from diffusion_api.dialects._forms import PNG, form, in_own_words, picture_of, picture_sent, refusals, sheet
 from diffusion_api.dialects._jobs import IdempotencyKey, Meant, Stored, store, view
 from diffusion_api.dialects.config.lists import model_of
 from diffusion_api.dialects.config.query import SIDE, ConfigQuery
@@ -33,7 +33,7 @@ def add(router: APIRouter, service: Service) -> None:
 
     @router.post(
         "/post_config", summary="Pictures from words, or from words and a picture", response_class=Response,
-        responses=refusals(400, 413, 415, 422, 429, 503, 507) | PNG, openapi_extra=FORM,
+        responses=refusals(400, 413, 415, 422, 429, 503, 507) | PNG, openapi_extra=form("a picture to begin with"),
     )  # fmt: skip
     async def post_config(
         query: Annotated[ConfigQuery, Query()], http: Request, idempotency_key: IdempotencyKey = None
@@ -52,7 +52,7 @@ def _stored(query: ConfigQuery, sent: bytes | str | None, http: Request, service
 
 
 def _meant(query: ConfigQuery, picture: Picture | None, service: Service) -> Meant[Txt2Img | Img2Img]:
-    model = model_of(query.model_id, service)
+    model, warnings = model_of(query.model_id, service)
     sampler, schedule = samplers.resolve(SAMPLER, None)
     width, height = _size(query, picture, model)
     fields = dict(
@@ -71,10 +71,10 @@ def _meant(query: ConfigQuery, picture: Picture | None, service: Service) -> Mea
         output=Output(format="png"),
     )
     if picture is None:
-        return Meant(build(Txt2Img, **fields), [])
+        return Meant(build(Txt2Img, **fields), warnings)
     if model.whole:
         raise InvalidRequest(f"model {model.name!r} draws from words alone; leave image out", field="image")
-    return Meant(build(Img2Img, **fields, image=picture.name, strength=STRENGTH[model.type]), [], (picture,))
+    return Meant(build(Img2Img, **fields, image=picture.name, strength=STRENGTH[model.type]), warnings, (picture,))
 
 
 def _size(query: ConfigQuery, picture: Picture | None, model: Model) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
 from diffusion_api import tokens
+from diffusion_api.catalog.labels import BASE_MODELS
 from diffusion_api.dialects.config.query import SIDE, ConfigQuery
 from diffusion_api.errors import InvalidRequest, UnknownModel
 from diffusion_api.settings import DATA
@@ -17,25 +18,16 @@ if TYPE_CHECKING:
     from diffusion_api.catalog.library import Model
     from diffusion_api.service import Service
 
-STABLE_DIFFS = {
-    "SD 1.5": "runwayml/stable-diffusion-v1-5",
-    "SD 2.0": "stabilityai/stable-diffusion-2",
-    "SD 2.1": "stabilityai/stable-diffusion-2-1",
-    "SDXL 1.0": "stabilityai/stable-diffusion-xl-base-1.0",
-    "Flux.1 D": "black-forest-labs/FLUX.1-dev",
-}
-"""The models that the original knows, by its names; a LoRA's ``baseModel`` at Civitai is one of these names too."""
-
-DEFAULT_MODEL = STABLE_DIFFS["SD 1.5"]
+DEFAULT_MODEL = BASE_MODELS["SD 1.5"]
 
 FILES = {
-    "SD 1.5": ("stable-diffusion-v1-5", "v1-5-pruned-emaonly", "v1-5-pruned"),
-    "SD 2.0": ("stable-diffusion-2", "768-v-ema"),
-    "SD 2.1": ("stable-diffusion-2-1", "v2-1_768-ema-pruned"),
-    "SDXL 1.0": ("stable-diffusion-xl-base-1.0", "sd_xl_base_1.0"),
-    "Flux.1 D": ("FLUX.1-dev", "flux1-dev"),
+    "SD 1.5": ("v1-5-pruned-emaonly", "v1-5-pruned"),
+    "SD 2.0": ("768-v-ema",),
+    "SD 2.1": ("v2-1_768-ema-pruned",),
+    "SDXL 1.0": ("sd_xl_base_1.0",),
+    "Flux.1 D": ("flux1-dev",),
 }
-"""What folders and files are called that hold them, beside their ids."""
+"""What their files are called, where they are no folders."""
 
 
 class ModelConfig(BaseModel):
@@ -66,26 +58,26 @@ class Parameters(BaseModel):
     lora: str | None
 
 
-def model_of(name: str | None, service: Service) -> Model:
-    """The model that ``model_id`` means: an id or label of :data:`STABLE_DIFFS`, or any name of an installed one; the
-    service's own default when it is left out or empty. Raises UnknownModel.
+def model_of(name: str | None, service: Service) -> tuple[Model, list[str]]:
+    """The model that ``model_id`` means, and what its caller should know of that: an id or label of :data:`BASE_MODELS`, or
+    any name of an installed one; the service's own default when it is left out or empty. Raises UnknownModel.
     """
-    label = next((label for label, model_id in STABLE_DIFFS.items() if name in (label, model_id)), None)
+    label = next((label for label, model_id in BASE_MODELS.items() if name in (label, model_id)), None)
     if label is None:
-        return service.model(name or None)
-    for known in (STABLE_DIFFS[label], *FILES[label]):
+        return service.chosen(name or None)
+    for known in (BASE_MODELS[label], *FILES[label]):
         with suppress(UnknownModel):
-            return service.model(known)
-    return service.model(STABLE_DIFFS[label])
+            return service.model(known), []
+    return service.chosen(BASE_MODELS[label])
 
 
 def _default_id(service: Service) -> str:
-    """What draws when no model is named: by the original's id where it is that one, or where there is no such model."""
+    """What draws when no model is named, by the original's id where it is that one, or where there is no default."""
     try:
         name = service.model(None).name
     except InvalidRequest:
         return DEFAULT_MODEL
-    return DEFAULT_MODEL if name in FILES["SD 1.5"] else name
+    return DEFAULT_MODEL if DEFAULT_MODEL.endswith(f"/{name}") else name
 
 
 def add(router: APIRouter, service: Service) -> None:
@@ -93,7 +85,7 @@ def add(router: APIRouter, service: Service) -> None:
 
     @router.get("/get_available_stable_diffs", summary="Models by their labels")
     def get_available_stable_diffs() -> dict[str, str]:
-        return STABLE_DIFFS | {model.label: model.name for model in service.models()}
+        return BASE_MODELS | {model.label: model.name for model in service.models()}
 
     @router.get("/get_implemented_parameters", summary="The parameters of /post_config, and their defaults")
     def get_implemented_parameters() -> Parameters:

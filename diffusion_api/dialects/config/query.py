@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, TypeAlias
 
 from pydantic import BaseModel, Field
 
 from diffusion_api.dialects._base import MAX_SIDE
+from diffusion_api.dialects._forms import PROMPT, TorchDtype
 
 MULTIPLE = 8
 SIDE = 512
@@ -18,13 +19,11 @@ Side: TypeAlias = Annotated[int, Field(ge=MULTIPLE, le=MAX_SIDE)]
 class ConfigQuery(BaseModel):
     """What a picture is configured with."""
 
-    prompt: str = "Ein weiter Sandstrand am Meer bei Sonnenuntergang"
+    prompt: str = PROMPT
     model_id: str | None = Field(
         default=None, description="a value of /get_available_stable_diffs; left out: the default model of the service"
     )
-    torch_dtype: Literal["float16", "bfloat16", "float32", "float64"] = Field(
-        default="float16", description="checked, and without effect: numbers have the type that suits the device"
-    )
+    torch_dtype: TorchDtype = "float16"
     num_inference_steps: int = Field(default=20, ge=1)
     count_returned: int = Field(default=1, ge=1, description="pictures, whose seeds are seed, seed + 1, ...")
     seed: int = Field(default=0, description="a negative one draws one")

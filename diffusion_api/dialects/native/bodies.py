@@ -21,8 +21,8 @@ from typing_extensions import TypeAliasType
 from diffusion_api.dialects._base import MAX_SIDE
 from diffusion_api.dialects._health import ModelHealthBody
 from diffusion_api.dialects.native import examples
-from diffusion_api.schema.job import LoraApplied, LoraSkipped
-from diffusion_api.schema.request import MAX_LORA_SCALE, MAX_SEED, Emphasis, Fill, Format, ResizeMode, Source
+from diffusion_api.schema.job import LoraApplied, LoraSkipped, Safety
+from diffusion_api.schema.request import MAX_LORA_SCALE, MAX_SEED, Emphasis, Fill, Format, Policy, ResizeMode, Source
 
 MAX_UNKNOWN = 100
 """Fields of a body that are ignored with a warning each; looking for a near name takes its time."""
@@ -180,6 +180,10 @@ class JobBody(Sent):
         description="seconds that the job may run; the operator's when left out",
     )
     webhook: str | None = Field(default=None, description="URL that is told of the job's end")
+    safety_filter: bool | None = Field(
+        default=None,
+        description="true: have pictures blurred that the safety checker flags; the operator's policy, where it is stricter",
+    )
     dry_run: bool = Field(default=False, description="say what the job would be and take, and store nothing")
 
 
@@ -568,6 +572,9 @@ class StatusBody(BaseModel):
     memory_before_mb: float = Field(default=0, description="resident on a CPU, allocated on a GPU")
     memory_after_mb: float = 0
     seed: int | None = Field(default=0, description="null where nothing is drawn")
+    safety: Safety = Field(
+        default=Safety(), description="what was done about pictures that the safety checker flags, and which it flagged"
+    )
     denoising_strength: float = Field(default=0.75, description="of a job that brought a picture along, like the rest")
     resize_mode: ResizeMode = "just resize"
     resize_to: SizeBody | None = None
@@ -680,7 +687,12 @@ class LoraRow(BaseModel):
     path: str
     family: str | None = Field(description="the family of models that it is for; null where its file does not tell")
     trigger_words: list[str] = Field(
-        description="the phrase that its maker wrote into the file, else the tags that it was trained with most often"
+        description="those that its maker published, else the phrase in its file, else the tags that it was trained with "
+        "most often"
+    )
+    usage_rights: str | None = Field(description="what may be sold, in Civitai's words; null where that is not known")
+    allow_no_mention: bool | None = Field(
+        description="whether its maker need not be named; null where that is not known"
     )
     hash: str | None = Field(
         description="12 hex digits by which A1111 knows it, as in an infotext; null until made, soon after the first look"
@@ -754,6 +766,13 @@ class ModelFacts(BaseModel):
     multiple: int = Field(description="what width and height are rounded to a multiple of")
 
 
+class SafetyFacts(BaseModel):
+    """What is done about pictures that a safety checker flags."""
+
+    policy: Policy = Field(description="the operator's, for every request")
+    checker: bool = Field(description="whether one is installed that looks at the pictures of this model")
+
+
 class CapabilitiesBody(BaseModel):
     """What may be asked of a model."""
 
@@ -762,6 +781,7 @@ class CapabilitiesBody(BaseModel):
     status: Literal["success"] = "success"
     model: ModelFacts
     features: list[str] = Field(description="those of txt2img, img2img, inpaint, hires and refiner that work with it")
+    safety: SafetyFacts
     limits: dict[str, float] = Field(description="the operator's, by setting; 0 is none")
     parameters: dict[str, dict[str, ParameterBody]] = Field(description="of the bodies of each route, by field")
     sampling_methods: list[str]

@@ -85,6 +85,8 @@ def _lora_row(row: Asset) -> LoraRow:
         path=row.shown_path,
         family=row.family,
         trigger_words=[*row.trigger_words],
+        usage_rights=row.listed.usage_rights if row.listed else None,
+        allow_no_mention=row.listed.allow_no_mention if row.listed else None,
         hash=network,
         autov2=autov2,
         pickled=row.pickled,

@@ -15,6 +15,8 @@ from diffusion_api.dialects.native.requests import (
     given,
     output,
     rounded,
+    safety,
+    unfiltered,
     upscaler_name,
 )
 from diffusion_api.dialects.native.unknown import unknown_fields
@@ -119,8 +121,16 @@ def upscale(body: UpscaleBody, service: Service, fetched: Fetched) -> Meant[Upsc
         if not 1 <= side <= MAX_SIDE:
             raise InvalidRequest(f"{name} would be {side} pixels; it may be 1 to {MAX_SIDE}", field=name)
     width, height = sides
-    asked = build(Upscale, image=picture.name, upscaler=upscaler, width=width, height=height, output=output(body))
-    return Meant(asked, unknown_fields(body), (picture,))
+    asked = build(
+        Upscale,
+        image=picture.name,
+        upscaler=upscaler,
+        width=width,
+        height=height,
+        safety=safety(body),
+        output=output(body),
+    )
+    return Meant(asked, unknown_fields(body) + unfiltered(body, service), (picture,))
 
 
 def _picture(text: str | None, field: str, service: Service) -> Picture:

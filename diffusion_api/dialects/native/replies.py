@@ -211,6 +211,7 @@ def _result(job: Job, result: Result) -> dict[str, Any]:
             "memory_before_mb": round(result.memory_before_mb, 2),
             "memory_after_mb": round(result.memory_after_mb, 2),
             "seed": image.seed,
+            "safety": result.safety.model_dump(),
         }
         | _brought(job)
     )

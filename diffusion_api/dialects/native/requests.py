@@ -26,6 +26,7 @@ from diffusion_api.schema.request import (
     Hires,
     LoraUse,
     Output,
+    Policy,
     Refiner,
     Txt2Img,
 )
@@ -145,9 +146,10 @@ def _drawn(
             refiner=refiner,
             **noise,
             **{name: value for name in OPTIONS if (value := getattr(body, name)) is not None},
+            safety=safety(body),
             output=output(body),
         ),
-        warnings,
+        warnings + unfiltered(body, service),
     )
 
 
@@ -161,6 +163,19 @@ def output(body: JobBody) -> Output:
             f"lossless is true, which {file_type} cannot be; one of {', '.join(LOSSLESS)}", field="lossless"
         )
     return Output(format=FILE_TYPES[file_type], quality=given(body.jpeg_quality, 85), lossless=bool(body.lossless))
+
+
+def safety(body: JobBody) -> Policy:
+    """What a body asks to be done about pictures that the safety checker flags."""
+    return "blur" if body.safety_filter else "off"
+
+
+def unfiltered(body: JobBody, service: Service) -> list[str]:
+    """What the caller should know of a filter that cannot be switched off."""
+    policy = service.settings.safety
+    if body.safety_filter is not False or policy == "off":
+        return []
+    return [f"safety_filter: false changes nothing, as the operator's policy is {policy}"]
 
 
 def _refiner(body: SamplingBody, model: Model, service: Service) -> tuple[Refiner | None, list[str]]:

@@ -99,6 +99,7 @@ def _health(service: Service) -> dict[str, Any]:
         "gpu": health.device.facts if health.device else UNKNOWN_DEVICE,
         "workers": [_worker(report) for report in health.workers],
         "models": {"count": health.models, "directory": _shown(settings.models_dir, settings.home)},
+        "safety": {"policy": settings.safety, "checker": service.checks(None)},
         "loras": {"count": health.loras, "directory": _shown(settings.loras_dir, settings.home)},
         "queue": {
             "active_jobs": health.active_jobs,

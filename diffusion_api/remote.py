@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -220,10 +219,9 @@ def _names(context: typer.Context, listed: str, key: str, *arguments: str) -> li
     from diffusion_api.client import Client
     from diffusion_api.errors import DiffusionApiError
 
-    url = context.params.get("url") or os.environ.get("DIFFUSION_API_URL") or HERE
-    password = context.params.get("key") or os.environ.get("DIFFUSION_API_KEY")
+    options = context.params  # with what the environment says of them
     try:
-        with Client(url, timeout=1, key=password, patience=0) as client:
+        with Client(options.get("url") or HERE, timeout=1, key=options.get("key"), patience=0) as client:
             return [row[key] for row in getattr(client, listed)(*arguments)]
     except DiffusionApiError:
         return []

@@ -30,7 +30,7 @@ class Repository:
 class Hub:
     """The hub and the host of its large files. ``faults`` befall the next requests for large files, one each: ``cut:N``
     after N bytes, ``slow:N`` seconds of nothing in its middle, ``status:429``, ``html``, ``wrong`` (other bytes),
-    ``no-range``, ``name:x`` (what the host calls it).
+    ``no-range``, ``no-length``, ``name:x`` (what the host calls it).
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -118,6 +118,8 @@ def hub(**repositories: Repository) -> Iterator[Hub]:
             headers = {"ETag": f'"{digest}"', "Content-Type": "application/octet-stream"}
             if kind == "name":
                 headers["Content-Disposition"] = f'attachment; filename="{value}"'
+            if kind == "no-length":
+                headers["Connection"] = "close"
             start, asked = 0, self.headers.get("Range", "")
             if asked and kind != "no-range" and self.headers.get("If-Range") in (None, headers["ETag"]):
                 start = int(asked.removeprefix("bytes=").rstrip("-"))
@@ -138,7 +140,8 @@ def hub(**repositories: Repository) -> Iterator[Hub]:
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
+            if "Connection" not in headers:
+                self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if slow:
                 half = len(body) // 2

@@ -155,6 +155,15 @@ def test_a_listed_lora_whose_file_is_gone_is_fetched_again(shop: Shop) -> None:
     assert shop.files() == THERE
 
 
+def test_a_file_whose_process_died_before_it_was_listed_is_not_fetched_again(shop: Shop) -> None:
+    path = shop.home / "stable_diffusion" / "loras" / "ink_style.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(shop.civitai.files["70"])
+    assert "here as ink_style" in shop.add("7").splitlines()
+    assert shop.civitai.large.ranges() == []
+    assert shop.listed()["ink_style"]["model_id"] == 7
+
+
 def test_a_lora_in_a_folder_of_its_own_counts_as_here(shop: Shop, tmp_path: Path) -> None:
     folder = shop.home / "stable_diffusion" / "loras" / "ink_style"
     folder.mkdir(parents=True)
@@ -329,6 +338,14 @@ def test_what_is_no_lora_leaves_nothing_behind(shop: Shop, tmp_path: Path, conte
 def test_a_lora_that_is_too_large_is_not_fetched(tmp_path: Path, market: Civitai) -> None:
     small = Shop(tmp_path / "home", market, limit=1000)
     with pytest.raises(TooLarge, match=r"Ink Style! has 39.\d KiB or more; at most 1000 bytes are fetched"):
+        small.add("7")
+    assert small.files() == []
+
+
+def test_a_lora_that_grows_too_large_without_having_said_so_is_given_up(tmp_path: Path, market: Civitai) -> None:
+    market.large.faults = ["no-length"]
+    small = Shop(tmp_path / "home", market, limit=30_000)
+    with pytest.raises(TooLarge, match=r"Ink Style! has .* or more; at most 29.3 KiB are fetched"):
         small.add("7")
     assert small.files() == []
 

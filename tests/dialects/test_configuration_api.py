@@ -21,7 +21,7 @@ import httpx
 import pytest
 from fake_models import LORA_KEYS, checkpoint, diffusers_folder
 from PIL import Image
-from serving import PATIENCE, ROOT, Program, eventually, serving
+from serving import PATIENCE, ROOT, Program, serving
 
 from diffusion_api import images
 

@@ -411,6 +411,18 @@ def asked(parameters: Parameters, *, picture: bool = False) -> tuple[dict[str, A
     return found, tuple(key for key in parameters.fields if not {key, f"{key}-1"} & known)
 
 
+def began_with(parameters: Parameters) -> str | None:
+    """What was done to another picture to make the one with this text, so that the text alone cannot make it again; None where
+    it was drawn from words.
+    """
+    if {
+        "Postprocess upscale to",
+        "Postprocess upscale by",
+    } & parameters.fields.keys() and "Steps" not in parameters.fields:
+        return "enlarged"
+    return "drawn over" if "Denoising strength" in asked(parameters)[1] else None
+
+
 def named(told: str) -> tuple[str, str | None]:
     """The name and the hash in a field of the form ``name [hash]``; without the brackets all is name."""
     found = _NAMED.fullmatch(told)

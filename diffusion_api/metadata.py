@@ -93,6 +93,15 @@ def _pixels(path: Path) -> NDArray[np.int16]:
     return np.asarray(image.convert("RGB")).astype(np.int16)
 
 
+def unmade(image: Path) -> str | None:
+    """Why a picture cannot be made again from what it says of itself; None if it can. Raises InvalidImage."""
+    text = images.read_infotext(image.read_bytes())
+    if text is None:
+        return "it does not say how it was made"
+    began = infotext.began_with(infotext.parse(text))
+    return began and f"it was {began}: the picture that it began with is not in it"
+
+
 def test(folder: Path) -> tuple[str, bool]:
     """Write a picture of each format into a folder and read it back: what came of it, and whether all was well."""
     pixels = np.indices((48, 64)).sum(0).astype(np.uint8)[..., None].repeat(3, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffusion_api.errors import Misconfigured, Unavailable
+from diffusion_api.errors import InvalidImage, Misconfigured, Unavailable
 
 if TYPE_CHECKING:
     from diffusion_api.client import Client, Kind, Row, Status
@@ -35,6 +34,7 @@ Model = Annotated[
         "--model", "-m", help="Name or label of a model.", autocompletion=lambda ctx: _names(ctx, "models", "name")
     ),
 ]
+Strength = Annotated[float | None, typer.Option(min=0, max=1, help="How much is drawn anew.")]
 Negative = Annotated[str | None, typer.Option(help="What should not be there.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="More take longer; up to a point they draw better.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed makes the same picture; -1 draws one.")]
@@ -86,7 +86,7 @@ def txt2img(
 def img2img(
     image: Picture,
     prompt: Annotated[str, typer.Argument(help="What to make of it.")],
-    strength: Annotated[float | None, typer.Option(min=0, max=1, help="How much is drawn anew.")] = None,
+    strength: Strength = None,
     negative: Negative = None,
     model: Model = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels; that of the picture when left out.")] = None,
@@ -107,6 +107,37 @@ def img2img(
 
 
 @app.command(rich_help_panel=PANEL)
+def inpaint(
+    image: Picture,
+    mask: Annotated[
+        Path,
+        typer.Argument(exists=True, dir_okay=False, help="A picture of the same size: white is painted anew."),
+    ],
+    prompt: Annotated[str, typer.Argument(help="What to paint there.")],
+    strength: Strength = None,
+    blur: Annotated[float | None, typer.Option(min=0, help="Of the mask's edge, pixels; 4 when left out.")] = None,
+    only_masked: Annotated[
+        bool, typer.Option("--only-masked", help="Draw only what is around the mask, and paste it back.")
+    ] = False,
+    negative: Negative = None,
+    model: Model = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    n: Count = None,
+    lora: Loras = None,
+    fields: Fields = None,
+    watch: Watch = False,
+    output: Output = Path(),
+    url: Url = HERE,
+    key: Key = None,
+) -> None:
+    """Paint a part of a picture anew."""
+    body = dict(prompt=prompt, image=image, mask=mask, denoising_strength=strength, mask_blur=blur, model=model)
+    body |= dict(negative_prompt=negative, steps=steps, seed=seed, n=n, only_masked=only_masked or None)
+    _post("inpaint", body | {"loras": _loras(lora)} | _fields(fields), watch, output, url, key)
+
+
+@app.command(rich_help_panel=PANEL)
 def upscale(
     image: Picture,
     scale: Annotated[
@@ -116,6 +147,8 @@ def upscale(
         str | None,
         typer.Option(help="A name of GET /upscalers.", autocompletion=lambda ctx: _names(ctx, "upscalers", "name")),
     ] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels, in place of --scale.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; one alone keeps the proportions.")] = None,
     fields: Fields = None,
     watch: Watch = False,
     output: Output = Path(),
@@ -123,7 +156,7 @@ def upscale(
     key: Key = None,
 ) -> None:
     """Make a picture larger."""
-    body = dict(image=image, scale=scale, upscaler=upscaler)
+    body = dict(image=image, scale=scale, upscaler=upscaler, width=width, height=height)
     _post("upscale", body | _fields(fields), watch, output, url, key)
 
 
@@ -140,6 +173,8 @@ def reproduce(
     """
     from diffusion_api import metadata
 
+    if why := metadata.unmade(image):
+        raise InvalidImage(f"{image} cannot be made again: {why}")
     paths = _post("txt2img", dict(image=image, fileType="png"), True, output, url, key)
     text, well = metadata.compared(image, paths[0])
     print(text)
@@ -220,10 +255,9 @@ def _names(context: typer.Context, listed: str, key: str, *arguments: str) -> li
     from diffusion_api.client import Client
     from diffusion_api.errors import DiffusionApiError
 
-    url = context.params.get("url") or os.environ.get("DIFFUSION_API_URL") or HERE
-    password = context.params.get("key") or os.environ.get("DIFFUSION_API_KEY")
+    options = context.params  # with what the environment says of them
     try:
-        with Client(url, timeout=1, key=password, patience=0) as client:
+        with Client(options.get("url") or HERE, timeout=1, key=options.get("key"), patience=0) as client:
             return [row[key] for row in getattr(client, listed)(*arguments)]
     except DiffusionApiError:
         return []

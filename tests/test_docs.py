@@ -57,11 +57,9 @@ def test_the_operating_guide_names_no_setting_that_does_not_exist() -> None:
 def test_every_route_has_a_page() -> None:
     with tempfile.TemporaryDirectory() as home:
         document = build_app(Settings(home=Path(home), engine="stub"), worker=False).openapi()
-    routes = {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods}
+    routes = [f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods]
     pages = "\n".join(page.read_text("utf-8") for page in PAGES)
-    headings = re.findall(r"^##+ (.*)$", pages, re.MULTILINE)
-    named = {route for heading in headings for route in re.findall(r"(?:GET|POST|DELETE|PUT|PATCH) /[^\s,`]*", heading)}
-    assert routes - named == set()
+    assert [route for route in routes if not re.search(rf"\b{re.escape(route)}(?![\w/])", pages)] == []
 
 
 def test_the_page_of_the_jobs_names_every_field() -> None:

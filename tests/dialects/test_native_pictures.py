@@ -328,7 +328,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a size": ("/img2img", {"image": grey(), "resize_to": {"width": -8}}, "resize_to.width is -8; it may be 8 to 65536"),
     "too many pixels": ("/img2img", {"image": grey(512, 512), "resize_by": 16}, "at most 4194304 are allowed"),
     "a latent upscaler": ("/upscale", {"image": grey(), "upscaler": "Latent"}, "upscaler is 'Latent', which enlarges what"),
-    "an unknown upscaler": ("/upscale", {"image": grey(), "upscaler": "x"}, "'x' is not installed; one of Lanczos, Nearest,"),
+    "an unknown upscaler": (
+        "/upscale",
+        {"image": grey(), "upscaler": "x"},
+        "upscaler 'x' is not installed (External upscaler model not found); one of Lanczos, Nearest,",
+    ),
     "a webhook": ("/img2img", {"image": grey(level=9), "webhook": "https://example.org"}, "webhook is refused"),
     "too large an upscaling": ("/upscale", {"image": grey(512, 512), "width": 60000}, "pixels; at most"),
     "a side of nothing": ("/upscale", {"image": grey(), "width": -1}, "width would be -1 pixels; it may be 1 to 65536"),

@@ -80,7 +80,7 @@ def test_pages_and_states_of_the_list(server: Program, done: str) -> None:
 @pytest.mark.parametrize(
     ("query", "reason"),
     [
-        ({"state": "ready"}, "state.0 is 'ready': "),
+        ({"state": "ready"}, "state is 'ready': "),
         ({"limit": 0}, "limit is '0': "),
         ({"limit": 201}, "limit is '201': "),
         ({"cursor": "2"}, "cursor is '2'; it must be the next of another answer"),

@@ -193,4 +193,5 @@ def test_all_that_a_request_names_is_asked_for_again(service: Service, home: Pat
     )
     assert request.refiner
     assert request.hires
-    assert meant(service, text) == (request, [])
+    for_another = "LoRA 'style' appears to be designed for SD 1.5 models, but you're using an SDXL model. "
+    assert meant(service, text) == (request, [f"{for_another}Try using a standard SD base model."])

@@ -112,7 +112,8 @@ def _drawn(
 ) -> tuple[Drawn, dict[str, Any], list[str]]:
     prompt, negative_prompt, notes = _styled(body, service)
     warnings += notes
-    model = service.model(body.model)
+    model, notes = service.chosen(body.model)
+    warnings += notes
     body = _defaulted(body, model)
     sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
     width, height, notes = size_of(body, model)
@@ -125,8 +126,6 @@ def _drawn(
     seed, noise = resolve_seed(body.seed), _noise(body)
     if not noise.get("variation_strength") and seed + given(body.n, 1) - 1 > MAX_SEED:
         warnings.append(f"seeds go on from 0 after {MAX_SEED}")
-    if (body.variation_seed or 0) > 0 and not body.variation_strength:
-        warnings.append("variation_seed is ignored: variation_strength is 0")
     if bool(body.seed_resize_width) != bool(body.seed_resize_height):
         warnings.append("seed_resize_width and seed_resize_height are ignored: one is of no use without the other")
     return (

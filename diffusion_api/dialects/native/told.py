@@ -58,7 +58,13 @@ def filled(body: Drawn, service: Service) -> tuple[Drawn, list[str]]:
     files = _Files(text, service)
     fields |= files.found(fields)
     notes = [f"infotext: {', '.join(unused[:MAX_UNKNOWN])} is not used here"] if unused else []
-    if isinstance(body, Txt2ImgBody) and "Denoising strength" in unused:
+    began = infotext.began_with(text)
+    if began == "enlarged" and not said.get("prompt"):
+        raise InvalidRequest(
+            "infotext: the picture is another one, enlarged, which is not in it; POST /upscale takes that",
+            field="infotext",
+        )
+    if isinstance(body, Txt2ImgBody) and began == "drawn over":
         notes.append("infotext: the picture began with another one, which is not in it; POST /img2img takes that")
     with told_by_infotext(fields):
         full = build(type(body), **fields | said)

@@ -222,3 +222,102 @@ def test_the_device_that_draws_is_told_in_the_words_of_the_original(server: Prog
     """Of test_gpu_detection; the service of these tests was told to take the CPU."""
     gpu = server.get("/health").json()["gpu"]
     assert gpu == {"cuda_available": False, "mps_available": False, "device_name": "CPU"}
+
+
+SMALL = {
+    "model": "shapes",
+    "width": 64,
+    "height": 64,
+    "steps": 4,
+    "sampler_name": "Euler a",
+    "scheduler_type": "karras",
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "words": {"negative_prompt": "blurry", "cfg_scale": 5.5},
+    "a second pass": {"hires": {"enabled": True, "scale": 1.5, "steps": 3, "denoising_strength": 0.6}},
+    "a second pass after an upscaler": {
+        "hires": {
+            "enabled": True,
+            "width": 96,
+            "height": 104,
+            "upscaler": "shapes-2x",
+            "steps": 2,
+            "prompt": "a blue ring",
+        }
+    },
+    "a refiner": {"model": "shapes-xl", "refiner_checkpoint": "shapes-xl-refiner", "refiner_switch_at": 0.5},
+    "a LoRA in the prompt": {"prompt": f"{PROMPT} <lora:shapes-ink:0.7>"},
+    "LoRAs in a list": {"loras": [{"name": "shapes-ink", "scale": 0.8, "text_scale": 0.25}]},
+    "a variation": {"variation_seed": 9, "variation_strength": 0.3, "rng": "cpu", "ensd": 5},
+    "weights and schedules": {
+        "prompt": "a [red:(blue:1.3):0.5] circle AND a large star :0.4",
+        "clip_skip": 2,
+        "tiling": True,
+    },
+    "a sampler's options": {"sampler_name": "DPM++ 2M SDE", "scheduler_type": "polyexponential", "rho": 2, "eta": 0.5},
+}
+
+
+def pixels(status: dict[str, Any], number: int = 0) -> bytes:
+    data = base64.b64decode((status.get("images") or [status["image"]])[number])
+    return images.decode(data, max_pixels=2**24).convert("RGB").tobytes()
+
+
+def posted_back(server: Program, status: dict[str, Any], number: int = 0) -> dict[str, Any]:
+    """What the picture of a job makes when it is all that is posted, in its own format."""
+    picture = (status.get("images") or [status["image"]])[number]
+    answer = server.request("POST", "/txt2img", json={"image": picture, "fileType": status["file_type"]})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["warnings"] == []
+    return server.wait(answer.json()["job_id"])
+
+
+@pytest.fixture(scope="module")
+def plain(server: Program) -> bytes:
+    """The pixels of a request that asks for nothing special."""
+    return pixels(result(server, "/txt2img", **{"prompt": PROMPT} | SMALL))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_that_is_posted_back_makes_itself_again(server: Program, plain: bytes, kind: str) -> None:
+    first = result(server, "/txt2img", **{"prompt": PROMPT} | SMALL | KINDS[kind])
+    assert first.get("loras_skipped", []) == []
+    assert pixels(posted_back(server, first)) == pixels(first) != plain
+
+
+@pytest.mark.parametrize("format", ["png", "jpg", "webp", "avif", "gif"])
+def test_a_picture_of_any_format_that_is_posted_back_makes_itself_again(server: Program, format: str) -> None:
+    first = result(server, "/txt2img", **{"prompt": PROMPT} | SMALL | {"fileType": format, "n": 2})
+    for number in range(2):
+        again = posted_back(server, first, number)
+        assert again["seed"] == first["seed"] + number
+        assert pixels(again) == pixels(first, number)
+    assert pixels(first, 0) != pixels(first, 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/img2img", {"denoising_strength": 0.6, "resize_mode": "crop and resize", "width": 72, "height": 64}),
+        ("/inpaint", {"denoising_strength": 0.9, "mask_blur": 2, "mask_fill": "original"}),
+        ("/inpaint", {"denoising_strength": 0.8, "only_masked": True, "mask_padding": 8, "mask_invert": True}),
+    ],
+)
+def test_a_text_posted_with_the_picture_that_it_began_with_makes_the_same_again(
+    server: Program, first: Image.Image, path: str, fields: dict[str, Any]
+) -> None:
+    mask = Image.new("L", first.size)
+    ImageDraw.Draw(mask).rectangle((32, 32, 96, 96), fill=255)
+    brought = {"image": b64(first)} | ({"mask": b64(mask)} if path == "/inpaint" else {})
+    done = result(server, path, **{"prompt": OTHER, "steps": 6} | fields | brought)
+    text = server.request("POST", "/img-info", json={"image": done["image"]}).json()["info"]
+    answer = server.request("POST", path, json={"infotext": text, "fileType": "png"} | brought)
+    assert answer.status_code == 200, answer.text
+    assert pixels(server.wait(answer.json()["job_id"])) == pixels(done)
+
+
+def test_an_enlarged_picture_is_refused_where_words_are_drawn(server: Program, first: Image.Image) -> None:
+    done = result(server, "/upscale", image=b64(first), model=None, upscaler="shapes-2x")
+    answer = server.request("POST", "/txt2img", json={"image": done["image"]})
+    assert answer.status_code == 400
+    assert "POST /upscale takes that" in answer.json()["error"]

@@ -53,6 +53,7 @@ def serve(
     device: Device = None,
     isolated: Isolated = None,
     models_from: ModelsFrom = None,
+    also_listen: Annotated[str | None, typer.Option(help="More ports, with commas: 1234,7866.")] = None,
     worker: Annotated[bool, typer.Option(help="Also run jobs.")] = True,
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Ask nobody for a key, on whatever address.")
@@ -67,7 +68,8 @@ def serve(
 
     settings = _settings(
         host=host, port=port, home=home, engine=engine, device=device, isolated=isolated, models_from=models_from,
-        require_auth=False if allow_anonymous else None, ssl_keyfile=ssl_keyfile, ssl_certfile=ssl_certfile,
+        also_listen=also_listen, require_auth=False if allow_anonymous else None,
+        ssl_keyfile=ssl_keyfile, ssl_certfile=ssl_certfile,
     )  # fmt: skip
     run(settings, worker=worker, handover=Handover.model_validate_json(handover))
 
@@ -313,7 +315,6 @@ def _settings(**flags: Any) -> configuration.Settings:
         return configuration.load(**flags)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"]).removeprefix(configuration.PREFIX).lower()
-        raise Misconfigured(
-            f"setting {name} ({configuration.PREFIX}{name.upper()}) is {first['input']!r}: {first['msg']}"
-        ) from error
+        name = str(first["loc"][0])
+        variable = configuration.variable(name) or configuration.PREFIX + name.upper()
+        raise Misconfigured(f"setting {name} ({variable}) is {first['input']!r}: {first['msg']}") from error

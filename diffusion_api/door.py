@@ -191,7 +191,7 @@ class Gate:
             await _closed(send)
         else:
             status, message = found
-            await JSONResponse(error_body(message), status)(scope, receive, send)
+            await JSONResponse(error_body(message), status, {"Connection": "close"})(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         fields = scope["headers"]
@@ -209,6 +209,9 @@ class Gate:
         harmless = method in SAFE_METHODS and needed(method, route_path(scope)) is Role.NOBODY
         if not harmless and (page := self._foreign_page(headers, host)):
             return 403, f"a page of {page} may not do this here. The operator can set DIFFUSION_API_ALLOWED_ORIGINS"
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # A proxy may believe the other one, and take the rest of the body for a request of somebody else.
+            return 400, "the body has two lengths: send Content-Length or Transfer-Encoding, not both"
         if headers.get("content-encoding", "identity").lower() != "identity":
             return 415, "the body is compressed; send it as it is, without Content-Encoding"
         return None

@@ -59,7 +59,7 @@ _CREDENTIALS = (
     (re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}"), r"\1***"),
     (re.compile(r"\b(hf_|sk-|dapi_)[A-Za-z0-9_-]{8,}"), r"\1***"),
     (re.compile(r"://[^/\s@'\"]+@"), "://***@"),
-    (re.compile(r"(/image/[\w-]+\.\d+\.\d+\.)[0-9a-f]+"), r"\1***"),  # who has the link sees the picture
+    (re.compile(r"(/(?:image|blob)/[\w-]+(?:\.\d+)+\.)[0-9a-f]+"), r"\1***"),  # who has the link sees the picture
 )
 
 # Line ends, terminal commands, and characters that change the direction of what follows.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffusion_api.fetch import Fetcher
 
 SECONDS = 10.0
-"""For one picture, from the look-up of its host's name to its last byte."""
+"""For one picture, from its request to its last byte, with the wait for its turn."""
 
 AT_ONCE = 8
 """Pictures that are being fetched; each may be as large as a body."""
@@ -41,14 +41,13 @@ class RemotePictures:
         """What the URL in ``field`` leads to. Raises UrlRefused, Unreachable, TooLarge, and InvalidImage where its host has
         nothing for us.
         """
-        async with self._turn:
-            try:
-                async with asyncio.timeout(self._seconds):
-                    return await self._fetched(url.strip(), field)
-            except TimeoutError as error:
-                raise Unreachable(f"{field}: the picture was not there after {self._seconds:g} seconds") from error
-            except Unreachable as error:
-                raise Unreachable(f"{field}: the picture's host does not answer: {error}") from error
+        try:
+            async with asyncio.timeout(self._seconds), self._turn:
+                return await self._fetched(url.strip(), field)
+        except TimeoutError as error:
+            raise Unreachable(f"{field}: the picture was not there after {self._seconds:g} seconds") from error
+        except Unreachable as error:
+            raise Unreachable(f"{field}: the picture's host does not answer: {error}") from error
 
     async def _fetched(self, url: str, field: str) -> bytes:
         async with self._fetcher.get(url, HEADERS, field=field) as response:

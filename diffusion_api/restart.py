@@ -25,19 +25,19 @@ class Handover(Frozen):
     """What a process is told by the one that it takes over from, or by its supervisor, in the option ``--handover``.
 
     ``restarts`` counts all of them, ``recent`` are the times of the last few on the machine's monotonic clock.
-    ``listener`` is the descriptor of the socket that listens, ``lifeline`` one whose end is that of the supervisor.
+    ``listeners`` are the descriptors of the sockets that listen, ``lifeline`` one whose end is that of the supervisor.
     """
 
     restarts: int = 0
     recent: tuple[float, ...] = ()
-    listener: int | None = None
+    listeners: tuple[int, ...] = ()
     lifeline: int | None = None
 
 
 def restart(handover: Handover | None, reason: str) -> NoReturn:
     """Have this process begin again with the command line that it was started with, at once and in the same place.
 
-    No lock, thread or memory outlives this, but the socket that listens does: who connects meanwhile waits, who waited
+    No lock, thread or memory outlives this, but the sockets that listen do: who connects meanwhile waits, who waited
     for an answer gets none. A process with a supervisor ends with EXIT_RESTART instead, and so does one that restarts
     too often, whose program is gone, or that has no handover because its command line is not ours.
     """
@@ -51,8 +51,8 @@ def restart(handover: Handover | None, reason: str) -> NoReturn:
         os._exit(EXIT_RESTART)
     log.critical("%s; this process begins again", reason)
     after = handover.model_copy(update={"restarts": handover.restarts + 1, "recent": (*recent, now)})
-    if after.listener is not None:
-        os.set_inheritable(after.listener, True)
+    for listener in after.listeners:
+        os.set_inheritable(listener, True)
     command = [sys.executable, *_arguments(sys.orig_argv[1:]), OPTION, after.model_dump_json()]
     try:
         os.execv(sys.executable, command)  # noqa: S606

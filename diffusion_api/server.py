@@ -335,11 +335,12 @@ def build_supervisor(settings: Settings, queue: Queue) -> Supervisor:
 def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
     """Serve until told to stop: SIGINT or SIGTERM drain, a second one ends at once. Raises Misconfigured."""
     logs.configure(settings)
-    listener = _adopt(handover.listener) if handover.listener else listen(settings.host, settings.port)
-    handover = handover.model_copy(update={"listener": listener.fileno()})
+    ports = (settings.port, *settings.also_listen)
+    listeners = [*map(_adopt, handover.listeners)] or [listen(settings.host, port) for port in ports]
+    handover = handover.model_copy(update={"listeners": tuple(each.fileno() for each in listeners)})
     scheme = "https" if settings.ssl_certfile else "http"
-    here = f"{scheme}://{_shown_host(settings.host)}:{listener.getsockname()[1]}"
-    url = settings.public_url.rstrip("/") or here
+    here = [f"{scheme}://{_shown_host(settings.host)}:{each.getsockname()[1]}" for each in listeners]
+    url = settings.public_url.rstrip("/") or here[0]
     settings.create_folders()
     _show_first_key(settings, url)
     serving = build(settings, worker=worker, handover=handover)
@@ -357,11 +358,11 @@ def run(settings: Settings, *, worker: bool, handover: Handover) -> None:
         ssl_certfile=settings.ssl_certfile,
     )
     _load(config)
-    log.info("it listens on %s", here)
+    log.info("it listens on %s", ", ".join(here))
     if settings.print_link_with_token:
         _show_link(settings, url)
     greeting = _greeting(url, open_to_all=build_access(settings).open, model=settings.model)
-    Server(config, drain=serving.drain, greeting=greeting).run(sockets=[listener])
+    Server(config, drain=serving.drain, greeting=greeting).run(sockets=listeners)
     if serving.engine:
         leave(serving.engine)
 
@@ -501,9 +502,10 @@ def _show_link(settings: Settings, url: str) -> None:
 
     Raises Misconfigured, KeysUnreadable.
     """
-    query = {"prompt": "corgi", "steps": 20}
+    query: dict[str, str | int] = {"prompt": "corgi", "steps": 20}
     with contextlib.suppress(InvalidRequest):  # no model is the default: then the link does not name it either
-        query["model"] = build_library(settings).default().name
+        model = build_library(settings).default()
+        query |= {"model": model.name} | dict(zip(("width", "height"), model.default_size, strict=True))
     query["token"] = build_access(settings).starter_token()
     print(f"Try visiting {url}/txt2img?{urlencode(query)}", flush=True)
 

@@ -741,8 +741,9 @@ class Service:
         """Raises InvalidRequest for a model that tells nothing of pictures."""
         model = self._library.find(request.model)
         if model and not model.tells:
-            choices = ", ".join(each.name for each in self.models() if each.tells) or "none is installed that does"
-            raise InvalidRequest(f"model {model.name!r} tells nothing of pictures; one of {choices}", field="model")
+            others = ", ".join(each.name for each in self.models() if each.tells)
+            choices = f"one of {others}" if others else "none is installed that does"
+            raise InvalidRequest(f"model {model.name!r} tells nothing of pictures; {choices}", field="model")
         if isinstance(request, Caption):
             self._check_steps(request)
 

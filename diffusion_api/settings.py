@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 from diffusion_api.errors import Misconfigured
 from diffusion_api.schema.request import Policy
@@ -25,6 +25,10 @@ def _paths(value: Any) -> Any:
         return value
     parts = re.split(f"[,{os.pathsep}]", value)
     return tuple(Path(part.strip()).expanduser() for part in parts if part.strip())
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
 
 
 def _device(name: str) -> str:
@@ -44,6 +48,13 @@ def _adapter(path: str) -> str:
     return place.parent.name if place.stem == "pytorch_lora_weights" else place.name
 
 
+def _ports(value: Any) -> Any:
+    """One text of several ports in parts."""
+    return tuple(part for part in value.replace(",", " ").split()) if isinstance(value, str) else value
+
+
+Port: TypeAlias = Annotated[int, Field(ge=0, le=65535)]
+Ports: TypeAlias = Annotated[tuple[Port, ...], NoDecode, BeforeValidator(_ports)]
 Switch: TypeAlias = Annotated[bool, BeforeValidator(_empty_is_off)]
 Paths: TypeAlias = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_paths)]
 
@@ -58,20 +69,27 @@ class Settings(BaseSettings):
     home: Path = Field(default=Path("."), description="folder that holds stable_diffusion/, queue/ and outputs/")
     host: str = Field(
         default="127.0.0.1",
-        validation_alias=AliasChoices(PREFIX + "HOST", "SD_HOST"),
+        validation_alias=AliasChoices(PREFIX + "HOST", "API_HOST", "SD_HOST"),
         description="address to listen on",
     )
-    port: int = Field(
+    port: Port = Field(
         default=8000,
-        ge=0,
-        le=65535,
-        validation_alias=AliasChoices(PREFIX + "PORT", "SD_PORT"),
+        validation_alias=AliasChoices(PREFIX + "PORT", "API_PORT", "SD_PORT"),
         description="port to listen on; 0 takes a free one",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="how much is logged")
+    also_listen: Ports = Field(default=(), description="more ports that answer in the same way, with commas")
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = Field(
+        default="info",
+        validation_alias=AliasChoices(PREFIX + "LOG_LEVEL", "LOG_LEVEL"),
+        description="how much is logged",
+    )
     log_format: Literal["plain", "json"] = Field(default="plain", description="form of a log line")
     log_prompts: bool = Field(default=False, description="let prompts into the log")
-    log_file: Path | None = Field(default=None, description="a file that gets the log too, below home if relative")
+    log_file: Path | None = Field(
+        default=None,
+        validation_alias=AliasChoices(PREFIX + "LOG_FILE", "LOG_FILE"),
+        description="a file that gets the log too, below home if relative",
+    )
     log_file_mb: int = Field(default=10, ge=1, description="MiB after which a new log file is begun")
     log_file_count: int = Field(default=5, ge=1, description="older log files that are kept")
 
@@ -140,7 +158,12 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices(PREFIX + "PRINT_LINK_WITH_TOKEN", "PRINT_LINK_WITH_TOKEN"),
         description="print a link at the start that makes a picture when it is opened in a browser",
     )
-    requests_per_minute: int = Field(default=0, ge=0, description="requests of one caller in a minute; 0 is no limit")
+    requests_per_minute: int = Field(
+        default=0,
+        ge=0,
+        validation_alias=AliasChoices(PREFIX + "REQUESTS_PER_MINUTE", "RATE_LIMIT_REQUESTS"),
+        description="requests of one caller in a minute; 0 is no limit",
+    )
     pixels_per_minute: int = Field(
         default=0, ge=0, description="pixels that one caller may ask for in a minute; 0 is no limit"
     )
@@ -171,6 +194,7 @@ class Settings(BaseSettings):
     )
     models_from: Paths = Field(
         default=(),
+        validation_alias=AliasChoices(PREFIX + "MODELS_FROM", "MODEL_CACHE_DIR"),
         description="folders of other programs whose models, LoRAs and so on are listed too, and only read; "
         f"separated by {os.pathsep!r} or commas",
     )
@@ -366,24 +390,25 @@ def load(**flags: Any) -> Settings:
 
 def sources(settings: Settings, flags: dict[str, Any]) -> dict[str, str]:
     """Where each setting came from: ``flag``, its environment variable, ``.env`` or ``default``."""
-    environment, dotenv = EnvSettingsSource(Settings)(), DotEnvSettingsSource(Settings)()
-    variables = {name.upper() for name in os.environ}
+    dotenv = set(DotEnvSettingsSource(Settings)())
     found = {}
     for name in Settings.model_fields:
         if flags.get(name) is not None:
             found[name] = "flag"
-            continue
-        own = PREFIX + name.upper()
-        if name in environment:
-            found[name] = own
-        elif own in environment:  # one that has the name of others too, such as HF_TOKEN
-            found[name] = next(each for each in _names(name) if each in variables)
+        elif held := variable(name):
+            found[name] = held
         else:
-            found[name] = ".env" if {name, own} & set(dotenv) else "default"
+            found[name] = ".env" if {name, PREFIX + name.upper()} & dotenv else "default"
     return found
 
 
-def _names(name: str) -> list[str]:
+def variable(name: str) -> str | None:
+    """The environment variable that a setting has its value from, in whichever case it is written; None where there is none."""
+    environment = {written.lower(): written for written in os.environ}
+    return next((environment[each.lower()] for each in names_of(name) if each.lower() in environment), None)
+
+
+def names_of(name: str) -> list[str]:
     """The variables that may hold a setting, first the one that counts."""
     alias = Settings.model_fields[name].validation_alias
     return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [PREFIX + name.upper()]

@@ -26,11 +26,13 @@ MODES = {"in-process": (), "isolated": ("--isolated",)}
 """The two ways in which ``serve`` runs jobs, as arguments."""
 
 
+FOREIGN = r"DIFFUSION_API_|((ADMIN_)?API_KEY|API_HOST|API_PORT|LOG_LEVEL|LOG_FILE|RATE_LIMIT_REQUESTS|MODEL_CACHE_DIR)$"
+"""Variables that mean something to the service."""
+
+
 def environment(**settings: object) -> dict[str, str]:
     """This process's environment with no setting of the service in it but these, named as in ``Settings``."""
-    plain = {
-        name: value for name, value in os.environ.items() if not re.match(r"DIFFUSION_API_|(ADMIN_)?API_KEY$", name)
-    }
+    plain = {name: value for name, value in os.environ.items() if not re.match(FOREIGN, name)}
     wanted = {f"DIFFUSION_API_{name.upper()}": str(value) for name, value in settings.items()}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return plain | {"PYTHONPATH": path, "NO_COLOR": "1", "COLUMNS": "200"} | wanted

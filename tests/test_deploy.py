@@ -167,7 +167,10 @@ def test_its_command_and_its_check_work_for_a_user_with_no_home(home: Path, tmp_
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     image = dict(part.split("=", 1) for part in shlex.split(the_last("ENV")) if not part.startswith("PATH="))
-    settings = environment(engine="stub", port=port) | image
+    theirs = {"API_PORT": str(port), "LOG_LEVEL": "INFO", "API_KEY": "", "RATE_LIMIT_REQUESTS": "100", "WORKERS": "1"}
+    settings = (
+        environment(engine="stub") | image | theirs
+    )  # as a compose file has it that was written for another program
     settings |= {"DIFFUSION_API_HOME": str(home), "HOME": "/nonexistent"}
     assert json.loads(the_last("ENTRYPOINT")) == ["diffusion-api"]
     command = [sys.executable, "-m", "diffusion_api", *json.loads(the_last("CMD"))]
@@ -188,6 +191,8 @@ def test_its_command_and_its_check_work_for_a_user_with_no_home(home: Path, tmp_
 
         assert healthy()
         assert server.result(prompt="a lighthouse")["state"] == "done"
+        drawn = server.request("POST", "/generate", json={"prompt": "a lighthouse", "num_inference_steps": 1})
+        assert drawn.json()["images"][0].startswith("data:image/png;base64,")
         server.signal(signal.SIGTERM)
         assert server.ended() == 0, log.read_text()
         assert not healthy()

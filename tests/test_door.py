@@ -352,7 +352,7 @@ def test_a_model_is_a_name_of_the_catalogue_and_never_a_place(server: Program, n
 def test_a_lora_is_no_place_either(server: Program, name: str) -> None:
     answer = server.post(model="small", steps=1, loras=[name], prompt=f"a cat <lora:{name}:1>").json()
     assert f"LoRA {name!r} was skipped: it is not installed" in answer["warnings"]
-    assert all(warning.startswith("LoRA ") for warning in answer["warnings"])
+    assert all(warning.startswith(("LoRA ", "prompt: ")) for warning in answer["warnings"])
     status = server.wait(answer["job_id"])
     assert status["output_path"] == f"outputs/{status['job_id']}.jpg"
 
@@ -422,6 +422,16 @@ def test_a_body_that_says_it_is_beyond_the_limit_is_not_waited_for(stub_server: 
         connection.sendall(raw.HEAD + f"Connection: close\r\nContent-Length: {length}\r\n\r\n".encode())
         status, _, body = raw.answer(connection)
     assert (status, body["error"]) == (413, "the request body is larger than the 1048576 bytes that are allowed")
+
+
+def test_a_body_with_two_lengths_is_refused_with_all_that_follows_it(server: Program) -> None:
+    """A proxy that believes the other length takes what follows for a request of its own (RFC 9112, 6.1)."""
+    hidden = b"GET /hello HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with raw.connected(server) as connection:
+        connection.sendall(raw.HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + hidden)
+        status, headers, body = raw.answer(connection)  # and nothing after it
+    assert (status, headers["connection"]) == (400, "close")
+    assert "Content-Length or Transfer-Encoding" in body["error"]
 
 
 def test_too_many_headers_are_refused(server: Program) -> None:

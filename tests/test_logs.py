@@ -144,6 +144,8 @@ def test_cleaning_takes_time_in_proportion_to_the_text() -> None:
             "GET /sd/image/242d6f93-ea2d.0.1795341600.5f0c1a 200 in 3 ms",
             "GET /sd/image/242d6f93-ea2d.0.1795341600.*** 200 in 3 ms",
         ),
+        ("GET /blob/242d6f93-ea2d.0.1795341600.5f0c1a 200", "GET /blob/242d6f93-ea2d.0.1795341600.*** 200"),
+        ("GET /blob/881ccd36e3b8.1795895371.89369987443 200", "GET /blob/881ccd36e3b8.1795895371.*** 200"),
     ],
 )
 def test_credentials_are_masked(text: str, shown: str) -> None:

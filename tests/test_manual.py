@@ -1,4 +1,4 @@
-"""The pages of the native API: every example runs, and is answered with the fields that the page shows."""
+"""The pages of the APIs: every example runs, and is answered with the fields that the page shows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from serving import ROOT, Program, eventually
 
 from diffusion_api.dialects.native import bodies
 
-NAMES = ("native", "jobs", "results", "metadata", "catalog", "service")
+NAMES = ("native", "jobs", "results", "metadata", "catalog", "service", "backend-api")
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in NAMES}
 ALL = "\n".join(PAGES.values())
 EXAMPLES = re.findall(r"```bash\n(.*?)\n```(?:\n\n```json\n(.*?)\n```)?", ALL, re.DOTALL)

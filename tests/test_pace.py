@@ -18,7 +18,7 @@ from diffusion_api.queues.file import FileQueue
 from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.schema.job import Job, Progress, State
 from diffusion_api.schema.report import WorkerReport
-from diffusion_api.schema.request import Txt2Img
+from diffusion_api.schema.request import Caption, Embed, Txt2Img
 from diffusion_api.worker import Worker
 
 
@@ -102,6 +102,20 @@ def test_each_model_has_its_own_pace_and_a_new_one_is_taken_as_average(pace: Pac
     pace.learn(plain(model="slow"), 9)
     found = [pace.seconds(plain(model=name)) for name in ("fast", "slow", "new")]
     assert found == [pytest.approx(seconds) for seconds in (1, 9, 5)]
+
+
+def test_what_a_model_tells_of_pictures_says_nothing_of_how_long_it_draws(pace: Pace) -> None:
+    seen = {"model": "small", "image": "0", "width": 512, "height": 512, "seed": 0}
+    caption = Caption(**seen, steps=20, guidance_scale=7.5)
+    for told in (caption, Embed(**seen)):
+        assert pace.seconds(told) is None
+        pace.learn(told, 3)
+        assert pace.seconds(told) == pytest.approx(3)
+    assert pace.seconds(caption.model_copy(update={"steps": 40, "guidance_scale": 1.0})) == pytest.approx(3)
+    assert pace.seconds(plain(model="small")) is None
+    pace.learn(plain(model="small"), 9)
+    assert pace.seconds(caption) == pytest.approx(3)
+    assert pace.seconds(caption.model_copy(update={"model": "new"})) == pytest.approx(3)
 
 
 def test_a_sampler_of_another_release_makes_the_time_unknown(pace: Pace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,6 +141,28 @@ def test_a_picture_is_upscaled_by_the_shipped_model(server: Program, first: Imag
     assert opened(status).size == (256, 256)
     assert seen(np.asarray(opened(status))).agrees(asked(PROMPT), shape=True)
     assert status["current_phase"] == "done"
+
+
+def test_a_picture_that_the_installed_checker_flags_is_blurred_where_that_is_asked(
+    server: Program, first: Image.Image
+) -> None:
+    """``tests/engine/test_safety.py`` has the rest."""
+    import checkers  # torch: others here have no need of it
+
+    other = made(server, "/txt2img", prompt=OTHER, width=128, height=128)
+    installed = server.home / "stable_diffusion" / "safety_checker"
+    checkers.save(checkers.checker(np.asarray(first), [np.asarray(other)]), installed)
+    asked_for = {"width": 128, "height": 128, "safety_filter": True}
+    statuses = [result(server, "/txt2img", prompt=prompt, **asked_for) for prompt in (PROMPT, OTHER)]
+    shutil.rmtree(installed)
+    assert [status["safety"] for status in statuses] == [
+        {"applied": "blur", "flagged": [True]},
+        {"applied": "blur", "flagged": [False]},
+    ]
+    blurred, untouched = map(opened, statuses)
+    assert close(untouched, other) == 0
+    steps = [np.abs(np.diff(np.asarray(image, np.float64), axis=1)).max() for image in (first, blurred)]
+    assert steps[1] < steps[0] / 10
 
 
 # what the tests of the original API expect of real pictures

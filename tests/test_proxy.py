@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import socket
@@ -15,6 +16,7 @@ import httpx
 import pytest
 from fake_models import diffusers_folder
 from serving import Program, eventually, run, serving
+from websockets.sync.client import connect
 
 from diffusion_api.client import Client
 from diffusion_api.connections import is_proxy
@@ -27,6 +29,7 @@ events {{ worker_connections 64; }}
 http {{
   access_log off; client_max_body_size 64m;
   client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+  map $http_upgrade $connection_upgrade {{ default upgrade; '' ''; }}
   fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
   server {{
     listen 127.0.0.1:{port};
@@ -35,6 +38,9 @@ http {{
       proxy_set_header Host $http_host;
       proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
       proxy_set_header X-Forwarded-Proto $scheme;
+      proxy_http_version 1.1;
+      proxy_set_header Upgrade $http_upgrade;
+      proxy_set_header Connection $connection_upgrade;
       proxy_read_timeout 90s;
     }}
   }}
@@ -91,6 +97,16 @@ def test_it_works_behind_nginx_under_a_sub_path(tmp_path: Path, stripped: bool) 
             assert httpx.get(link, trust_env=False).headers["content-type"] == "image/jpeg"
             # A dialect where it is alone
             assert http.get(f"{public}/compat/diffusionapi/queue/{job.job_id}").json()["state"] == "done"
+            # Events of the task API, and the URLs in them
+            events = connect(
+                f"ws://127.0.0.1:{port}/sd/compat/tasks/events?format=json",
+                additional_headers={"X-API-Key": "ann"}, proxy=None,
+            )  # fmt: skip
+            with events as socket:
+                http.post(f"{public}/task", json={"prompt": "a", "model": "small", "steps": 1})
+                told = [json.loads(socket.recv(timeout=60)) for _ in range(3)]
+            assert told[-1]["result"]["blob_url"].startswith(f"{public}/blob/")
+            assert httpx.get(told[-1]["result"]["blob_url"], trust_env=False).headers["content-type"] == "image/png"
             # The documentation finds its files and the API
             docs = http.get(f"{public}/", follow_redirects=True)
             assert str(docs.url) == f"{public}/docs"

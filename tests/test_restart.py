@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def test_a_job_that_loses_the_device_each_time_ends_and_the_others_are_done(home
 
 
 def test_the_service_begins_again_as_the_same_process_at_the_same_address(home: Path) -> None:
-    with serving(home, max_attempts=1) as server:
+    with serving(home, "--also-listen", 0, max_attempts=1) as server:
+        other = re.findall(r"http://[\w.:]+", server.log)[1]
         server.result(prompt="a lighthouse")
         process = psutil.Process(server.process.pid)
         born, command_line, open_files = process.create_time(), process.cmdline(), process.num_fds()
@@ -76,6 +78,7 @@ def test_the_service_begins_again_as_the_same_process_at_the_same_address(home: 
             end_of(server, server.submit(prompt=LOST, steps=2))
             assert server.log.count("this process begins again") == times
         assert server.result(prompt="a lighthouse")["state"] == "done"
+        assert httpx.get(f"{other}/hello", trust_env=False).json() == {"ok": True}
         assert (process.create_time(), process.cmdline()[: len(command_line)]) == (born, command_line)
         assert process.cmdline().count("--handover") == 1
         eventually(lambda: abs(process.num_fds() - open_files) <= 2, "the descriptors to be as many as before")

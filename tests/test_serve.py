@@ -109,23 +109,57 @@ def test_a_file_of_settings_is_read(home: Path) -> None:
         assert server.post(steps=4).json()["error"] == "steps is 4; it may be 1 to 3"
 
 
-def test_it_also_runs_under_uvicorn(home: Path) -> None:
-    command = [sys.executable, "-m", "uvicorn", "diffusion_api.asgi:app", "--port", "0"]
+def test_more_ports_answer_in_the_same_way(home: Path) -> None:
+    with serving(home, "--also-listen", "0, 0") as server:
+        addresses = re.search(r"it listens on (.+)", server.log)
+        assert addresses
+        first, *others = addresses[1].split(", ")
+        assert first == server.url
+        assert len({first, *others}) == 3
+        job_id = server.result(prompt="a lighthouse")["job_id"]
+        for url in others:
+            assert httpx.get(f"{url}/queue/{job_id}", trust_env=False).json()["state"] == "done"
+        server.signal(signal.SIGTERM)
+        assert server.ended() == 0
+
+
+def test_a_second_port_that_is_taken_is_told(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("serve", "--port", 0, "--also-listen", port, cwd=home, home=home, engine="stub")
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+
+
+UNDER_OTHERS = {
+    "uvicorn": ("uvicorn", "diffusion_api.asgi:app", "--port", "0"),
+    "gunicorn": (
+        *("gunicorn", "diffusion_api.asgi:app", "--workers", "1", "--worker-class", "uvicorn.workers.UvicornWorker"),
+        *("--bind", "127.0.0.1:0"),
+    ),
+}
+"""The commands that manuals print, but for the module and the port."""
+
+
+@pytest.mark.parametrize("program", UNDER_OTHERS)
+def test_it_also_runs_under_uvicorn_and_gunicorn(home: Path, program: str) -> None:
     settings = environment(home=home, engine="stub", shipped_models=False)
-    with (home / "uvicorn.log").open("w") as log:
+    path = home / "log"
+    with path.open("w") as log:
+        command = [sys.executable, "-m", *UNDER_OTHERS[program]]
         process = subprocess.Popen(command, cwd=home, env=settings, stdout=log, stderr=log, text=True)
     try:
         found = eventually(
-            lambda: re.search(r"running on (http://\S+)", (home / "uvicorn.log").read_text()), "uvicorn to listen"
+            lambda: re.search(r"(?:running on|Listening at:) (http://\S+)", path.read_text()), "it to listen"
         )
-        server = Program(process, home, home / "uvicorn.log", found[1])
+        server = Program(process, home, path, found[1])
         assert server.result(prompt="a lighthouse")["state"] == "done"
         server.signal(signal.SIGTERM)
         server.ended()
     finally:
         process.kill()
         process.wait()
-    assert "Traceback" not in (home / "uvicorn.log").read_text()
+    assert "Traceback" not in path.read_text()
 
 
 # Stopping

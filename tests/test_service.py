@@ -22,6 +22,7 @@ from diffusion_api.queues.file import FileQueue
 from diffusion_api.queues.memory import MemoryQueue
 from diffusion_api.schema.caller import Caller, Role
 from diffusion_api.schema.job import Image, Job, State, loads
+from diffusion_api.schema.request import Embed
 from diffusion_api.service import Readiness, Service
 from diffusion_api.settings import Settings
 from diffusion_api.worker import Worker
@@ -79,6 +80,18 @@ def test_a_job_beyond_the_operators_limits_is_refused(
     with pytest.raises(error, match=message):
         service.submit(Job(request=plain(**fields)))
     assert list((service.settings.queue_dir / "queued").iterdir()) == []
+
+
+def test_a_model_that_tells_nothing_of_pictures_is_refused_with_those_that_do(service: Service) -> None:
+    def refused() -> str:
+        with pytest.raises(InvalidRequest) as error:
+            service.submit(Job(request=Embed(model="small", image="0", width=512, height=512, seed=0)))
+        return str(error.value)
+
+    assert refused() == "model 'small' tells nothing of pictures; none is installed that does"
+    diffusers_folder(service.settings.models_dir / "uni", pipeline="UniDiffuserPipeline")
+    service._library._scanned = float("-inf")
+    assert refused() == "model 'small' tells nothing of pictures; one of uni"
 
 
 def test_a_job_at_the_operators_limits_is_taken(service: Service) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from serving import ROOT
 
 from diffusion_api import settings
 from diffusion_api.errors import Misconfigured
@@ -78,7 +82,8 @@ def test_a_wrong_value_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, va
     monkeypatch.setenv(settings.PREFIX + name, value)
     with pytest.raises(ValidationError) as caught:
         settings.load()
-    assert caught.value.errors()[0]["loc"] == (name.lower(),)
+    (where,) = caught.value.errors()[0]["loc"]
+    assert str(where).removeprefix(settings.PREFIX).lower() == name.lower()
 
 
 def test_folders_are_made_and_may_be_there_already(tmp_path: Path) -> None:
@@ -127,6 +132,60 @@ def test_a_public_url_is_one(url: str) -> None:
 def test_a_public_url_says_where_pages_are_and_what_stands_before_paths(url: str, origin: str, path: str) -> None:
     found = settings.load(public_url=url)
     assert (found.public_origin, found.root_path) == (origin, path)
+
+
+def test_the_variables_of_other_programs_compose_files_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "API_HOST": "0.0.0.0",
+        "API_PORT": "8001",
+        "LOG_LEVEL": "INFO",
+        "LOG_FILE": "logs/api.log",
+        "RATE_LIMIT_REQUESTS": "100",
+        "MODEL_CACHE_DIR": "/models",
+        "LORA_ADAPTER_PATH": "./models/my_finetune",
+    }
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    found = settings.load()
+    assert (found.host, found.port, found.log_level, found.log_file) == (
+        "0.0.0.0", 8001, "info", Path("logs/api.log")
+    )  # fmt: skip
+    assert (found.requests_per_minute, found.models_from, found.lora_adapter) == (
+        100,
+        (Path("/models"),),
+        "my_finetune",
+    )
+    where = settings.sources(found, {})
+    assert {where[name] for name in ("host", "port", "log_level", "log_file", "requests_per_minute")} == {
+        "API_HOST", "API_PORT", "LOG_LEVEL", "LOG_FILE", "RATE_LIMIT_REQUESTS"
+    }  # fmt: skip
+    monkeypatch.setenv("DIFFUSION_API_PORT", "8002")
+    found = settings.load()
+    assert (found.port, settings.sources(found, {})["port"]) == (8002, "DIFFUSION_API_PORT")
+    assert settings.load(port=8003).port == 8003
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("models/my_finetune", "my_finetune"),
+        ("models/my_finetune/", "my_finetune"),
+        ("models/my_finetune/pytorch_lora_weights.bin", "my_finetune"),
+        ("my_finetune", "my_finetune"),
+        ("", ""),
+    ],
+)
+def test_an_adapter_is_named_by_its_folder(path: str, name: str) -> None:
+    assert settings.load(lora_adapter=path).lora_adapter == name
+
+
+@pytest.mark.parametrize("text", ["1234,7866", "1234, 7866", " 1234 7866 "])
+def test_more_ports_stand_in_one_text(text: str) -> None:
+    assert settings.load(also_listen=text).also_listen == (1234, 7866)
+    assert settings.load(also_listen="").also_listen == ()
+    for wrong in ("x", "65536", "1-2"):
+        with pytest.raises(ValidationError):
+            settings.load(also_listen=wrong)
 
 
 @pytest.mark.parametrize(
@@ -199,3 +258,59 @@ def test_any_other_word_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -
     with pytest.raises(ValidationError) as caught:
         settings.load()
     assert caught.value.errors()[0]["loc"] == ("require_auth",)
+
+
+@pytest.mark.parametrize(
+    ("text", "on"),
+    [(None, False), ("", False), *((yes, True) for yes in ("1", "true", "yes", "on")), ("0", False), ("off", False)],
+)
+def test_a_switch_of_the_task_api_is_on_when_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, on: bool
+) -> None:
+    for name in ("ENABLE_PUBLIC_ACCESS", "ENABLE_SIGNUP", "PRINT_LINK_WITH_TOKEN"):
+        if text is not None:
+            monkeypatch.setenv(name, text)
+    found = settings.load()
+    assert [found.enable_public_access, found.enable_signup, found.print_link_with_token] == [on] * 3
+
+
+def test_every_name_in_the_example_is_a_setting_and_the_example_can_be_used() -> None:
+    text = (ROOT / ".env.example").read_text("utf-8")
+    named = re.findall(r"^(\w+)=", text, re.MULTILINE)
+    known = {name for field in settings.Settings.model_fields for name in settings.names_of(field)}
+    assert named
+    assert [name for name in named if name not in known] == []
+    for name in (
+        "ENABLE_PUBLIC_ACCESS",
+        "ENABLE_SIGNUP",
+        "BASE_URL",
+        "SECRET_KEY",
+        "PRINT_LINK_WITH_TOKEN",
+        "HUGGINGFACE_TOKEN",
+    ):
+        assert name in named
+    Path(".env").write_text(text)
+    found = settings.load()
+    assert (found.print_link_with_token, found.enable_public_access, found.public_url) == (True, False, "")
+
+
+def test_a_setting_with_several_names_says_which_one_it_came_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BASE_URL", "https://box.example")
+    monkeypatch.setenv("HUGGINGFACE_TOKEN", "hf_x")
+    found = settings.load()
+    assert (found.public_url, found.hf_token.get_secret_value()) == ("https://box.example", "hf_x")
+    assert settings.sources(found, {})["public_url"] == "BASE_URL"
+    assert settings.sources(found, {})["hf_token"] == "HUGGINGFACE_TOKEN"
+
+
+def test_a_wrong_value_is_told_by_the_variable_that_has_it(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if "PORT" not in name}
+    done = subprocess.run(
+        [sys.executable, "-m", "diffusion_api", "serve", "--home", str(tmp_path)],
+        env=environment | {"SD_PORT": "x", "PYTHONPATH": str(Path(settings.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "setting port (SD_PORT) is 'x'" in done.stderr

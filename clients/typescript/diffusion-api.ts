@@ -169,6 +169,10 @@ export interface JobStatus {
   /** Opens the picture without a key for a day; a path, where the service has no public URL. */
   image_url?: string;
   image_urls?: string[];
+  /** Of a job that finds words for a picture. */
+  caption?: string;
+  /** Of a job that turns a picture into numbers: `CLIP_embeddings` and `vae_emb`. */
+  embeddings?: Record<string, unknown> | null;
   output_path?: string;
   output_paths?: string[];
   width?: number;
@@ -189,7 +193,7 @@ export interface JobStatus {
 /** @openapi JobRow */
 export interface JobInfo {
   job_id: string;
-  kind: "txt2img" | "img2img" | "upscale";
+  kind: "txt2img" | "img2img" | "upscale" | "caption" | "embed";
   state: State;
   cancelled: boolean;
   progress: number;

@@ -82,7 +82,10 @@ def model_status(service: Service) -> ModelStatus:
     device = service.device()
     adapter = service.asset("lora", service.settings.lora_adapter)
     return ModelStatus(
-        model, adapter.name if adapter else None, device.kind if device else None, held=bool(service.held())
+        model,
+        adapter=adapter.name if adapter else None,
+        device=device.kind if device else None,
+        held=bool(service.held()),
     )
 
 

@@ -199,7 +199,7 @@ class BackendRoute(ErrorRoute):
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The refusals of a route, for its documentation."""
+    """The refusals of a route, for its documentation; all have one body."""
     expected: dict[int | str, dict[str, Any]] = {status: {"model": BackendErrorBody} for status in statuses}
     return expected | {"default": {"model": BackendErrorBody, "description": "Any other refusal"}}
 

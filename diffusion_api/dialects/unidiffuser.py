@@ -95,7 +95,7 @@ def mount(app: FastAPI, service: Service) -> None:
         query: Annotated[PictureQuery, Query()], http: Request, idempotency_key: IdempotencyKey = None
     ) -> Response:
         stored = await run_in_threadpool(_drawing, query, http, service, idempotency_key)
-        return await view(stored, http, service, partial(sheet, service=service), cancel=True)
+        return await view(stored, http, service, partial(sheet, service=service))
 
     @router.post(
         "/img2prompt", summary="Words for a picture", response_model=str, responses=REFUSED, openapi_extra=FORM
@@ -106,7 +106,7 @@ def mount(app: FastAPI, service: Service) -> None:
         sent = await _picture(http, service)
         asked = {"steps": query.num_inference_steps, "guidance_scale": query.guidance_scale}
         stored = await run_in_threadpool(_reading, Caption, asked, query, sent, http, service, idempotency_key)
-        return await view(stored, http, service, _caption, cancel=True)
+        return await view(stored, http, service, _caption)
 
     @router.post(
         "/img2embed", summary="A picture in numbers", response_model=EmbeddingsBody, responses=REFUSED,
@@ -117,7 +117,7 @@ def mount(app: FastAPI, service: Service) -> None:
     ) -> Response:
         sent = await _picture(http, service)
         stored = await run_in_threadpool(_reading, Embed, {}, query, sent, http, service, idempotency_key)
-        return await view(stored, http, service, partial(_embeddings, service=service), cancel=True)
+        return await view(stored, http, service, partial(_embeddings, service=service))
 
     offer(app, "unidiffuser", router)
 

@@ -396,6 +396,15 @@ def test_a_caller_may_be_told_where_the_job_is_in_place_of_waiting(server: Progr
     assert server.wait(answer.json()["job_id"])["state"] == "done"
 
 
+def test_the_job_of_who_hangs_up_goes_on(server: Program) -> None:
+    slow = {"prompt": "stub:seconds=0.1", "num_inference_steps": 30, "width": 64, "seed": 4711}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/post_config", params=slow, headers={"X-API-Key": USER}, timeout=1)
+    (job,) = (job for job in server.get("/queue").json()["jobs"] if job["seed"] == 4711)
+    assert job["state"] in ("queued", "loading", "processing")
+    assert server.wait(job["job_id"])["state"] == "done"
+
+
 def test_a_key_sent_again_makes_no_second_job(server: Program) -> None:
     headers = {"Idempotency-Key": "one"}
     first, again = (
@@ -500,6 +509,13 @@ def test_a_language_model_that_takes_long_holds_up_nobody(server: Program) -> No
         assert drawn(config(server, width=64, height=64)).size == (64, 64)
         answers = [each.result().json() for each in waiting]
     assert answers == ["could not reach LLM"] * 50
+
+
+def test_what_is_asked_is_private(server: Program) -> None:
+    server.get("/llm_interface", params={"text": "refuse", "role": "a-secret-role"})
+    config(server, prompt="a-secret-prompt", width=64, height=64)
+    assert "could not reach LLM: it answered with status 500" in server.log
+    assert "a-secret" not in server.log
 
 
 def test_without_a_language_model_nobody_waits(stub_server: Program) -> None:

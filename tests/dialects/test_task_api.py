@@ -5,19 +5,24 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from fake_models import diffusers_folder
 from PIL import Image
-from serving import Program, eventually, serving
+from serving import ROOT, Program, eventually, serving
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
+
+from diffusion_api.blobs import name_of
+from diffusion_api.server import build_app
+from diffusion_api.settings import Settings
 
 MODEL = "hf-internal-testing/tiny-stable-diffusion-pipe"
 ASKED = {"model": MODEL, "prompt": "corgi wearing a top hat", "steps": 2, "safety_filter": False}
@@ -26,6 +31,7 @@ FILLED = {"negative_prompt": None, "guidance": 7.5, "scheduler": "plms"}
 SLOW = {**ASKED, "prompt": "stub:seconds=0.2", "steps": 100}
 CANCELLED = "Task cancelled by user"
 KEY = "the-key-of-an-admin"
+CHECKER = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 
 def home_with_model(home: Path) -> Path:
@@ -472,6 +478,25 @@ def test_a_task_that_fails_says_why(server: Program) -> None:
 # pictures
 
 
+def test_the_white_part_of_the_mask_is_painted_anew(server: Program) -> None:
+    initial, mask = picture(100), picture(255)
+    task_id = began(server, **ASKED, initial_image=uploaded(server, initial), mask=uploaded(server, mask))
+    finished(server, task_id)
+    asked = json.loads((server.home / "queue" / "done" / f"{task_id}.json").read_text())["request"]
+    assert (asked["image"], asked["mask"]["image"]) == (name_of(initial), name_of(mask))
+    assert (asked["mask"]["invert"], asked["mask"]["fill"], asked["width"], asked["height"]) == (
+        False,
+        "original",
+        64,
+        64,
+    )
+
+
+def test_an_uploaded_picture_may_be_named_on_the_other_routes_too(server: Program) -> None:
+    answer = server.request("POST", "/img2img", json={"prompt": "a", "steps": 1, "image": uploaded(server)})
+    assert server.wait(answer.json()["job_id"])["state"] == "done"
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -494,7 +519,9 @@ def test_a_bad_picture_aborts_its_task_and_the_next_one_runs(server: Program, ur
         began(server, token, **ASKED)
         assert [told(socket)["event_type"] for _ in range(3)] == ["pending", "started", "finished"]
     answer = server.get("/img2img", params={**ASKED, "initial_image": url.format(server=server.url)})
-    assert (answer.status_code, answer.json()) == (500, {"detail": events[-1]["reason"]})
+    assert answer.status_code == 422
+    assert [flaw["loc"] for flaw in answer.json()["detail"]] == [["query", "initial_image"]]
+    assert f"Internal error: {answer.json()['detail'][0]['msg']}" == events[-1]["reason"]
 
 
 def test_a_mask_of_another_size_aborts_its_task(server: Program) -> None:
@@ -531,6 +558,18 @@ def test_a_link_that_was_changed_opens_nothing(server: Program) -> None:
     for token in ("x", f"{name}.0.{mac}", f"{name}.{int(expires) + 1}.{mac}", f"{'0' * 64}.{expires}.{mac}", mac):
         answer = server.get(f"/blob/{token}")
         assert (answer.status_code, answer.json()) == (404, {"detail": "Blob not found"})
+
+
+def test_the_filter_is_told_as_it_was_applied(tmp_path: Path) -> None:
+    home = home_with_model(tmp_path)
+    (home / "stable_diffusion" / "safety_checker").mkdir()
+    for name in CHECKER:
+        (home / "stable_diffusion" / "safety_checker" / name).write_bytes(b"{}")
+    unsafe = {**ASKED, "prompt": "stub:unsafe", "seed": 1}
+    with serving(home, enable_public_access=1) as server:
+        checked = finished(server, began(server, **unsafe | {"safety_filter": True}))
+        unchecked = finished(server, began(server, **unsafe))
+    assert [result["parameters_used"]["safety_filter"] for result in (checked, unchecked)] == [True, False]
 
 
 # events, in the ways that are asked for
@@ -636,20 +675,39 @@ def test_a_blob_expires(tmp_path: Path) -> None:
         eventually(lambda: brief.get(url).status_code == 404, "the blob to expire")
 
 
+def test_neither_tokens_nor_links_are_in_the_log(tmp_path: Path) -> None:
+    with serving(home_with_model(tmp_path), enable_public_access=1, log_level="debug") as server:
+        token = public_token(server)
+        with listening(server, token) as socket:
+            task_id = began(server, token, **ASKED, initial_image=uploaded(server))
+            events = [told(socket) for _ in range(3)]
+        url = events[-1]["result"]["blob_url"]
+        assert opened(server, url).status_code == 200
+        assert server.get("/txt2img", params=ASKED | {"token": token}).status_code == 200
+        assert task_id in server.log
+        assert token not in server.log
+        assert url.rpartition(".")[2] not in server.log
+
+
 # the link of the start, and what the document prints
 
 
 def test_the_link_of_the_start_makes_a_picture(tmp_path: Path) -> None:
     home = home_with_model(tmp_path)
-    with serving(home, print_link_with_token="on") as server:
+    shutil.copy(ROOT / ".env.example", home / ".env")
+    with serving(home) as server:
         link = server.said.partition("Try visiting ")[2].split()[0]
-        start = f"{server.url}/txt2img?prompt=corgi&steps=20&model={quote(MODEL, safe='')}&token="
-        assert link.startswith(start.replace(quote(MODEL, safe=""), link.split("model=")[1].split("&")[0]))
+        assert link.startswith(f"{server.url}/txt2img?prompt=corgi&steps=20&model=tiny-stable-diffusion-pipe&")
         answer = server.get(link.removeprefix(server.url), headers={"Sec-Fetch-Site": "none"})
         assert answer.status_code == 200, answer.text
     with serving(home, print_link_with_token=1):
         users = json.loads((home / "access" / "users.json").read_text())["users"]
     assert [user["name"].startswith("default_") for user in users] == [True]
+
+
+def test_the_link_is_printed_under_uvicorn_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build_app(Settings(home=tmp_path, engine="stub", print_link_with_token=True, public_url="https://box.example/sd"))
+    assert capsys.readouterr().out.startswith("Try visiting https://box.example/sd/txt2img?prompt=corgi&steps=20&")
 
 
 def test_the_link_as_the_document_prints_it_works(server: Program) -> None:

@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessor
 
 from diffusion_api.catalog.checkers import alone
 from diffusion_api.engine.base import Finished, Pixels, Preview, Stop
-from diffusion_api.engine.executor import Executor
+from diffusion_api.engine.executor import Budget, Executor
 from diffusion_api.engine.safety import Checker
 from diffusion_api.errors import ModelUnreadable, NoChecker, UnsafePicture
 from diffusion_api.schema.job import Safety
@@ -129,15 +129,15 @@ def test_a_flagged_picture_ends_its_job_and_others_do_not(installed: Path, execu
 def test_each_picture_of_a_batch_is_judged_alone(
     executor: Executor, installed: Path, models_dir: Path, without: None
 ) -> None:
-    seeds = finished(executor, asking(count=3)).images
-    folder = checkers.save(checkers.checker(seeds[1], [seeds[0], seeds[2]]), installed)
+    seeds = finished(executor, asking(count=2)).images
+    folder = checkers.save(checkers.checker(seeds[1], [seeds[0]]), installed)
     try:
-        batch = finished(executor, asking(count=3, safety="blur"))
+        batch = finished(executor, asking(count=2, safety="blur"))
         alone = [finished(executor, asking(seed=seed, safety="blur")) for seed in batch.seeds]
     finally:
         shutil.rmtree(folder)
-    assert batch.safety.flagged == (False, True, False)
-    assert [one.safety.flagged[0] for one in alone] == [False, True, False]
+    assert batch.safety.flagged == (False, True)
+    assert [one.safety.flagged[0] for one in alone] == [False, True]
     for one, other, drawn in zip(alone, batch.images, seeds, strict=True):
         assert np.array_equal(one.images[0], other)
         assert np.array_equal(other, drawn) != one.safety.flagged[0]
@@ -235,6 +235,23 @@ def test_it_is_read_once_and_goes_with_the_models(installed: Path, executor: Exe
     assert weights._checker is None  # not for a job that needs none
 
 
+def test_it_makes_room_for_the_model_and_is_read_again_for_the_picture(
+    installed: Path, executor: Executor, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = next(held for held in executor._weights._held.values() if held.model.name == "shapes")  # type: ignore[union-attr]
+    budget = Budget(max_ram=held.placed.size)
+    small = Executor(executor._library, device="cpu", tokenizer=DATA / "clip", budget=budget)
+    small.start()
+    small.wait()
+    caplog.set_level("INFO")
+    try:
+        found = finished(small, asking(safety="blur"))
+    finally:
+        small.close()
+    assert found.safety == Safety(applied="blur", flagged=(True,))
+    assert caplog.text.count("loaded safety checker stable_diffusion/safety_checker on cpu") == 2
+
+
 # Where it is missing or broken
 
 
@@ -242,10 +259,10 @@ def test_it_is_read_once_and_goes_with_the_models(installed: Path, executor: Exe
 def test_without_a_checker_a_job_runs_and_says_that_nothing_was_checked(
     executor: Executor, without: None, policy: Policy
 ) -> None:
-    found = finished(executor, asking(safety=policy, preview_every=4))
+    found = finished(executor, asking(steps=1, safety=policy, preview_every=1))
     assert found.safety == Safety(applied="off")
     assert found.warnings == (f"{NOT_CHECKED}no safety checker is installed",)
-    assert np.array_equal(found.images[0], finished(executor, asking()).images[0])
+    assert np.array_equal(found.images[0], finished(executor, asking(steps=1)).images[0])
 
 
 def test_without_a_checker_nothing_runs_that_requires_one(executor: Executor, without: None) -> None:
@@ -299,14 +316,14 @@ def test_a_broken_checker_ends_the_jobs_that_must_be_checked_and_nothing_else(
             with pytest.raises(
                 ModelUnreadable, match=r"^safety checker stable_diffusion/safety_checker cannot be read: "
             ):
-                finished(executor, asking(OTHER, safety=policy))
-        found = finished(executor, asking(OTHER, safety="blur"))
+                finished(executor, asking(OTHER, steps=1, safety=policy))
+        found = finished(executor, asking(OTHER, steps=1, safety="blur"))
         assert found.safety == Safety(applied="off")
         assert found.warnings[0].startswith(
             f"{NOT_CHECKED}safety checker stable_diffusion/safety_checker cannot be read: "
         )
         assert str(installed) not in found.warnings[0]
-        assert finished(executor, asking(OTHER)).warnings == ()
+        assert finished(executor, asking(OTHER, steps=1)).warnings == ()
     finally:
         shutil.rmtree(installed)
         whole.rename(installed)

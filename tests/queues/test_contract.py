@@ -47,6 +47,18 @@ def test_a_job_is_kept_as_it_was_given(queue: Queue, new_job: Any) -> None:
     assert queue.get(job.id) == Snapshot(job, position=0)
 
 
+def test_a_job_that_has_ended_already_is_kept_as_it_ended_and_never_runs(
+    queue: Queue, new_job: Any, serving: Any, eventually: Any, result: Result
+) -> None:
+    job, next_job = new_job().failed("InvalidImage", "it is no picture"), new_job()
+    queue.enqueue(job, key=Key("once", "f"))
+    assert queue.enqueue(new_job(), key=Key("once", "f")).id == job.id
+    assert queue.get(job.id) == Snapshot(job)
+    assert queue.counts()[State.ERROR] == 1
+    queue.enqueue(next_job)
+    assert started_in_order(queue, serving, eventually, result, [next_job.id]) == [next_job.id]
+
+
 @pytest.mark.parametrize("job_id", ["nobody", "", "../queued", "a/b", "x" * 65, "line\n", "nul\0", "é"])
 def test_an_unknown_id_is_nothing(queue: Queue, job_id: str) -> None:
     assert queue.get(job_id) is None

@@ -40,7 +40,7 @@ def add(router: APIRouter, service: Service) -> None:
     ) -> Response:
         sent = await picture_sent(http, service.settings.max_body)
         stored = await run_in_threadpool(_stored, query, sent, http, service, idempotency_key)
-        return await view(stored, http, service, partial(sheet, service=service), cancel=True)
+        return await view(stored, http, service, partial(sheet, service=service))
 
 
 def _stored(query: ConfigQuery, sent: bytes | str | None, http: Request, service: Service, key: str | None) -> Stored:

@@ -112,7 +112,8 @@ def _drawn(
 ) -> tuple[Drawn, dict[str, Any], list[str]]:
     prompt, negative_prompt, notes = _styled(body, service)
     warnings += notes
-    model = service.model(body.model)
+    model, notes = service.chosen(body.model)
+    warnings += notes
     body = _defaulted(body, model)
     sampler, schedule = samplers.resolve(body.sampler_name or DEFAULT_SAMPLER, body.scheduler_type)
     width, height, notes = size_of(body, model)

@@ -16,7 +16,6 @@ from diffusion_api.errors import (
     DiffusionApiError,
     InvalidImage,
     InvalidRequest,
-    NotFound,
     Unreachable,
     UrlRefused,
 )
@@ -39,7 +38,7 @@ async def meaning(
 
     Raises InvalidRequest.
     """
-    model = await run_in_threadpool(service.model, params.model)
+    model, _ = await run_in_threadpool(service.chosen, params.model)
     if isinstance(params, Txt2ImgParams):
         width, _ = round_size(params.width, "width", model.multiple)
         height, _ = round_size(params.height, "height", model.multiple)
@@ -67,7 +66,8 @@ def _changed(params: AnyParams, model: Model, pictures: list[Picture]) -> Meant[
         if (mask.width, mask.height) != (picture.width, picture.height):
             raise InvalidRequest(
                 f"mask has {mask.width}x{mask.height} pixels and initial_image {picture.width}x{picture.height}: "
-                "they must have the same size"
+                "they must have the same size",
+                field="mask",
             )
     width, _ = round_size(picture.width, "initial_image's width", model.multiple)
     height, _ = round_size(picture.height, "initial_image's height", model.multiple)
@@ -94,19 +94,20 @@ def _drawing(params: AnyParams, model: Model) -> dict[str, Any]:
         sampler=sampler.name,
         schedule=schedule.name,
         seed=resolve_seed(params.seed),
+        safety="blur" if params.safety_filter else "off",
         output=Output(format="png"),
     )
 
 
 async def _picture(url: str, field: str, http: HTTPConnection, service: Service) -> Picture:
-    """The picture at a URL. Raises NotFound, UrlRefused, Unreachable, InvalidImage, TooLarge."""
+    """The picture at a URL. Raises UrlRefused, Unreachable, InvalidImage, TooLarge."""
     if not is_url(url):
         raise InvalidImage(f"{field} is {url[:80]!r}, which is no URL", field=field)
     try:
         return await service.picture_at(url, field)
     except UrlRefused as error:
         if url.startswith(f"{base_url(http, service)}/blob/"):
-            raise NotFound(f"{field}: {NO_BLOB}") from error
+            raise InvalidImage(f"{field}: {NO_BLOB}", field=field) from error
         raise
 
 

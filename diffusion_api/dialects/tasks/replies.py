@@ -52,5 +52,5 @@ def aborted(job: Job) -> str | None:
 
 
 def parameters_used(job: Job) -> dict[str, Any]:
-    """What was sent, with what was drawn or chosen for the holes. No checker is installed yet, so no filter was applied."""
-    return job.payload | {"safety_filter": False}
+    """What was sent, with what was drawn or chosen for the holes, and whether the picture was really checked."""
+    return job.payload | {"safety_filter": job.result is not None and job.result.safety.on}

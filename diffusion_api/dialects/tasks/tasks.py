@@ -39,8 +39,10 @@ TASK: dict[int | str, dict[str, Any]] = refusals(401, 404, 422, 429, 503)
 def add(router: APIRouter, service: Service, listeners: Listeners) -> None:
     """Add the routes of tasks."""
 
-    async def begin(params: AnyParams, http: Request, key: str | None) -> Stored:
+    async def begin(params: AnyParams, http: Request, key: str | None, *, strict: bool = False) -> Stored:
         meant, flaw = await meaning(params, http, service)
+        if flaw and strict:
+            raise flaw
         sent = params.model_dump(exclude_unset=True)
         used = params.model_dump() | {"model": params.model or meant.request.model, "seed": meant.request.seed}
         stored = await run_in_threadpool(
@@ -60,7 +62,7 @@ def add(router: APIRouter, service: Service, listeners: Listeners) -> None:
                 JSONResponse({"detail": reason}, 500) if reason else JSONResponse(result(snapshot.job, service, base))
             )
 
-        return await view(await begin(params, http, key), http, service, answer, cancel=True)
+        return await view(await begin(params, http, key, strict=True), http, service, answer, cancel=True)
 
     def found(task_id: str, caller: Caller) -> Snapshot:
         try:

@@ -593,6 +593,19 @@ class StatusBody(BaseModel):
     resize_by: float | FactorsBody | None = None
 
 
+class PolledBody(BaseModel):
+    """A job as it stands, in the words in which programs of the original API ask for it."""
+
+    model_config = _like(examples.POLLED)
+
+    job_id: str
+    status: Literal["queued", "loading", "processing", "completed", "error"]
+    progress: float = Field(description="0 to 1")
+    phase: str
+    output: str | None = Field(description="where the service keeps the picture; null until it is there")
+    detail: str | None = Field(description="why there is no picture")
+
+
 class ImgInfoBody(BaseModel):
     """The body of ``POST /img-info``."""
 

@@ -56,6 +56,48 @@ def example_usage(output: Folder = Path("pictures"), url: Url = HERE, key: Key =
 
 
 @app.command(rich_help_panel=PANEL)
+def example_metadata_usage(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("pictures"),
+) -> None:
+    """Write into pictures how they were made, read it back, add to it, and read a text of the web UI. Needs no service."""
+    import numpy as np
+
+    from diffusion_api import images, infotext
+
+    output.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    fields: dict[str, str | int | float | None] = {
+        "Steps": 30,
+        "Sampler": "Euler a",
+        "CFG scale": 7.0,
+        "Seed": 123456789,
+    }
+
+    print("1. Write a text into a PNG, and read it back")
+    text = infotext.render("a beautiful landscape, masterpiece", "blurry, low quality", fields | {"Size": "64x64"})
+    path = output / "with_metadata.png"
+    path.write_bytes(images.encode(pixels, format="png", quality=85, infotext=text))
+    print(images.read_infotext(path.read_bytes()))
+
+    print("\n2. Take it apart")
+    for key, value in infotext.parse(text).fields.items():
+        print(f"  {key} = {value!r}")
+
+    print("\n3. Say more: what is not known keeps its name, and a comma gets quotes")
+    more = {"LoRAs": "anime_style:0.8, detail_enhancer:0.6", "User": "test_user", "Version": "DiffusionAPI v1.0"}
+    longer = infotext.render("a beautiful landscape", "", infotext.ordered(fields | {"Project": "spring"} | more))
+    path = output / "with_more.jpg"
+    path.write_bytes(images.encode(pixels, format="jpeg", quality=90, infotext=longer))
+    print(images.read_infotext(path.read_bytes()))
+
+    print("\n4. Read a text of the Stable Diffusion web UI")
+    theirs = "a castle, (night:1.2)\nSteps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7, Seed: 42, Size: 512x768, Clip skip: 2"
+    told, unused = infotext.asked(infotext.parse(theirs))
+    print(f"  a request for it: {told}")
+    print(f"  not understood: {', '.join(unused) or 'nothing'}")
+
+
+@app.command(rich_help_panel=PANEL)
 def example_img2img_refiner(
     image: Image = None,
     model: Base = None,

@@ -321,3 +321,14 @@ def test_an_enlarged_picture_is_refused_where_words_are_drawn(server: Program, f
     answer = server.request("POST", "/txt2img", json={"image": done["image"]})
     assert answer.status_code == 400
     assert "POST /upscale takes that" in answer.json()["error"]
+
+
+@pytest.mark.chaos
+def test_a_low_strength_keeps_a_picture_of_512_pixels(server: Program) -> None:
+    """Of test_image_preservation and test_simple_preservation: their size, steps, strengths and likenesses."""
+    drawn = Image.new("RGB", (512, 512), COLOURS["blue"])
+    ImageDraw.Draw(drawn).ellipse((128, 128, 384, 384), fill=COLOURS["red"])
+    for strength, least in ((0.05, 0.9), (0.1, 0.8), (0.3, 0.5)):
+        kept = made(server, "/img2img", prompt=PROMPT, image=b64(drawn), denoising_strength=strength, steps=25)
+        assert kept.size == (512, 512)
+        assert alike(kept, drawn) >= least, strength

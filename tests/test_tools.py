@@ -14,6 +14,7 @@ from fake_models import SD1_KEYS, checkpoint, diffusers_folder
 from PIL import Image
 from serving import PATIENCE, ROOT, Program, environment, serving
 
+from diffusion_api import images
 from diffusion_api.settings import DATA
 
 INK, XL_INK = (DATA / "loras" / f"{name}.safetensors" for name in ("shapes-ink", "shapes-xl-ink"))
@@ -201,7 +202,7 @@ def test_a_picture_proves_that_a_lora_works(tmp_path: Path) -> None:
 
 TOOLS = [
     *("list_models.py", "list_available_models_loras.py", "test_lora_compatibility.py"),
-    *("example_usage.py", "example_img2img_refiner.py", "test_img2img_refiner.py"),
+    *("example_usage.py", "example_metadata_usage.py", "example_img2img_refiner.py", "test_img2img_refiner.py"),
 ]
 
 
@@ -222,6 +223,21 @@ def test_the_example_draws_with_each_model_by_its_label(server: Program, tmp_pat
     assert "  Pastel Mix -> models--mirroring--pastel-mix\n" in done.stdout
     assert "\nPastel Mix: a beautiful landscape" in done.stdout
     assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 2
+
+
+def test_the_example_of_the_metadata_shows_what_it_wrote(tmp_path: Path) -> None:
+    done = tool("example_metadata_usage.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout
+    for name in ("with_metadata.png", "with_more.jpg"):
+        written = images.read_infotext((tmp_path / "pictures" / name).read_bytes())
+        assert written
+        assert written in shown
+    assert "  Seed = 123456789\n" in shown
+    assert 'LoRAs: "anime_style:0.8, detail_enhancer:0.6"' in shown
+    assert "Project: spring" in shown
+    assert "'clip_skip': 2" in shown
+    assert "not understood: nothing" in shown
 
 
 def test_the_example_of_the_refiner_runs_and_shows_what_the_service_warns_of(server: Program, tmp_path: Path) -> None:

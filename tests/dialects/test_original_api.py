@@ -182,3 +182,26 @@ def test_no_picture_is_in_the_log_or_in_the_record(server: Program) -> None:
         assert words in record.read_text()
     assert words in server.log
     assert not re.search(r"[A-Za-z0-9+/]{120}", server.log)
+
+
+def test_a_job_is_polled_as_some_of_the_originals_programs_do(stub_server: Program) -> None:
+    """Of test_img2img_refiner: it asks ``/status/{id}`` until that is "completed" or "error"."""
+    job_id = stub_server.submit(prompt="stub:seconds=0.1", model="small", steps=10, fileType="png")
+    seen = [polled(stub_server, job_id)]
+    while seen[-1]["status"] not in ("completed", "error"):
+        seen.append(polled(stub_server, job_id))
+    assert [each["progress"] for each in seen] == sorted(each["progress"] for each in seen)
+    assert seen[-1] == {
+        "job_id": job_id, "status": "completed", "progress": 1.0, "phase": "done", "output": f"outputs/{job_id}.png",
+        "detail": None,
+    }  # fmt: skip
+    failed = stub_server.submit(prompt="stub:fail=no", model="small")
+    stub_server.wait(failed, "error")
+    assert polled(stub_server, failed)["status"] == "error"
+    assert polled(stub_server, failed)["detail"]
+    assert stub_server.get("/status/nobody").status_code == 404
+
+
+def polled(server: Program, job_id: str) -> dict[str, Any]:
+    answer: dict[str, Any] = server.get(f"/status/{job_id}").json()
+    return answer

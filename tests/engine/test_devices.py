@@ -34,6 +34,12 @@ def test_cuda_that_was_asked_for_and_is_not_there_is_refused_not_replaced() -> N
         devices.choose("cuda")
 
 
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_cpu_is_found_and_counts_in_float32() -> None:
+    device = devices.choose("auto")
+    assert (device.place.type, device.dtype) == ("cpu", torch.float32)
+
+
 def test_the_cpu_can_be_asked_for() -> None:
     device = devices.choose("cpu")
     assert device.report().facts == {"cuda_available": False, "mps_available": False, "device_name": "CPU"}

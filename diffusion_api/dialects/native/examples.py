@@ -132,6 +132,9 @@ CANCELLED = {
     "detail": "cancelled",
     "cancelled": True,
 }
+POLLED = {
+    "job_id": JOB, "status": "completed", "progress": 1.0, "phase": "done", "output": f"outputs/{JOB}.png", "detail": None,
+}  # fmt: skip
 JOBS = {
     "status": "success",
     "jobs": [

@@ -17,6 +17,7 @@ from diffusion_api.dialects.native.bodies import (
     DryRunBody,
     Img2ImgBody,
     JobBody,
+    PolledBody,
     Posted,
     PostedUpscale,
     StatusBody,
@@ -26,7 +27,7 @@ from diffusion_api.dialects.native.bodies import (
     UpscaleDryRunBody,
     refusals,
 )
-from diffusion_api.dialects.native.replies import answer_of, dry_run, dry_upscale, read, told
+from diffusion_api.dialects.native.replies import answer_of, dry_run, dry_upscale, polled, read, told
 from diffusion_api.dialects.native.requests import given
 
 if TYPE_CHECKING:
@@ -128,6 +129,13 @@ def add(router: APIRouter, service: Service) -> None:
         if wait and not await hears(http, service.wait(job_id, wait, caller)):
             return Response(status_code=NOBODY)
         return await run_in_threadpool(read if pictures else told, job_id, caller, service)
+
+    @router.get(
+        "/status/{job_id}", tags=["jobs"], summary="A job as programs of the original poll it",
+        responses=refusals(400, 401, 403, 404, 410, 429, 503),
+    )  # fmt: skip
+    def status(job_id: str, http: Request) -> PolledBody:
+        return polled(service.get(job_id, caller_of(http)))
 
     @router.delete(
         "/queue/{job_id}", tags=["jobs"], summary="Cancel a job", responses=refusals(400, 401, 403, 404, 409, 410, 429, 503),

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 
 from diffusion_api import infotext
 from diffusion_api.dialects._jobs import Meant
-from diffusion_api.dialects.native.bodies import DryRunBody, JobRow, NeedBody, PassBody, UpscaleDryRunBody
+from diffusion_api.dialects.native.bodies import DryRunBody, JobRow, NeedBody, PassBody, PolledBody, UpscaleDryRunBody
 from diffusion_api.queues.base import Snapshot
 from diffusion_api.schema.caller import Caller
 from diffusion_api.schema.job import Earlier, Job, Result, State
@@ -122,6 +122,20 @@ def answer_of(snapshot: Snapshot, service: Service, *, pictures: bool = True) ->
     if webhook := service.webhook(snapshot.job):
         answer["webhook"] = webhook
     return answer
+
+
+def polled(snapshot: Snapshot) -> PolledBody:
+    """How a job stands, as some of the original's programs ask for it."""
+    standing, job = _standing(snapshot), snapshot.job
+    images = job.result.images if job.result else ()
+    return PolledBody(
+        job_id=job.id,
+        status="completed" if job.state is State.DONE else standing["state"],
+        progress=standing["progress"] / 100,
+        phase=standing["current_phase"],
+        output=images[0].path if images else None,
+        detail=standing["error"],
+    )
 
 
 def shown_state(snapshot: Snapshot) -> State:

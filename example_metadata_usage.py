@@ -1,0 +1,1 @@
+scripts/example_metadata_usage.py

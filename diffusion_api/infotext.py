@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffusion_api.schema.request import Img2Img, LoraUse, Sampling, Txt2Img, Upscale
+from diffusion_api.schema.request import MAX_HIRES_SCALE, Img2Img, LoraUse, Sampling, Txt2Img, Upscale
 
 Value = str | int | float | bool
 """What a field holds: text, or the number or truth value that the text stood for."""
@@ -322,7 +322,9 @@ def _hires(request: Sampling) -> dict[str, str | int | float | None]:
     if not isinstance(request, Txt2Img) or request.hires is None:
         return {}
     hires = request.hires
-    scaled = hires.width * request.height == hires.height * request.width
+    scaled = (
+        hires.width * request.height == hires.height * request.width and hires.width <= MAX_HIRES_SCALE * request.width
+    )
 
     def unlike(field: str) -> str | None:
         value: str = getattr(hires, field)

@@ -373,9 +373,11 @@ def test_an_operator_may_let_everybody_in(tmp_path: Path, way: str, monkeypatch:
     with serving(tmp_path, *arguments, host="0.0.0.0") as server:
         assert server.said == ""
         assert server.get("/models").status_code == 200
+        assert server.get("/task/x").status_code == 404, "no token is asked for either"
         assert server.request("POST", "/queue/pause").status_code == 200
         key = Keyring(tmp_path / "access").add("boss", Role.ADMIN)
         assert server.get("/models").status_code == 200
+        assert server.get("/task/x").status_code == 404
         assert server.request("POST", "/queue/pause").status_code == 403
         assert server.request("POST", "/queue/pause", headers={"X-API-Key": key}).status_code == 200
 

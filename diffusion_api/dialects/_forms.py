@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 
-from diffusion_api.dialects._base import MAX_SIDE, ErrorRoute
+from diffusion_api.dialects._base import MAX_SIDE, ErrorRoute, detail
 from diffusion_api.dialects._jobs import result_of
 from diffusion_api.errors import Gone, InvalidRequest
 
@@ -57,7 +57,7 @@ class DetailRoute(ErrorRoute):
     @classmethod
     def told(cls, message: str) -> Any:
         """The body of a refusal."""
-        return {"detail": message}
+        return detail(message)
 
     @classmethod
     def misread(cls, error: RequestValidationError) -> Response:

@@ -50,6 +50,9 @@ class Output(Frozen):
         return self.format in ("jpeg", "webp", "avif") and not self.lossless
 
 
+MAX_HIRES_SCALE = 8
+"""Of a side of the first pass; larger ones can be asked for by width and height."""
+
 MAX_LORA_SCALE = 100
 """Up or down. What makes pictures lies between -2 and 2; far beyond, weights overflow."""
 

@@ -235,7 +235,7 @@ def test_numbers_have_the_documents_ranges(
     ("body", "detail"),
     [
         ({}, "prompt is missing"),
-        ({"prompt": None}, "prompt is None: Input should be a valid string"),
+        ({"prompt": None}, "prompt is null: Input should be a valid string"),
         ({"prompt": "x", "num_inference_steps": "many"}, "num_inference_steps is 'many': Input should be a valid integer"),
         ({"prompt": "x", "seed": 2**32}, "seed is 4294967296; it may be 0 to 4294967295"),
         ({"prompt": "x" * 2001}, "prompt has 2001 characters; at most 2000 are allowed"),

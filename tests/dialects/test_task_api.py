@@ -307,6 +307,18 @@ def test_passwords_stay_out_of_answers_and_logs(keyed: Program) -> None:
     assert "s3cret" not in answer.text + keyed.log
 
 
+def test_public_access_opens_the_task_api_and_nothing_else(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    diffusers_folder(home / "stable_diffusion" / "models" / "other", sample_size=8)
+    with serving(home, enable_public_access=1, admin_api_key=KEY, model_fallback="default") as server:
+        result = finished(server, began(server, **TXT2IMG))
+        assert result["parameters_used"]["model"] == MODEL, "as it was named, whatever stood in for it"
+        assert opened(server, uploaded(server)).status_code == 200
+        for path in ("/models", "/queue", "/metrics"):
+            assert server.get(path).status_code == 401
+        assert server.request("POST", "/txt2img", json=ASKED).status_code == 401
+
+
 def test_a_key_opens_the_task_api_and_listens_to_its_own(keyed: Program) -> None:
     sent = {"X-API-Key": KEY}
     with connect(f"{keyed.url.replace('http', 'ws')}/events", proxy=None, additional_headers=sent) as socket:

@@ -22,7 +22,17 @@ from diffusion_api.dialects._base import MAX_SIDE
 from diffusion_api.dialects._health import ModelHealthBody
 from diffusion_api.dialects.native import examples
 from diffusion_api.schema.job import LoraApplied, LoraSkipped, Safety
-from diffusion_api.schema.request import MAX_LORA_SCALE, MAX_SEED, Emphasis, Fill, Format, Policy, ResizeMode, Source
+from diffusion_api.schema.request import (
+    MAX_HIRES_SCALE,
+    MAX_LORA_SCALE,
+    MAX_SEED,
+    Emphasis,
+    Fill,
+    Format,
+    Policy,
+    ResizeMode,
+    Source,
+)
 
 MAX_UNKNOWN = 100
 """Fields of a body that are ignored with a warning each; looking for a near name takes its time."""
@@ -114,7 +124,9 @@ class HiresBody(Sent):
     """A second pass at a larger size. What is left out is as in the first."""
 
     enabled: bool | None = None
-    scale: float = Field(default=2.0, gt=0, le=8, allow_inf_nan=False, description="without width and height")
+    scale: float = Field(
+        default=2.0, gt=0, le=MAX_HIRES_SCALE, allow_inf_nan=False, description="without width and height"
+    )
     width: int | None = Field(
         default=None, description="pixels, in place of scale; in proportion to height when left out"
     )

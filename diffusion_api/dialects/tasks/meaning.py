@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi.concurrency import run_in_threadpool
@@ -38,11 +39,11 @@ async def meaning(
 
     Raises InvalidRequest.
     """
-    model, _ = await run_in_threadpool(service.chosen, params.model)
+    model, notes = await run_in_threadpool(service.chosen, params.model)
     if isinstance(params, Txt2ImgParams):
         width, _ = round_size(params.width, "width", model.multiple)
         height, _ = round_size(params.height, "height", model.multiple)
-        return Meant(build(Txt2Img, **_drawing(params, model), width=width, height=height), []), None
+        return Meant(build(Txt2Img, **_drawing(params, model), width=width, height=height), notes), None
     if model.whole:
         raise InvalidRequest(
             f"model {model.name!r} is drawn by a pipeline of its own, from words alone", field="initial_image"
@@ -53,11 +54,12 @@ async def meaning(
             for field in ("initial_image", "mask")
             if (url := getattr(params, field, None)) is not None
         ]
-        return await run_in_threadpool(_changed, params, model, pictures), None
+        meant = await run_in_threadpool(_changed, params, model, pictures)
+        return replace(meant, warnings=notes), None
     except (CallerError, Unreachable) as error:
         width, height = model.default_size
         asked = build(Img2Img, **_drawing(params, model), width=width, height=height, image="", strength=0)
-        return Meant(asked, []), error
+        return Meant(asked, notes), error
 
 
 def _changed(params: AnyParams, model: Model, pictures: list[Picture]) -> Meant[Txt2Img | Img2Img]:

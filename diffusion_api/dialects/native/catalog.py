@@ -53,8 +53,9 @@ def add(router: APIRouter, service: Service) -> None:
 
     @router.get("/loras", tags=["catalog"], summary="Installed LoRAs", responses=LISTED)
     def loras() -> LorasBody:
+        found = LorasBody(loras=[_lora_row(row) for row in service.assets("lora")])
         service.hash_soon("lora")
-        return LorasBody(loras=[_lora_row(row) for row in service.assets("lora")])
+        return found
 
     @router.get("/upscalers", tags=["catalog"], summary="Upscalers, built in and installed", responses=LISTED)
     def upscalers() -> UpscalersBody:

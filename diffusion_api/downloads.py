@@ -69,7 +69,7 @@ class Downloads:
     def __init__(self, fetcher: Fetcher, *, wait: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         self._fetcher, self._wait = fetcher, wait
 
-    async def read(self, remote: Remote, limit: int) -> bytes:
+    async def read(self, remote: Remote, limit: int, tries: int = TRIES) -> bytes:
         """The content of a small file. Raises BrokenDownload for one of more than ``limit`` bytes, and as :meth:`file`."""
         failures = 0
         while True:
@@ -84,7 +84,7 @@ class Downloads:
                     return content
             except Unreachable as error:
                 failures += 1
-                await self._pause(remote, error, failures)
+                await self._pause(remote, error, failures, tries)
 
     async def file(self, remote: Remote, target: Path, tell: Tell) -> str:
         """Fetch into ``target``, by way of a ``.part`` file beside it that a later call goes on with. When this returns, the
@@ -101,7 +101,7 @@ class Downloads:
                 break
             except Unreachable as error:
                 failures = 1 if _size(part) > before else failures + 1
-                await self._pause(remote, error, failures)
+                await self._pause(remote, error, failures, more=_size(part) > 0)
             except TooLarge:
                 disk.remove(part)
                 raise
@@ -173,16 +173,19 @@ class Downloads:
         if response.headers.get("content-type", "").startswith("text/html"):
             raise BrokenDownload(f"{remote.name} is a web page and no file; does one have to sign in there?")
 
-    async def _pause(self, remote: Remote, error: Unreachable, failures: int) -> None:
-        """Wait before the next attempt. Raises Unreachable when there shall be none."""
+    async def _pause(
+        self, remote: Remote, error: Unreachable, failures: int, tries: int = TRIES, *, more: bool = False
+    ) -> None:
+        """Wait before the next attempt. Raises Unreachable when there shall be none; ``more`` if something came already."""
         seconds = error.seconds if isinstance(error, _Busy) and error.seconds is not None else 2.0 ** (failures - 1)
-        if failures >= TRIES or seconds > LONGEST_WAIT:
-            more = f" and wants to be left alone for {seconds:.0f} s" if seconds > LONGEST_WAIT else ""
-            where = masked(remote.url)
-            raise Unreachable(
-                f"{remote.name} ({where}): {error}{more}; asked again later, it goes on from there"
-            ) from error
-        log.warning("%s: %s; again in %.0f s (tries left: %d)", remote.name, error, seconds, TRIES - failures)
+        if failures >= tries or seconds > LONGEST_WAIT:
+            patience = f" and wants to be left alone for {seconds:.0f} s" if seconds > LONGEST_WAIT else ""
+            where, later = (
+                masked(remote.url).partition("?")[0],
+                "; asked again later, it goes on from there" if more else "",
+            )
+            raise Unreachable(f"{remote.name} ({where}): {error}{patience}{later}") from error
+        log.warning("%s: %s; again in %.0f s (tries left: %d)", remote.name, error, seconds, tries - failures)
         await self._wait(seconds)
 
 

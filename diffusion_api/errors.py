@@ -36,6 +36,7 @@
         ├── QueueFull
         ├── NoModel             there is no model that could draw what names none
         ├── ShuttingDown
+        │   └── Unfinished          a job that somebody waits for goes on after the stop
         ├── Unreachable         another host did not answer
         ├── BrokenDownload      another host sent something else than what was asked for
         └── Interrupted             the job was told to stop: cancelled, or the service is going down
@@ -203,6 +204,17 @@ class NoModel(Unavailable):
 
 class ShuttingDown(Unavailable):
     """The service is stopping."""
+
+
+class Unfinished(ShuttingDown):
+    """The service stops while somebody waits for the end of a job, which is kept and goes on later."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(
+            f"the service stops; the job is kept and goes on when it is back: GET /queue/{job_id}; "
+            "sent again, the request makes another one, but with the same Idempotency-Key"
+        )
+        self.job_id = job_id
 
 
 class Unreachable(Unavailable):

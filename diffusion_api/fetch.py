@@ -272,7 +272,7 @@ class Fetcher:
         try:
             found = await _in_thread(lambda: self._resolve(origin.host, origin.port))
         except OSError as error:
-            raise Unreachable("its name cannot be looked up") from error
+            raise Unreachable(f"the name {origin.host} cannot be looked up; is this machine online?") from error
         for text in found if not self._trusted else ():
             address = _literal(text)
             kind = closed(address) if address else "no address"

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 MAX_ANSWER = 16 * 2**20
 """Bytes of what Civitai says of models."""
+TRIES = 2
+"""Attempts to be told that: somebody waits for it."""
 
 LONGEST_NAME = 80
 LONGEST = 500
@@ -245,7 +247,7 @@ class LoraShop:
     async def _ask(self, kind: type[Answer], path: str, what: str) -> Answer:
         name, explain = f"what Civitai says of {what}", partial(self._refusal, what)
         remote = Remote(self._endpoint + path, name, secrets=self._secrets, explain=explain)
-        content = await self._downloads.read(remote, MAX_ANSWER)
+        content = await self._downloads.read(remote, MAX_ANSWER, TRIES)
         try:
             return kind.model_validate_json(content)
         except ValidationError as error:

@@ -76,6 +76,8 @@ def refusal(error: errors.DiffusionApiError, body: Callable[[str], Any] = error_
         headers = {"Retry-After": str(error.retry_after)}
     if isinstance(error, errors.Unauthenticated):
         headers = {"WWW-Authenticate": error.scheme}
+    if isinstance(error, errors.Unfinished):
+        headers["X-Job-Id"] = error.job_id
     return JSONResponse(body(str(error)), status, headers)
 
 

@@ -15,7 +15,7 @@ from pydantic import AfterValidator
 
 from diffusion_api import errors
 from diffusion_api.dialects._base import build, caller_of, hears
-from diffusion_api.errors import Conflict, DiffusionApiError, ShuttingDown
+from diffusion_api.errors import Conflict, DiffusionApiError, Unfinished
 from diffusion_api.queues.base import Key, Snapshot
 from diffusion_api.schema import request
 from diffusion_api.schema.job import Job, Result, State
@@ -29,7 +29,6 @@ FOREVER = 7 * 24 * 3600.0
 """Seconds for which a route waits for its job: the job's own deadline and the caller's patience are shorter."""
 NOBODY = 499
 """Status of an answer that nobody will read, as the caller has hung up."""
-STOPPING = "the service stops; the job is kept and goes on when it is back: GET /queue/{job_id}"
 
 
 def _visible(key: str) -> str:
@@ -103,7 +102,7 @@ def store(
 async def ended(job_id: str, http: Request, service: Service, *, cancel: bool) -> Snapshot | None:
     """The job once it has ended; None once the caller has hung up, and the job is then cancelled if ``cancel``.
 
-    Raises ShuttingDown when the service stops before the job has ended, NotFound and Gone.
+    Raises Unfinished when the service stops before the job has ended, NotFound and Gone.
     """
     caller = caller_of(http)
     if not await hears(http, service.wait(job_id, FOREVER, caller)):
@@ -112,7 +111,7 @@ async def ended(job_id: str, http: Request, service: Service, *, cancel: bool) -
         return None
     snapshot = await run_in_threadpool(service.get, job_id, caller)
     if not snapshot.state.terminal:
-        raise ShuttingDown(STOPPING.format(job_id=job_id))
+        raise Unfinished(job_id)
     return snapshot
 
 

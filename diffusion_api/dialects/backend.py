@@ -37,9 +37,11 @@ from diffusion_api.errors import (
     KeyReused,
     ModelUnreadable,
     NoModel,
+    Unfinished,
     UnknownModel,
 )
 from diffusion_api.metrics import CONTENT_TYPE
+from diffusion_api.nearest import LONGEST_NAME, hint
 from diffusion_api.schema.job import Image
 from diffusion_api.schema.request import LoraUse, Output, Txt2Img
 
@@ -77,7 +79,9 @@ EXAMPLES = (
 class GenerateBody(BaseModel):
     """A picture from words."""
 
-    model_config = ConfigDict(json_schema_extra={"example": EXAMPLES[0] | {"num_inference_steps": 20, "seed": 42}})
+    model_config = ConfigDict(
+        extra="allow", json_schema_extra={"example": EXAMPLES[0] | {"num_inference_steps": 20, "seed": 42}}
+    )
 
     prompt: str
     negative_prompt: str | None = ""
@@ -243,11 +247,16 @@ def _add_drawing(router: APIRouter, service: Service) -> None:
         if prefers_async(http):
             return JSONResponse({"results": items}, 202, headers | {"Preference-Applied": "respond-async"})
         for item in items:
-            if "job_id" in item:
+            if "job_id" not in item:
+                continue
+            try:
                 snapshot = await ended(item["job_id"], http, service, cancel=False)
-                if snapshot is None:
-                    return Response(status_code=NOBODY)
-                item |= await run_in_threadpool(_outcome, snapshot, service)
+            except Unfinished as error:
+                item |= {"success": False, "error": str(error)}
+                continue
+            if snapshot is None:
+                return Response(status_code=NOBODY)
+            item |= await run_in_threadpool(_outcome, snapshot, service)
         return JSONResponse({"results": items}, headers=headers)
 
 
@@ -319,6 +328,8 @@ def _meant(body: GenerateBody, service: Service) -> Meant[Txt2Img]:
         for name, side in sides.items()
         if side != rounded[name]
     ]
+    for name in body.model_extra or {}:
+        notes.append(f"unknown field {name[:LONGEST_NAME]!r} was ignored{hint(name, GenerateBody.model_fields)}")
     return Meant(request, notes)
 
 
@@ -363,7 +374,11 @@ def _store_all(items: list[Any], http: Request, service: Service, key: str | Non
         except ValidationError as error:
             message = "; ".join(BackendRoute.explained(dict(one), item) for one in error.errors(include_url=False)[:5])
             results.append({"index": index, "success": False, "error": message})
-        except (KeyReused, NoModel):
+        except KeyReused as error:
+            raise KeyReused(
+                f"Idempotency-Key {key!r} was sent before with another batch; take a new one for this"
+            ) from error
+        except NoModel:
             raise
         except DiffusionApiError as error:
             results.append({"index": index, "success": False, "error": str(error)})

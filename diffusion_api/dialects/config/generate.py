@@ -15,6 +15,7 @@ from diffusion_api.dialects._jobs import IdempotencyKey, Meant, Stored, store, v
 from diffusion_api.dialects.config.lists import model_of
 from diffusion_api.dialects.config.query import SIDE, ConfigQuery
 from diffusion_api.errors import InvalidRequest
+from diffusion_api.nearest import LONGEST_NAME, hint
 from diffusion_api.schema.request import Img2Img, LoraUse, Output, Txt2Img
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 SAMPLER = "Euler"
 STRENGTH = {"sdxl": 0.3, "standard": 0.8}
 """How much of a picture is drawn anew, by the type of the model: what the pipelines of the original have by default."""
+MOST_TOLD = 20
+"""Parameters that mean nothing, of which a caller is told."""
 NO_LORA = ("", "none", "null")
 """What clients send who mean none: some write Python's own word."""
 
@@ -47,6 +50,10 @@ def _stored(query: ConfigQuery, sent: bytes | str | None, http: Request, service
     with in_own_words():
         picture = None if sent is None else picture_of(sent, service)
         meant = _meant(query, picture, service)
+        meant.warnings.extend(
+            f"unknown parameter {name[:LONGEST_NAME]!r} was ignored{hint(name, ConfigQuery.model_fields)}"
+            for name in sorted(http.query_params.keys() - ConfigQuery.model_fields.keys())[:MOST_TOLD]
+        )
         said = query.model_dump(exclude_unset=True) | ({"image": picture.name} if picture else {})
         return store(meant, http, service, sent=said, key=key, dialect="config")
 

@@ -115,7 +115,7 @@ class LoraShop:
         seconds: float,
     ) -> None:
         self._downloads, self._puller, self._library = downloads, puller, library
-        self._list = home / lora_list.NAME
+        self._list = lora_list.place(home)
         self._endpoint = endpoint.rstrip("/")
         self._secrets = {"Authorization": f"Bearer {key}"} if key else {}
         self._limit, self._seconds = limit, seconds

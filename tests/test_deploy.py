@@ -201,6 +201,18 @@ def test_its_command_and_its_check_work_for_a_user_with_no_home(home: Path, tmp_
         process.wait()
 
 
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root and setpriv")
+def test_the_list_of_loras_is_where_that_user_may_write(home: Path) -> None:
+    (home / "stable_diffusion").mkdir()
+    os.chown(home / "stable_diffusion", NOBODY, NOBODY)
+    put = (
+        "import sys; from pathlib import Path; from diffusion_api.catalog import lora_list as l; "
+        "l.put(l.place(Path(sys.argv[1])), 'ink', l.Listed(model_id=7), print)"
+    )
+    subprocess.run([*AS_NOBODY, sys.executable, "-c", put, home], env=environment(), check=True)
+    assert list(json.loads((home / "stable_diffusion" / "lora_list.json").read_text())) == ["ink"]
+
+
 # Compose
 
 

@@ -320,7 +320,7 @@ class Library:
         process that runs the jobs, too.
         """
         own = self._home / "stable_diffusion"
-        paths = (self._home / lora_list.NAME, *(own / name for name in OWN_FOLDERS))
+        paths = (lora_list.place(self._home), *(own / name for name in OWN_FOLDERS))
         return tuple(_modified(path) for path in paths)
 
     def _scan(self) -> dict[Kind, dict[str, Asset]]:
@@ -337,7 +337,7 @@ class Library:
         for name, row in rows.get("model", {}).items():
             if isinstance(row, Model) and (profile := profiles.get(loose(name))):
                 rows["model"][name] = replace(row, profile=profile.over(row.profile))
-        self._listed = lora_list.read(self._home / lora_list.NAME, self._complain)
+        self._listed = lora_list.read(lora_list.place(self._home), self._complain)
         loras = rows.get("lora", {})
         for name in loras.keys() & self._listed.keys():
             loras[name] = replace(loras[name], listed=self._listed[name])

@@ -6,6 +6,7 @@ People edit it by hand, so what is not understood in it is told and kept as it i
 from __future__ import annotations
 
 import json
+import os
 import time
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
@@ -52,6 +53,13 @@ class Listed(BaseModel):
     def dump(self) -> dict[str, Any]:
         """As it stands in the file."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+def place(home: Path) -> Path:
+    """The file of an installation: in its home, or beside the weights where the home is closed to us, as in a container."""
+    file = home / NAME
+    closed = home.is_dir() and not os.access(home, os.W_OK) and not file.exists()
+    return home / "stable_diffusion" / NAME if closed else file
 
 
 def read(file: Path, tell: Callable[[str], None]) -> dict[str, Listed]:

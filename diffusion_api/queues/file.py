@@ -428,13 +428,13 @@ class FileQueue(Queue):
     def _cancel_waiting(self, path: Path, job_id: str) -> None:
         """Move the record to where it ends, unless a worker was faster; only then write into it what happened."""
         target = self._places.ended_path(State.CANCELLED, job_id)
-        self._places.waiting.discard(path.name)
         try:
             disk.rename_durably(path, target)
         except FileNotFoundError:
             if disk.exists(path):
                 raise
             return
+        self._places.waiting.discard(path.name)  # not before: it is looked for there until it is elsewhere
         try:
             self._places.write(target, dumps(read(target, job_id).cancelled()))
         except (OSError, disk.Unusable, UnreadableRecord) as error:

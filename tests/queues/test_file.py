@@ -771,6 +771,26 @@ def test_a_worker_whose_folder_was_removed_ends(root: Path, queue: FileQueue, ne
     removing.join()
 
 
+def test_a_job_is_found_at_any_moment_of_its_cancelling(
+    queue: FileQueue, new_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = queue.enqueue(new_job())
+    found: list[Snapshot | None] = []
+    rename = disk.rename_durably
+
+    def looked_at(source: Path, target: Path) -> None:
+        found.append(queue.get(job.id))
+        rename(source, target)
+        found.append(queue.get(job.id))
+
+    for _ in range(3):  # until the folder has not changed for so long that it is not listed again
+        time.sleep(0.1)
+        assert [each.id for each in queue.jobs()] == [job.id]
+    monkeypatch.setattr(disk, "rename_durably", looked_at)
+    queue.cancel(job.id)
+    assert [each and each.state for each in found] == [State.QUEUED, State.CANCELLED]
+
+
 def test_a_cancelling_that_cannot_be_done_says_so(root: Path, queue: FileQueue, new_job: Any) -> None:
     job = new_job()
     queue.enqueue(job)

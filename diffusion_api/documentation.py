@@ -10,6 +10,7 @@ from diffusion_api.schema.caller import Role
 Document: TypeAlias = dict[str, Any]
 Schema: TypeAlias = dict[str, Any]
 
+DOOR = {"401": "No credential", "403": "A wrong credential, or one that is not enough", "429": "Too many requests"}
 KEYS: Document = {
     "ApiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
     "Bearer": {"type": "http", "scheme": "bearer"},
@@ -25,14 +26,24 @@ def completed(document: Document) -> Document:
     for schema in schemas.values():
         if "examples" in schema:
             schema["examples"] = [_with_nulls(value, schema, schemas) for value in schema["examples"]]
+        if "example" in schema:
+            schema["example"] = _with_nulls(schema["example"], schema, schemas)
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             if needed(method.upper(), path) is not Role.NOBODY:
                 operation["security"] = [{name: []} for name in KEYS]
+                operation["responses"] = _of_the_door(operation["responses"]) | operation["responses"]
             for part in (operation.get("requestBody", {}), *operation["responses"].values()):
                 for content in part.get("content", {}).values():
                     _complete(content, schemas)
     return document
+
+
+def _of_the_door(answers: Document) -> Document:
+    """What anybody may be answered who is not let in, in the words that the route has for all else that it refuses."""
+    if "default" not in answers:
+        return {}
+    return {status: {**answers["default"], "description": text} for status, text in DOOR.items()}
 
 
 def _complete(content: Document, schemas: dict[str, Schema]) -> None:

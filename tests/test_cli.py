@@ -209,39 +209,38 @@ def test_each_shell_is_told_how_to_complete(tmp_path: Path, shell: str) -> None:
         subprocess.run([shell, "-n"], input=done.stdout, text=True, timeout=PATIENCE, check=True)
 
 
+COMPLETED = {
+    "diffusion-api txt": "txt2img",
+    "diffusion-api txt2img fog --mod": "--model",
+    "diffusion-api txt2img fog --model s": "small stable-diffusion-v1-5",
+    "diffusion-api txt2img fog --lora st": "style",
+    "diffusion-api upscale x.png --upscaler ES": "ESRGAN_4x",
+}
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-@pytest.mark.parametrize(
-    ("line", "completed"),
-    [
-        ("diffusion-api txt", {"txt2img"}),
-        ("diffusion-api txt2img fog --mod", {"--model"}),
-        ("diffusion-api txt2img fog --model s", {"small", "stable-diffusion-v1-5"}),
-        ("diffusion-api txt2img fog --lora st", {"style"}),
-        ("diffusion-api upscale x.png --upscaler ES", {"ESRGAN_4x"}),
-    ],
-)
-def test_bash_completes_commands_options_and_what_the_service_has(
-    stub_server: Program, tmp_path: Path, line: str, completed: set[str]
-) -> None:
+def test_bash_completes_commands_options_and_what_the_service_has(stub_server: Program, tmp_path: Path) -> None:
     program = tmp_path / "diffusion-api"
     program.write_text(f'#!/bin/sh\nexec {shlex.join(command())} "$@"\n')
     program.chmod(0o755)
-    words = shlex.split(line)
-    asked = f"""
+    asked = """
         eval "$(diffusion-api --show-completion bash)"
-        COMP_WORDS=({shlex.join(words)}) COMP_CWORD={len(words) - 1}
-        $(complete -p diffusion-api | sed 's/.*-F \\([^ ]*\\).*/\\1/') diffusion-api
-        printf '%s\\n' "${{COMPREPLY[@]}}"
+        function=$(complete -p diffusion-api | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        while read -ra COMP_WORDS; do
+            COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
+            $function diffusion-api
+            echo "$(printf '%s\\n' "${COMPREPLY[@]}" | sort | xargs)"
+        done
     """
-    found = environment() | {
+    found = environment(url=stub_server.url) | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
-        "DIFFUSION_API_URL": stub_server.url,
     }
     done = subprocess.run(
-        ["bash", "-c", asked], env=found, capture_output=True, text=True, timeout=PATIENCE, check=True
-    )
-    assert {name for name in done.stdout.split() if name} == completed
+        ["bash", "-c", asked], input="".join(f"{line}\n" for line in COMPLETED), env=found, capture_output=True, text=True,
+        timeout=PATIENCE, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == list(COMPLETED.values())
 
 
 def test_a_service_that_does_not_answer_completes_nothing(tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ STATUS: tuple[tuple[type[errors.DiffusionApiError], int], ...] = (
 """HTTP status of each error; the first row that fits."""
 
 
+def shows(example: Any) -> dict[int | str, dict[str, Any]]:
+    """What the documentation shows of the answer of a route, where no model of its own has an example."""
+    return {200: {"content": {"application/json": {"example": example}}}}
+
+
 def status_of(error: errors.DiffusionApiError) -> int:
     """The HTTP status of an error."""
     return next(status for kind, status in STATUS if isinstance(error, kind))

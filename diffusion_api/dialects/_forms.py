@@ -10,7 +10,7 @@ from fastapi import HTTPException, Request, Response
 from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
 from diffusion_api.dialects._base import MAX_SIDE, ErrorRoute, detail
@@ -47,6 +47,8 @@ class FaultBody(BaseModel):
 
 class RefusalBody(BaseModel):
     """A refusal: a sentence, or what is wrong with each parameter."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"detail": "width is 5; it may be 8 to 65536"}})
 
     detail: str | list[FaultBody]
 

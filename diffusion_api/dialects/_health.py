@@ -8,7 +8,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 from diffusion_api.dialects._base import caller_of
 from diffusion_api.errors import InvalidRequest
@@ -42,6 +43,15 @@ class ModelStatus:
         }
 
 
+MODEL_INFO: JsonDict = {
+    "base_model": "stable-diffusion-v1-5",
+    "lora_applied": False,
+    "torch_version": "2.15.0",
+    "cuda_available": True,
+}
+"""As the documentation shows it."""
+
+
 class ModelInfoBody(BaseModel):
     """What a request gets that names no model."""
 
@@ -54,6 +64,10 @@ class ModelInfoBody(BaseModel):
 class ModelStatusBody(BaseModel):
     """Whether there is a model to draw with, and where; it is brought into memory by the first job."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"loaded": True, "lora_available": False, "device": "cuda"}}
+    )
+
     loaded: bool
     lora_available: bool = Field(description="there is a LoRA that /generate applies")
     device: str = Field(description="cuda, cpu or mps; unknown until a worker has told it")
@@ -62,11 +76,27 @@ class ModelStatusBody(BaseModel):
 class ModelHealthBody(ModelStatusBody):
     """The same with the model itself."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"loaded": True, "lora_available": False, "device": "cuda", "model_info": MODEL_INFO}
+        }
+    )
+
     model_info: ModelInfoBody
 
 
 class BackendHealthBody(BaseModel):
     """How the service is, in the shape of the backend API."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "status": "healthy",
+                "timestamp": "2026-11-21T09:00:00",
+                "model_status": {"loaded": True, "lora_available": False, "device": "cuda", "model_info": MODEL_INFO},
+            }
+        }
+    )
 
     status: Literal["healthy", "warning"]
     timestamp: str = Field(description="ISO 8601, the time of the server")

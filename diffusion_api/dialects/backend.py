@@ -106,7 +106,7 @@ Item = Annotated[Any, WithJsonSchema(ITEM)]
 class PromptsBody(BaseModel):
     """Several prompts with everything else in common: any field of ``/generate``."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra={"example": {"prompts": ["a lighthouse", "a harbour"]}})
 
     prompts: list[str] = Field(max_length=MAX_ITEMS)
 
@@ -117,8 +117,16 @@ Batch = Annotated[
 ]
 
 
+SEVERAL: dict[str, Any] = {
+    "items": {"value": [EXAMPLES[0] | {"seed": 42}, EXAMPLES[1]]},
+    "prompts": {"value": {"prompts": ["a lighthouse", "a harbour"], "num_inference_steps": 20}},
+}
+
+
 class BackendErrorBody(BaseModel):
     """Why a request was refused."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"detail": "width is 5; it may be 256 to 1024"}})
 
     detail: str
 
@@ -134,8 +142,28 @@ class ModelInfo(BaseModel):
     resolution: str = Field(description="width x height in pixels", examples=["512x512"])
 
 
+GENERATED: dict[str, Any] = {
+    "images": ["data:image/png;base64,iVBORw0KGgo="],
+    "prompt": "a lighthouse",
+    "negative_prompt": "",
+    "generation_time": 2.4,
+    "model_info": {
+        "base_model": "stable-diffusion-v1-5",
+        "lora_applied": False,
+        "device": "cuda",
+        "inference_steps": 20,
+        "guidance_scale": 7.5,
+        "resolution": "512x512",
+    },
+    "seed": 42,
+}
+"""As the documentation shows it."""
+
+
 class GeneratedBody(BaseModel):
     """The pictures, as data URLs of PNGs."""
+
+    model_config = ConfigDict(json_schema_extra={"example": GENERATED})
 
     images: list[str]
     prompt: str
@@ -159,6 +187,17 @@ class ItemBody(BaseModel):
 class BatchBody(BaseModel):
     """The items in the order in which they were sent."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "results": [
+                    {"index": 0, "success": True, "result": GENERATED},
+                    {"index": 1, "success": False, "error": "steps is 0"},
+                ]
+            }
+        }
+    )
+
     results: list[ItemBody]
 
 
@@ -170,14 +209,31 @@ class ExampleBody(BaseModel):
     negative_prompt: str
 
 
+SHOWN: dict[str, Any] = {"examples": [*EXAMPLES]}
+
+
 class ExamplesBody(BaseModel):
     """Prompts to begin with."""
+
+    model_config = ConfigDict(json_schema_extra={"example": SHOWN})
 
     examples: list[ExampleBody]
 
 
 class BackendMetricsBody(BaseModel):
     """Whether there is a model to draw with, and where, with the versions."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "model_loaded": True,
+                "lora_available": False,
+                "device": "cuda",
+                "torch_version": "2.15.0",
+                "api_version": "1.0.0",
+            }
+        }
+    )
 
     model_loaded: bool
     lora_available: bool
@@ -241,7 +297,9 @@ def _add_drawing(router: APIRouter, service: Service) -> None:
         "/generate/batch", summary="Pictures from several prompts, in the answer", response_model=BatchBody,
         responses=refusals(400, 413, 415, 422, 429, 503, 507),
     )  # fmt: skip
-    async def batch(body: Annotated[Batch, Body()], http: Request, idempotency_key: IdempotencyKey = None) -> Response:
+    async def batch(
+        body: Annotated[Batch, Body(openapi_examples=SEVERAL)], http: Request, idempotency_key: IdempotencyKey = None
+    ) -> Response:
         items = await run_in_threadpool(_store_all, _items(body), http, service, idempotency_key)
         headers = {"X-Job-Id": ", ".join(item["job_id"] for item in items if "job_id" in item)}
         if prefers_async(http):
@@ -271,7 +329,7 @@ def _add_facts(router: APIRouter, service: Service, prometheus: Callable[[], byt
 
     @router.get(
         "/metrics", summary="Facts of the model, or numbers for Prometheus", response_model=BackendMetricsBody,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}, "example": "diffusion_api_jobs_total 4"}}}},
     )  # fmt: skip
     def metrics(
         http: Request,

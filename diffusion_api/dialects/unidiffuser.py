@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_api.catalog import samplers
-from diffusion_api.dialects._base import MAX_SIDE, build, offer, resolve_seed
+from diffusion_api.dialects._base import MAX_SIDE, build, offer, resolve_seed, shows
 from diffusion_api.dialects._forms import (
     PNG,
     PROMPT,
@@ -82,6 +82,8 @@ class EmbedQuery(BaseModel):
 class EmbeddingsBody(BaseModel):
     """A picture in numbers."""
 
+    model_config = ConfigDict(json_schema_extra={"example": {"CLIP_embeddings": [0.1, -0.2], "vae_emb": [[[0.5]]]}})
+
     CLIP_embeddings: list[float] = Field(description="its embedding by CLIP: 512 numbers")
     vae_emb: list[list[list[float]]] = Field(description="a sample of its latents: 4 x 64 x 64 numbers")
 
@@ -98,7 +100,11 @@ def mount(app: FastAPI, service: Service) -> None:
         return await view(stored, http, service, partial(sheet, service=service))
 
     @router.post(
-        "/img2prompt", summary="Words for a picture", response_model=str, responses=REFUSED, openapi_extra=FORM
+        "/img2prompt",
+        summary="Words for a picture",
+        response_model=str,
+        responses=REFUSED | shows("a lighthouse at night"),
+        openapi_extra=FORM,
     )
     async def img2prompt(
         query: Annotated[CaptionQuery, Query()], http: Request, idempotency_key: IdempotencyKey = None

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from diffusion_api.service import Service
@@ -16,6 +16,18 @@ NEVER = -1.0
 
 class BufferBody(BaseModel):
     """The model that was used last, as it is in memory."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "is_loaded": True,
+                "loaded_at": "2026-11-21T09:00:00Z",
+                "last_accessed": "2026-11-21T09:05:00Z",
+                "timeout_seconds": 600,
+                "timer_active": True,
+            }
+        }
+    )
 
     is_loaded: bool
     loaded_at: datetime | None = None

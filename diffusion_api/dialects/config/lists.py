@@ -6,10 +6,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_api import tokens
 from diffusion_api.catalog.labels import BASE_MODELS
+from diffusion_api.dialects._base import shows
 from diffusion_api.dialects.config.query import SIDE, ConfigQuery
 from diffusion_api.errors import InvalidRequest, UnknownModel
 from diffusion_api.settings import DATA
@@ -47,6 +48,22 @@ class PromptConfig(BaseModel):
 class Parameters(BaseModel):
     """The parameters of ``/post_config``, in the original's groups, as they are when they are left out."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "model_config": {"torch_dtype": "float16"},
+                "prompt_config": {"num_inference_steps": 20, "guidance_scale": 7.5, "negative_prompt": "blurry"},
+                "model_id": "runwayml/stable-diffusion-v1-5",
+                "prompt": "a beach",
+                "count_returned": 1,
+                "seed": 0,
+                "width": 512,
+                "height": 512,
+                "lora": None,
+            }
+        }
+    )
+
     loaded: ModelConfig = Field(serialization_alias="model_config")
     prompt_config: PromptConfig
     model_id: str
@@ -83,7 +100,7 @@ def _default_id(service: Service) -> str:
 def add(router: APIRouter, service: Service) -> None:
     """Add the routes that list."""
 
-    @router.get("/get_available_stable_diffs", summary="Models by their labels")
+    @router.get("/get_available_stable_diffs", summary="Models by their labels", responses=shows(BASE_MODELS))
     def get_available_stable_diffs() -> dict[str, str]:
         return BASE_MODELS | {model.label: model.name for model in service.models()}
 
@@ -106,7 +123,11 @@ def add(router: APIRouter, service: Service) -> None:
             lora=query.lora,
         )
 
-    @router.get("/get_model_embedding", summary="The tokens that a prompt has for the model")
+    @router.get(
+        "/get_model_embedding",
+        summary="The tokens that a prompt has for the model",
+        responses=shows(["a", "lighthouse"]),
+    )
     def get_model_embedding(
         prompt: Annotated[str, Query(description="any length")] = ConfigQuery().prompt,
     ) -> list[str]:

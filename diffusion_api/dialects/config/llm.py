@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query
 
+from diffusion_api.dialects._base import shows
 from diffusion_api.dialects._forms import refusals
 from diffusion_api.errors import DiffusionApiError
 
@@ -22,14 +23,20 @@ Text = Annotated[str, Query(description="any text")]
 Role = Annotated[str | None, Query(description="whom the model is to speak as")]
 
 
+SAID = "Description: (a lighthouse:1.2) at night"
+"""As the documentation shows it."""
+
+
 def add(router: APIRouter, service: Service) -> None:
     """Add the routes that ask."""
 
-    @router.get("/llm_prompt_assistance", summary="A prompt for what a text describes", responses=refusals(422))
+    @router.get(
+        "/llm_prompt_assistance", summary="A prompt for what a text describes", responses=refusals(422) | shows(SAID)
+    )
     async def llm_prompt_assistance(text: Text, role: Role = None) -> str:
         return await answered("llm_prompt_assistance", text, role)
 
-    @router.get("/llm_interface", summary="What a language model answers", responses=refusals(422))
+    @router.get("/llm_interface", summary="What a language model answers", responses=refusals(422) | shows(SAID))
     async def llm_interface(text: Text, role: Role = None) -> str:
         return await answered("llm_interface", text, role)
 

@@ -8,18 +8,20 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from diffusion_api.catalog.lora_list import Listed
-from diffusion_api.dialects._base import hears
+from diffusion_api.dialects._base import hears, shows
 from diffusion_api.dialects._forms import refusals
 from diffusion_api.dialects._jobs import NOBODY
 
 if TYPE_CHECKING:
     from diffusion_api.service import Service
 
+STEP = "searchterm ink lead to 3 models\ncollecting the first one: Ink"
+LISTED_ONE = {"ink": Listed(model_id=12345, base_model="runwayml/stable-diffusion-v1-5").dump()}
 LISTED: dict[int | str, dict[str, Any]] = {
-    200: {"model": dict[str, Listed], "description": "What is known of each LoRA"}
+    200: {"model": dict[str, Listed], "description": "What is known of each LoRA"} | shows(LISTED_ONE)[200]
 }
 STEPS: dict[int | str, dict[str, Any]] = {
-    200: {"model": str, "description": "A line for each step; empty if it was here already"}
+    200: {"model": str, "description": "A line for each step; empty if it was here already"} | shows(STEP)[200]
 }
 
 

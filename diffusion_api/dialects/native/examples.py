@@ -258,6 +258,7 @@ CAPABILITIES = {
         "multiple": 8,
     },
     "features": ["txt2img", "img2img", "inpaint", "hires"],
+    "safety": {"policy": "off", "checker": False},
     "limits": {"max_steps": 150, "max_pixels": 4194304, "max_batch": 16},
     "parameters": {
         "/txt2img": {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Form, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffusion_api.dialects._forms import FORMS, refusals
 from diffusion_api.dialects.tasks.bodies import TokenBody, UserBody
@@ -26,6 +26,10 @@ PasswordInUrl = Annotated[
 
 class Credentials(BaseModel):
     """A name and a password, for a new account."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"username": "ada", "password": "a long sentence that only she knows"}}
+    )
 
     username: str = Field(description="letters, digits and _ @ . + -")
     password: str

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import APIRouter, Depends, File, Request, Response, UploadFile
 from fastapi.concurrency import run_in_threadpool
 
+from diffusion_api.dialects._base import shows
 from diffusion_api.dialects._forms import refusals
 from diffusion_api.dialects.tasks.meaning import base_url
 from diffusion_api.dialects.tasks.route import form_only
@@ -27,7 +28,7 @@ def add(router: APIRouter, service: Service) -> None:
 
     @router.post(
         "/blob", tags=["tasks"], summary="Upload a picture, and get its URL", dependencies=[Depends(form_only)],
-        responses=refusals(401, 413, 415, 422, 429, 503, 507),
+        responses=refusals(401, 413, 415, 422, 429, 503, 507) | shows("http://127.0.0.1:8000/blob/eyJhbGciOi…"),
     )  # fmt: skip
     async def post_blob(blob_data: Annotated[UploadFile, File(description="the picture")], http: Request) -> str:
         path = await run_in_threadpool(service.upload, await blob_data.read(), "blob_data")

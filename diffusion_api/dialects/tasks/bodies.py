@@ -10,6 +10,15 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 Scheduler: TypeAlias = Literal["plms", "ddim", "k-lms"]
 
 
+TASK = "0d5a9e7c-3f1b-4d56-8a52-6f3f2f6f2b11"
+PICTURE = "http://127.0.0.1:8000/blob/eyJhbGciOi…"
+RESULT: dict[str, Any] = {
+    "blob_url": PICTURE,
+    "parameters_used": {"params_type": "txt2img", "prompt": "a lighthouse", "steps": 20, "seed": 42, "model": "small"},
+}
+"""What the documentation shows."""
+
+
 class Params(BaseModel):
     """What every task says. A field that is not known is refused."""
 
@@ -31,6 +40,8 @@ class Params(BaseModel):
 class Txt2ImgParams(Params):
     """A picture from words."""
 
+    model_config = ConfigDict(json_schema_extra={"example": {"prompt": "a lighthouse", "steps": 20}})
+
     params_type: Literal["txt2img"] = "txt2img"
     width: int = Field(default=512, description="pixels; the picture has the nearest width that the model can make")
     height: int = Field(default=512, description="pixels")
@@ -38,6 +49,10 @@ class Txt2ImgParams(Params):
 
 class Img2ImgParams(Params):
     """A picture from words and a picture."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"prompt": "a lighthouse", "initial_image": PICTURE, "strength": 0.6}}
+    )
 
     params_type: Literal["img2img"] = "img2img"
     initial_image: str = Field(
@@ -48,6 +63,10 @@ class Img2ImgParams(Params):
 
 class InpaintParams(Params):
     """A picture with a part painted anew."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"prompt": "a red boat", "initial_image": PICTURE, "mask": PICTURE}}
+    )
 
     params_type: Literal["inpaint"] = "inpaint"
     initial_image: str = Field(
@@ -99,12 +118,16 @@ class InpaintQuery(InpaintParams):
 class ResultBody(BaseModel):
     """What a task made, with what: the effective seed, model and filter."""
 
+    model_config = ConfigDict(json_schema_extra={"example": RESULT})
+
     blob_url: str
     parameters_used: Txt2ImgParams | Img2ImgParams | InpaintParams
 
 
 class PendingEvent(BaseModel):
     """The task waits."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"event_type": "pending", "task_id": TASK}})
 
     event_type: Literal["pending"]
     task_id: str
@@ -113,12 +136,18 @@ class PendingEvent(BaseModel):
 class StartedEvent(BaseModel):
     """The task runs."""
 
+    model_config = ConfigDict(json_schema_extra={"example": {"event_type": "started", "task_id": TASK}})
+
     event_type: Literal["started"]
     task_id: str
 
 
 class FinishedEvent(BaseModel):
     """The task has made its picture."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"event_type": "finished", "task_id": TASK, "result": RESULT}}
+    )
 
     event_type: Literal["finished"]
     task_id: str
@@ -127,6 +156,10 @@ class FinishedEvent(BaseModel):
 
 class AbortedEvent(BaseModel):
     """The task ended without one."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"event_type": "aborted", "task_id": TASK, "reason": "cancelled"}}
+    )
 
     event_type: Literal["aborted"]
     task_id: str
@@ -139,11 +172,15 @@ AnyEvent: TypeAlias = PendingEvent | StartedEvent | FinishedEvent | AbortedEvent
 class TokenBody(BaseModel):
     """A token, good for four hours."""
 
+    model_config = ConfigDict(json_schema_extra={"example": {"access_token": "eyJhbGciOi…", "token_type": "bearer"}})
+
     access_token: str
     token_type: Literal["bearer"] = "bearer"  # noqa: S105 - OAuth2's word
 
 
 class UserBody(BaseModel):
     """An account."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"username": "ada"}})
 
     username: str

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
-from diffusion_api.dialects._base import caller_of
+from diffusion_api.dialects._base import caller_of, shows
 from diffusion_api.dialects._forms import refusals
 from diffusion_api.dialects._jobs import IdempotencyKey, Stored, store, view
 from diffusion_api.dialects.tasks.bodies import (
@@ -73,7 +73,12 @@ def add(router: APIRouter, service: Service, listeners: Listeners) -> None:
             raise NotFound(NO_TASK)
         return snapshot
 
-    @router.post("/task", tags=["tasks"], summary="Begin a task", responses=MADE | refusals(415))
+    @router.post(
+        "/task",
+        tags=["tasks"],
+        summary="Begin a task",
+        responses=MADE | refusals(415) | shows("0d5a9e7c-3f1b-4d56-8a52-6f3f2f6f2b11"),
+    )
     async def post_task(
         params: TaskBody, http: Request, answer: Response, idempotency_key: IdempotencyKey = None
     ) -> str:

@@ -231,6 +231,12 @@ def test_numbers_have_the_documents_ranges(
         assert detail == f"{field} is {value}: it may be {allowed[0]} to {allowed[1]}"
 
 
+def test_a_field_that_is_not_known_is_told(stub_server: Program) -> None:
+    sent = {"prompt": "a lighthouse", "width": 256, "height": 256, "num_inference_steps": 1, "num_image": 2}
+    expected = ["unknown field 'num_image' was ignored; did you mean 'num_images'?"]
+    assert stub_server.request("POST", "/generate", json=sent).json()["warnings"] == expected
+
+
 @pytest.mark.parametrize(
     ("body", "detail"),
     [

@@ -390,6 +390,12 @@ def test_each_answer_is_a_job_like_any_other(server: Program) -> None:
     assert status["payload"] == {"width": 64, "height": 64, "count_returned": 2}
 
 
+def test_a_parameter_that_is_not_known_is_told(server: Program) -> None:
+    answer = config(server, width=64, height=64, negativ_prompt="blue")
+    warnings = server.status(answer.headers["X-Job-Id"])["warnings"]
+    assert warnings == ["unknown parameter 'negativ_prompt' was ignored; did you mean 'negative_prompt'?"]
+
+
 def test_a_caller_may_be_told_where_the_job_is_in_place_of_waiting(server: Program) -> None:
     answer = server.request("POST", "/post_config", params={"width": 64}, headers={"Prefer": "respond-async"})
     assert answer.status_code == 202

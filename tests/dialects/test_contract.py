@@ -8,8 +8,10 @@ from __future__ import annotations
 import base64
 import io
 import re
+import signal
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -277,6 +279,26 @@ def test_a_job_of_each_route_outlives_the_process(tmp_path: Path) -> None:
     with serving(home, **settings) as server:
         for name, job_id in jobs.items():
             assert server.status(job_id)["state"] == "done", name
+
+
+def test_a_service_that_stops_names_the_jobs_that_go_on_later(tmp_path: Path) -> None:
+    with (
+        serving(home_of(tmp_path), model="small", enable_public_access=1, secret_key="s" * 64) as server,
+        ThreadPoolExecutor(len(WAITING)) as pool,
+    ):
+        server.request("POST", "/queue/pause")
+        answers = [pool.submit(route.ask, server) for route in WAITING]
+        eventually(lambda: len(server.get("/queue").json()["jobs"]) == len(WAITING), "all jobs")
+        server.signal(signal.SIGTERM)
+        for route, waiting in zip(WAITING, answers, strict=True):
+            answer = waiting.result()
+            if route.path == "/generate/batch":
+                (item,) = answer.json()["results"]
+                assert not item["success"]
+                assert f"GET /queue/{item['job_id']}" in item["error"]
+            else:
+                assert answer.status_code == 503, called(route)
+                assert f"GET /queue/{answer.headers['X-Job-Id']}" in refusal(answer, route)
 
 
 # What is refused

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import lora_zoo
@@ -21,7 +19,6 @@ from PIL import Image
 from safetensors.torch import save
 from serving import ROOT, environment
 
-from diffusion_api.catalog.detect import Unrecognised, safetensors_header
 from diffusion_api.catalog.library import OWN_FOLDERS, Library
 from diffusion_api.engine.executor import Executor
 from diffusion_api.errors import UnknownModel
@@ -125,14 +122,8 @@ def test_a_damaged_file_of_any_kind_is_told_in_the_same_words(tmp_path: Path, fo
     )
 
 
-def test_telling_all_checkpoints_apart_takes_little_more_than_reading_their_headers(home: Path) -> None:
-    began = time.thread_time()  # of this thread's work, so that other programs do not count
-    for file in (home / "models").glob("*.safetensors"):
-        with suppress(Unrecognised):
-            safetensors_header(file)
-    read = time.thread_time()
-    assert len(Library(home, home / "models").models()) == len(zoo.DRAWS)
-    assert time.thread_time() - read < 5 * (read - began)
+def test_all_checkpoints_together_are_told_apart(home: Path) -> None:
+    assert {model.name for model in Library(home, home / "models").models()} == zoo.DRAWS.keys()
 
 
 def test_the_page_of_models_counts_the_zoo() -> None:
